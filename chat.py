@@ -1,0 +1,112 @@
+"""Talk to a model, or have it answer one prompt.
+
+    python chat.py --model=out/chat
+    python chat.py --model=out/chat --prompt="What is the capital of France?"
+
+Ctrl-C stops an answer, Ctrl-D ends the chat. When the context is full the oldest turns are dropped, with a
+line that says so; the system message stays.
+"""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import training
+from data import END, TURN_END, load_tokenizer
+from gpt import GPTModel, InputError
+from sft import prompt_ids
+
+
+@dataclass
+class Config:
+    model: str = "out/chat"  # a run's folder (its newest checkpoint), a model directory, or a hub id
+    prompt: str = ""  # answer this and end; empty for a conversation
+    system: str = ""  # the system message; empty for none
+    max_new_tokens: int = 256  # tokens in an answer, at most
+    temperature: float = 0.7  # 0 always takes the most likely token
+    top_k: int = 50  # sample among so many most likely tokens; 0 for all
+    top_p: float = 0.95  # and among those, the fewest that together have this probability
+    seed: int = -1  # of the sampling; -1 for a new one each time
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+
+
+def fit(messages: list[dict], tokenizer, room: int) -> tuple[list[dict], int]:
+    """The messages without the oldest turns that do not fit into `room` tokens, and how many were dropped.
+
+    A system message at the start stays. Raises InputError if the last message alone is too long.
+    """
+    system, turns = (messages[:1], messages[1:]) if messages[0]["role"] == "system" else ([], messages)
+    for dropped in range(len(turns)):
+        kept = system + turns[dropped:]
+        if turns[dropped]["role"] == "user" and len(prompt_ids(kept, tokenizer)) <= room:
+            return kept, dropped
+    length = len(prompt_ids(system + turns[-1:], tokenizer))
+    raise InputError(f"the message takes {length} tokens and the context leaves it {room}; shorten it")
+
+
+def stream(model: GPTModel, tokenizer, messages: list[dict], config: Config) -> Iterator[str]:
+    """The answer's text, piece by piece; a character whose bytes are not all there yet waits for the rest."""
+    stops = tokenizer.convert_tokens_to_ids([END, TURN_END])
+    ids, shown = [], ""
+    for (token,) in model.generate(
+        [prompt_ids(messages, tokenizer)],
+        config.max_new_tokens,
+        config.temperature,
+        config.top_k or None,
+        config.top_p,
+        config.seed if config.seed >= 0 else None,
+        stops,
+    ):
+        ids.append(token)
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        if not text.endswith("\ufffd"):
+            yield text[len(shown) :]
+            shown = text
+
+
+def respond(model: GPTModel, tokenizer, messages: list[dict], config: Config) -> list[dict]:
+    """Print the answer to a conversation as it comes; returns the messages kept, with the answer."""
+    context = model.config.max_position_embeddings
+    messages, dropped = fit(messages, tokenizer, context - min(config.max_new_tokens, context // 2))
+    if dropped:
+        print(f"[the context of {context} tokens is full: the {dropped} oldest messages were dropped]")
+    answer = ""
+    try:
+        for piece in stream(model, tokenizer, messages, config):
+            answer += piece
+            print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        print(" [stopped]", end="")
+    print()
+    return [*messages, {"role": "assistant", "content": answer}]
+
+
+def main(config: Config) -> None:
+    device = training.set_up(config.device).device
+    path = training.find_model(config.model)
+    model, tokenizer = GPTModel.from_pretrained(path).to(device), load_tokenizer(path)
+    messages = [{"role": "system", "content": config.system}] if config.system else []
+    if config.prompt:
+        respond(model, tokenizer, [*messages, {"role": "user", "content": config.prompt}], config)
+        return
+    print(f"{path}: {model.num_parameters():,} parameters. Ctrl-C stops an answer, Ctrl-D ends the chat.")
+    while True:
+        try:
+            question = input("> ")
+        except KeyboardInterrupt:
+            print()
+            continue
+        except EOFError:
+            print()
+            return
+        if question.strip():
+            try:
+                messages = respond(
+                    model, tokenizer, [*messages, {"role": "user", "content": question}], config
+                )
+            except InputError as error:
+                print(f"[{error}]", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    training.run_script(main, Config)

@@ -1,0 +1,512 @@
+"""A LLaMA-shaped decoder whose checkpoints *are* Hugging Face models: nothing is converted, ever.
+
+RMSNorm before attention and MLP, rotary positions, grouped-query causal attention, SwiGLU, no biases, no
+dropout. Parameter names and config fields are those of Hugging Face's `LlamaForCausalLM` or, with QK-norm,
+`Qwen3ForCausalLM`.
+
+    model = GPTModel(GPTConfig(vocab_size=4096, hidden_size=256, num_hidden_layers=6, num_attention_heads=4))
+    logits = model(input_ids)                  # (B, T, V)
+    loss = model(input_ids, targets)           # summed over the targets that are not -100
+    model = GPTModel.from_pretrained("out/base/step_0000300")
+
+B batch, T positions, C hidden size, H query heads, G key/value heads, D dimensions of a head, V vocabulary.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from rope import apply_rope, rope_cache
+
+IGNORE = -100  # a target with this value is not trained on; PyTorch's and Hugging Face's convention
+
+
+class InputError(ValueError):
+    """A mistake in what the user gave, told in one sentence; scripts print it and exit with status 1."""
+
+
+@dataclass
+class GPTConfig:
+    """The shape of a model, in the field names of Hugging Face's config.json; qk_norm decides its type."""
+
+    vocab_size: int = 49152
+    hidden_size: int = 512
+    intermediate_size: int | None = None  # width of the SwiGLU; None: 8/3 hidden_size, up to a multiple of 64
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 8
+    num_key_value_heads: int | None = None  # None: as many as query heads
+    head_dim: int | None = None  # None: hidden_size / num_attention_heads
+    max_position_embeddings: int = 1024  # the longest context, in tokens
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None  # Llama 3.1's, see rope.py
+    tie_word_embeddings: bool = False
+    qk_norm: bool = True  # RMSNorm on each query and key head before RoPE, as in Qwen3
+
+    def __post_init__(self):
+        if self.head_dim is None:
+            if self.hidden_size % self.num_attention_heads:
+                raise InputError(
+                    f"hidden_size {self.hidden_size} is not divisible by num_attention_heads "
+                    f"{self.num_attention_heads}; change one of them, or give head_dim"
+                )
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.head_dim % 2:
+            raise InputError(f"head_dim is {self.head_dim}; rotary embedding needs an even one")
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise InputError(
+                f"num_attention_heads {self.num_attention_heads} is not divisible by num_key_value_heads "
+                f"{self.num_key_value_heads}; each key/value head serves equally many query heads"
+            )
+        if self.intermediate_size is None:
+            self.intermediate_size = -(-self.hidden_size * 8 // 3 // 64) * 64
+
+    @classmethod
+    def from_hf(cls, fields: dict) -> "GPTConfig":
+        """From the fields of a config.json; raises InputError for what this model cannot represent."""
+        rope = fields.get("rope_parameters") or {
+            "rope_theta": fields.get("rope_theta", 10000.0),
+            **(fields.get("rope_scaling") or {}),
+        }
+        rope_type = rope.get("rope_type", rope.get("type", "default"))
+        for name, value, supported in (
+            ("model_type", fields.get("model_type"), ("llama", "qwen3")),
+            ("hidden_act", fields.get("hidden_act", "silu"), ("silu",)),
+            ("attention_bias", fields.get("attention_bias", False), (False,)),
+            ("mlp_bias", fields.get("mlp_bias", False), (False,)),
+            ("use_sliding_window", fields.get("use_sliding_window", False), (False,)),
+            ("rope_type", rope_type, ("default", "llama3")),
+            ("quantization_config", fields.get("quantization_config"), (None,)),
+        ):
+            if value not in supported:
+                raise InputError(
+                    f"config.json has {name}={value!r}; supported: {', '.join(map(repr, supported))}"
+                )
+        own = {name: fields[name] for name in cls.__dataclass_fields__ if fields.get(name) is not None}
+        scaling = {k: v for k, v in rope.items() if k != "rope_theta"} if rope_type == "llama3" else None
+        own |= {"rope_theta": rope["rope_theta"], "rope_scaling": scaling}
+        return cls(**own, qk_norm=fields["model_type"] == "qwen3")
+
+    def to_hf(self) -> dict:
+        """The fields of config.json, readable by transformers 4 and 5 and by what reads their files."""
+        own = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "qk_norm"}
+        kind = ("qwen3", "Qwen3ForCausalLM") if self.qk_norm else ("llama", "LlamaForCausalLM")
+        fixed = {
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "torch_dtype": "float32",
+        }
+        return {"architectures": [kind[1]], "model_type": kind[0]} | own | fixed
+
+
+class KVCache:
+    """Keys and values of every layer, (B, G, S, D) each, allocated once for S positions."""
+
+    def __init__(
+        self, config: GPTConfig, batch: int, positions: int, device: torch.device, dtype: torch.dtype
+    ):
+        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, positions, config.head_dim)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+
+    def update(self, layer: int, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor):
+        """Store k and v (B, G, T, D) at positions (B, T); returns all of the layer's, (B, G, S, D)."""
+        index = positions[:, None, :, None].expand_as(k)
+        return self.keys[layer].scatter_(2, index, k), self.values[layer].scatter_(2, index, v)
+
+
+class MultiHeadAttention(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        C, H, G, D = (
+            config.hidden_size,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
+        self.layer, self.head_dim = layer, D
+        self.q_proj = nn.Linear(C, H * D, bias=False)
+        self.k_proj = nn.Linear(C, G * D, bias=False)
+        self.v_proj = nn.Linear(C, G * D, bias=False)
+        self.o_proj = nn.Linear(H * D, C, bias=False)
+        self.q_norm = nn.RMSNorm(D, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(D, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
+
+    def forward(self, x, rope, mask=None, cache=None, positions=None):
+        B, T, _ = x.shape
+        q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B, H, T, D)
+        k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B, G, T, D)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
+        q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        if cache is not None:
+            k, v = cache.update(self.layer, k, v, positions)
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.size(1) != k.size(1)
+        )
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class TransformerBlock(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = MultiHeadAttention(config, layer)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = FeedForward(config)
+
+    def forward(self, x, rope, mask=None, cache=None, positions=None):
+        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache, positions)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class SummedCrossEntropy(torch.autograd.Function):
+    """Sum of -log softmax(x Wᵀ)[target] in fp32, never holding more than a chunk of the (N, V) logits.
+
+    The gradients are at hand as soon as a chunk's logits are, so the forward pass computes them and the
+    backward pass only scales them: no logits are kept, and none are computed twice.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, chunk):  # x (N, C), weight (V, C), targets (N,)
+        w = weight.to(x.dtype)
+        loss = x.new_zeros((), dtype=torch.float32)
+        dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        dw = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        for i in range(0, len(x), chunk):
+            xs, ys = x[i : i + chunk], targets[i : i + chunk, None]
+            logits = (xs @ w.T).float()
+            top = logits.amax(1, keepdim=True)
+            right = logits.gather(1, ys) - top
+            probs = logits.sub_(top).exp_()
+            total = probs.sum(1, keepdim=True)
+            loss += (total.log() - right).sum()
+            if dx is not None or dw is not None:  # d loss / d logits = softmax - one-hot
+                probs.div_(total).scatter_add_(1, ys, torch.full_like(right, -1.0))
+                probs = probs.to(x.dtype)
+            if dx is not None:
+                dx[i : i + chunk] = probs @ w
+            if dw is not None:
+                dw += probs.T @ xs
+        ctx.save_for_backward(dx, dw)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad):
+        dx, dw = ctx.saved_tensors
+        return None if dx is None else dx * grad, None if dw is None else dw * grad, None, None
+
+
+@torch.compiler.disable
+def summed_loss(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Summed fp32 cross-entropy of hidden states (B, T, C) against the targets (B, T) that are not IGNORE."""
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    keep = targets != IGNORE
+    logits = 2**22 if x.device.type == "cpu" else 2**26  # at once: 16 MB stay in a CPU's cache
+    with torch.autocast(x.device.type, enabled=False):
+        return SummedCrossEntropy.apply(x[keep], weight, targets[keep], max(1, logits // len(weight)))
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks and final norm; named as Hugging Face's inner `model`."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(TransformerBlock(config, i) for i in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+
+class GPTModel(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.tie_weights()
+        cos, sin = rope_cache(
+            config.head_dim, config.max_position_embeddings, config.rope_theta, config.rope_scaling
+        )
+        self.register_buffer("rope_cos", cos, persistent=False)
+        self.register_buffer("rope_sin", sin, persistent=False)
+        self.init_weights()
+
+    def tie_weights(self):
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    @torch.no_grad()
+    def init_weights(self):
+        """Every matrix's distribution; the first loss is then ln V.
+
+        | parameter              | deviation | because                                                      |
+        | ---------------------- | --------- | ------------------------------------------------------------ |
+        | o_proj, down_proj      | 0         | each block starts as the identity                            |
+        | q, k, v, gate, up      | C^-1/2    | unit variance in gives unit variance out                     |
+        | embed_tokens, untied   | 0.02      | as in GPT-2; the first norm removes the scale                |
+        | embed_tokens, tied     | 1/C       | a token's logit for itself is C times this, and must be small |
+        | lm_head, untied        | 0.001     | near-uniform predictions                                     |
+        """
+        C, tied = self.config.hidden_size, self.config.tie_word_embeddings
+        for name, p in self.named_parameters():
+            if name.endswith("norm.weight"):
+                p.fill_(1.0)
+            elif name.endswith(("o_proj.weight", "down_proj.weight")):
+                p.zero_()
+            elif name == "model.embed_tokens.weight":
+                p.normal_(std=1 / C if tied else 0.02)
+            elif name == "lm_head.weight":
+                p.normal_(std=0.001)
+            else:
+                p.normal_(std=C**-0.5)
+
+    def hidden(self, input_ids, positions=None, mask=None, cache=None):
+        """Final hidden states (B, T, C)."""
+        if input_ids.size(1) > self.config.max_position_embeddings:
+            raise InputError(
+                f"{input_ids.size(1)} tokens are more than the context of "
+                f"{self.config.max_position_embeddings}; shorten the input"
+            )
+        cos, sin = self.rope_cos[: input_ids.size(1)], self.rope_sin[: input_ids.size(1)]
+        if positions is not None:
+            cos, sin = self.rope_cos[positions][:, None], self.rope_sin[positions][:, None]  # (B, 1, T, D)
+        x = self.model.embed_tokens(input_ids)
+        for layer in self.model.layers:
+            x = layer(x, (cos, sin), mask, cache, positions)
+        return self.model.norm(x)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        targets: torch.Tensor | None = None,
+        positions: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Logits (B, T, V), or with targets (B, T) their summed cross-entropy in nats, fp32, a scalar.
+
+        positions (B, T) default to 0 … T-1 and mask (B, 1, T, T), True where a query may see a key, to
+        causal; packed rows give both.
+        """
+        x = self.hidden(input_ids, positions, mask)
+        return self.lm_head(x) if targets is None else summed_loss(x, self.lm_head.weight, targets)
+
+    def num_parameters(self) -> int:
+        """How many numbers the model is made of; tied embeddings count once."""
+        return sum(p.numel() for p in self.parameters())
+
+    @torch.no_grad()
+    def resize_vocabulary(self, tokens: int) -> None:
+        """Make room for a tokenizer's ids, up to a multiple of 64; new rows are the mean of the old."""
+        old = self.config.vocab_size
+        if tokens <= old:
+            return
+        self.config.vocab_size = -(-tokens // 64) * 64
+        for module in (self.model.embed_tokens, self.lm_head):
+            w = module.weight
+            module.weight = nn.Parameter(
+                torch.cat([w, w.mean(0, keepdim=True).expand(self.config.vocab_size - old, -1)])
+            )
+        self.model.embed_tokens.num_embeddings = self.lm_head.out_features = self.config.vocab_size
+        self.tie_weights()
+
+    # -- generation ------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        stop_ids: Sequence[int] = (),
+    ) -> Iterator[list[int | None]]:
+        """Continue prompts, of any lengths, together; yields for each step a list with each prompt's next id.
+
+        A prompt that has given one of stop_ids (which is yielded) or whose context is full gives None from
+        then on; the generator ends when all have, or after max_new_tokens. temperature 0 is greedy. A seed
+        makes sampling repeatable. Raises InputError for an empty prompt and for one that leaves no room in
+        the context.
+
+            ids = [id for (id,) in model.generate([prompt], stop_ids=[2])]
+        """
+        lengths = [len(p) for p in prompts]
+        limit = self.config.max_position_embeddings
+        if not lengths or min(lengths) < 1 or max(lengths) >= limit:
+            raise InputError(
+                f"prompts of {lengths} tokens: each must have from 1 to {limit - 1}, to leave room in the "
+                f"context of {limit}"
+            )
+        device, B, longest = self.lm_head.weight.device, len(prompts), max(lengths)
+        generator = torch.Generator(device).manual_seed(seed) if seed is not None else None
+        # Rows are padded on the right: causality alone keeps the padding from being seen, and each row's next
+        # token overwrites it in the cache.
+        ids = torch.zeros(B, longest, dtype=torch.long, device=device)
+        for row, prompt in zip(ids, prompts):
+            row[: len(prompt)] = torch.as_tensor(prompt)
+        filled = torch.tensor(lengths, device=device)  # (B,) tokens so far
+        cache = KVCache(
+            self.config, B, min(longest + max_new_tokens, limit), device, self.lm_head.weight.dtype
+        )
+        slots = torch.arange(cache.keys.size(3), device=device)
+        positions = slots[None, :longest].expand(B, -1)
+        done = torch.zeros(B, dtype=torch.bool, device=device)
+        stops = torch.tensor(list(stop_ids), dtype=torch.long, device=device)
+        for _ in range(max_new_tokens):
+            x = self.hidden(ids, positions, slots <= positions[:, None, :, None], cache)  # mask (B, 1, T, S)
+            last = (filled - 1 - positions[:, 0]).clamp(max=ids.size(1) - 1)
+            next_ids = sample(
+                self.lm_head(x[torch.arange(B, device=device), last]), temperature, top_k, top_p, generator
+            )
+            yield [None if d else i for i, d in zip(next_ids.tolist(), done.tolist())]
+            done |= torch.isin(next_ids, stops) | (filled >= limit)
+            if done.all():
+                return
+            ids, positions = next_ids[:, None], filled.clamp(max=len(slots) - 1)[:, None]
+            filled = filled + ~done
+
+    # -- loading and saving ----------------------------------------------------------------------------------
+
+    def save_pretrained(self, path: str | Path, tokenizer=None) -> None:
+        """Write a Hugging Face model directory: config.json, safetensors (sharded above 5 GB), and with a
+        tokenizer its files and a generation_config.json whose stop ids are <|im_end|> and <|endoftext|>."""
+        from huggingface_hub import save_torch_state_dict
+
+        path = Path(path)
+        path.mkdir(parents=True, exist_ok=True)
+        state = {
+            k: v
+            for k, v in self.state_dict().items()
+            if not (self.config.tie_word_embeddings and k == "lm_head.weight")
+        }
+        save_torch_state_dict(state, path)
+        fields = self.config.to_hf()
+        if tokenizer is not None:
+            end, turn_end = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
+            ids = {"bos_token_id": end, "eos_token_id": [turn_end, end], "pad_token_id": end}
+            fields |= ids
+            (path / "generation_config.json").write_text(
+                json.dumps(ids | {"do_sample": False}, indent=2) + "\n"
+            )
+            tokenizer.save_pretrained(path)
+        (path / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path) -> "GPTModel":
+        """Open a Llama- or Qwen3-shaped model, in fp32: a directory, or a hub id, which is downloaded.
+
+        Raises InputError for what is missing, damaged, or of a kind this model cannot represent.
+        """
+        path = model_directory(name)
+        model = cls(GPTConfig.from_hf(read_json(path / "config.json")))
+        missing = {
+            k: p
+            for k, p in model.state_dict().items()
+            if not (model.config.tie_word_embeddings and k == "lm_head.weight")
+        }
+        for key, tensor in stored_tensors(path):
+            if key.endswith("rotary_emb.inv_freq") or (
+                key == "lm_head.weight" and model.config.tie_word_embeddings
+            ):
+                continue  # old files store what follows from config.json
+            if key not in missing or missing[key].shape != tensor.shape:
+                expected = f"of shape {tuple(missing[key].shape)}" if key in missing else "no such tensor"
+                raise InputError(
+                    f"{path} holds {key} of shape {tuple(tensor.shape)}; its config.json asks for {expected}"
+                )
+            missing.pop(key).copy_(tensor)
+        if missing:
+            raise InputError(
+                f"{path} lacks {len(missing)} tensors that config.json asks for: {', '.join(missing)[:200]}"
+            )
+        return model
+
+
+def model_directory(name: str | Path) -> Path:
+    """A local directory as it is; a hub id as the directory of its downloaded snapshot."""
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(
+                str(name), allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+            )
+        )
+    except (OSError, ValueError) as error:  # the hub's errors are of these two kinds
+        raise InputError(
+            f"no directory {name}, and no model of that name could be had from the hub: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file; InputError if it is missing or cut short."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{path} cannot be read ({error}); expected the JSON file of a Hugging Face model"
+        ) from error
+
+
+def stored_tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Each name and tensor in a directory's safetensors, one file or several with an index, memory-mapped."""
+    from safetensors import SafetensorError, safe_open
+
+    index = path / "model.safetensors.index.json"
+    for file in (
+        sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
+    ):
+        try:
+            with safe_open(path / file, "pt") as tensors:
+                for key in tensors.keys():  # noqa: SIM118 - it is no dict
+                    yield key, tensors.get_tensor(key)
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{path / file} cannot be read ({error}); copy or download it again") from error
+
+
+def sample(
+    logits: torch.Tensor,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    generator: torch.Generator | None,
+) -> torch.Tensor:
+    """Ids (B,) drawn from logits (B, V): of the top_k likeliest, the fewest that reach probability top_p."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits.float() / temperature
+    if top_k is not None:
+        logits = logits.masked_fill(
+            logits < logits.topk(min(top_k, logits.size(-1))).values[:, -1:], -torch.inf
+        )
+    probs = logits.softmax(-1)
+    if top_p is not None:
+        ordered, index = probs.sort(descending=True)
+        ordered[ordered.cumsum(-1) - ordered >= top_p] = (
+            0  # those before it reach top_p already; the first stays
+        )
+        probs = torch.zeros_like(probs).scatter_(1, index, ordered)
+    return torch.multinomial(probs, 1, generator=generator)[:, 0]

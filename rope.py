@@ -1,0 +1,49 @@
+"""Rotary position embedding (Su et al. 2021, https://arxiv.org/abs/2104.09864), half-split convention.
+
+Each attention head's D dimensions form D/2 planes; at position t, plane i is turned by the angle t *
+theta^(-2i/D). A query's score with a key then depends on the distance between them only. Plane i joins
+dimensions i and i + D/2, as in Hugging Face's `rotate_half` and every Llama checkpoint; the paper joins 2i
+and 2i + 1, which is the same up to a permutation of the dimensions, and mixing the two is silently wrong.
+
+B batch, H heads, T positions, D dimensions of a head.
+"""
+
+import math
+
+import torch
+
+
+def rope_cache(
+    head_dim: int,
+    length: int,
+    theta: float = 10000.0,
+    scaling: dict | None = None,
+    device: torch.device | str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines for positions 0 … length-1, each (length, D) in fp32.
+
+    `scaling` is `rope_scaling` of a Llama-3.1 `config.json` (rope_type "llama3"): planes that turn less than
+    `low_freq_factor` times within the original context are slowed by `factor`, those that turn more than
+    `high_freq_factor` times are kept, and those between are blended linearly.
+    """
+    if head_dim % 2:
+        raise ValueError(f"head_dim is {head_dim}; rotary embedding needs an even one")
+    inv_freq = theta ** -(
+        torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
+    )  # (D/2,)
+    if scaling is not None:
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        turns = (
+            scaling["original_max_position_embeddings"] * inv_freq / (2 * math.pi)
+        )  # within the original context
+        keep = ((turns - low) / (high - low)).clamp(0, 1)
+        inv_freq = keep * inv_freq + (1 - keep) * inv_freq / scaling["factor"]
+    angles = torch.outer(torch.arange(length, dtype=torch.float32, device=device), inv_freq)  # (length, D/2)
+    angles = torch.cat((angles, angles), dim=-1)  # (length, D)
+    return angles.cos(), angles.sin()
+
+
+def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate queries or keys x (B, H, T, D) by their positions' cos and sin, (T, D) or (B, 1, T, D)."""
+    x1, x2 = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat((-x2, x1), dim=-1) * sin).type_as(x)

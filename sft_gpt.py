@@ -1,0 +1,289 @@
+"""Fine-tune a model to chat, on conversations rendered as masked ChatML and packed into rows.
+
+    python sft_gpt.py --model=out/base --data=embedded --out_dir=out/chat
+    torchrun --standalone --nproc_per_node=8 sft_gpt.py --model=out/base --out_dir=out/chat
+
+Every field of Config is a flag. The same command, started again, continues from the newest checkpoint.
+
+B rows in a micro-batch, T tokens in a row.
+"""
+
+import itertools
+import json
+import math
+import textwrap
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import training
+from data import TURN_END, column_of, hash_fraction, load_tokenizer, source_rows, tokenizer_fingerprint
+from gpt import GPTModel, InputError
+from optim import load_state_by_name, make_optimizer, schedule
+from sft import PackedLoader, SFTDataset, prompt_ids
+
+
+@dataclass
+class Config:
+    # Recipes of SmolLM2 (Allal et al. 2025): up to 360M parameters smol-smoltalk, lr 1e-3, 2 epochs; 1.7B
+    # smoltalk, 3e-4. data
+    model: str = "out/base"  # a run's folder (its newest checkpoint), a model directory, or a hub id
+    data: str = (
+        "HuggingFaceTB/smol-smoltalk"  # embedded, a hub dataset id, or files and folders with commas between
+    )
+    data_config: str = ""  # the hub dataset's configuration; empty for its default
+    data_split: str = "train"  # the hub dataset's split
+    column: str = "messages"  # the column or JSON key with the list of messages
+    val_fraction: float = (
+        0.01  # share of the conversations held out, chosen by a hash of the first user message
+    )
+    out_dir: str = "out/chat"  # folder for checkpoints, metrics.jsonl, loss.png and answers.jsonl
+    # optimization
+    max_length: int = 0  # tokens in a row, longer conversations are cut; 0 for the model's context
+    epochs: float = 2.0  # passes over the data
+    max_steps: int = 0  # optimizer steps; 0 for as many as the epochs need
+    batch_tokens: int = 65_536  # tokens in an optimizer step, over all ranks and micro-batches
+    micro_batch_size: int = 8  # rows that go through the model at once, on each rank
+    optimizer: str = "adamw"  # muon (for the blocks' matrices, AdamW for the rest) or adamw
+    lr: float = 1e-3  # AdamW's peak learning rate
+    matrix_lr: float = 0.005  # Muon's peak learning rate
+    warmup_fraction: float = 0.1  # share of the steps in which the rate rises
+    weight_decay: float = 0.0  # on matrices, per unit of learning rate
+    beta1: float = 0.9  # AdamW's averaging of gradients
+    beta2: float = 0.99  # AdamW's averaging of squared gradients
+    max_grad_norm: float = 1.0  # gradients are scaled down to this norm; 0 for no limit
+    seed: int = 0  # of the data order
+    # reporting
+    log_every: int = 10  # steps between two lines
+    eval_every: int = 250  # steps between two validations
+    eval_questions: int = 100  # held-out questions that are answered before and after; 0 for none
+    max_new_tokens: int = 200  # of an answer in the evaluation
+    save_every: int = 250  # steps between two checkpoints
+    keep_last: int = 2  # checkpoints that are kept; 0 for all
+    wandb: str = "auto"  # auto (if a key is set up), online, offline or off
+    # machine
+    resume: str = "auto"  # auto (newest checkpoint in out_dir), none, or a checkpoint's path
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    compile: str = "auto"  # torch.compile: true, false, or auto for only on CUDA
+
+
+QUESTIONS = (
+    "Hello!",
+    "What is water?",
+    "What is the capital of France?",
+    "Who was Albert Einstein?",
+    "Tell me about the Moon.",
+    "What is mathematics?",
+)
+
+
+def first_question(messages) -> str | None:
+    """The first user message of a conversation, if it has one that is text."""
+    turns = messages if isinstance(messages, list) else []
+    contents = [m.get("content") for m in turns if isinstance(m, dict) and m.get("role") == "user"]
+    return contents[0] if contents and isinstance(contents[0], str) else None
+
+
+def conversations(config: Config, held_out: bool) -> Iterator[tuple[list[dict], str]]:
+    """Messages of one side of the hold-out, each with the place it was found.
+
+    All conversations that begin with the same question fall on one side; those that begin with none, on
+    training's.
+    """
+    if config.data == "embedded":
+        import embedded
+
+        rows = ((row, f"embedded conversation {n}") for n, row in enumerate(embedded.conversations(), 1))
+    else:
+        rows = source_rows(config.data, config.data_config, config.data_split)
+    for row, where in rows:
+        messages = column_of(row, config.column, object, where)
+        question = first_question(messages)
+        if (question is not None and hash_fraction(question) < config.val_fraction) == held_out:
+            yield messages, where
+
+
+def prepare(
+    config: Config, tokenizer, max_length: int, ranks: training.Ranks
+) -> tuple[SFTDataset, SFTDataset, list[str]]:
+    """Training and validation data, rendered once into out_dir/data-…, and held-out questions."""
+    key = training.fingerprint(
+        [
+            config.data,
+            config.data_config,
+            config.data_split,
+            config.column,
+            config.val_fraction,
+            max_length,
+            tokenizer_fingerprint(tokenizer),
+        ]
+    )
+    folder = Path(config.out_dir) / f"data-{key}"
+    for split in ("train", "val"):
+        if not (folder / split).exists():
+            ranks.print(f"rendering the {split} conversations of {config.data}")
+            SFTDataset.prepare(folder / split, conversations(config, split == "val"), tokenizer, max_length)
+    if not (folder / "questions.json").exists():
+        asked = dict.fromkeys(
+            first_question(messages) for messages, _ in conversations(config, held_out=True)
+        )
+        training.write_json(
+            folder / "questions.json", [q for q in asked if len(q.encode()) <= max_length // 2][:1000]
+        )
+    return (
+        SFTDataset(folder / "train"),
+        SFTDataset(folder / "val"),
+        json.loads((folder / "questions.json").read_text()),
+    )
+
+
+def answers(model: GPTModel, tokenizer, questions: list[str], max_new_tokens: int) -> list[dict]:
+    """Each question's greedy answer, and whether it stopped by itself."""
+    stop, results = tokenizer.convert_tokens_to_ids(TURN_END), []
+    for i in range(0, len(questions), 50):
+        asked = questions[i : i + 50]
+        prompts = [prompt_ids([{"role": "user", "content": question}], tokenizer) for question in asked]
+        for question, ids in zip(asked, zip(*model.generate(prompts, max_new_tokens, stop_ids=[stop]))):
+            ids = [t for t in ids if t is not None]
+            results.append(
+                {
+                    "question": question,
+                    "answer": tokenizer.decode(ids, skip_special_tokens=True).strip(),
+                    "stopped": stop in ids,
+                }
+            )
+    return results
+
+
+def side_by_side(out_dir: str) -> str:
+    """The fixed questions with the first and the last answers that the run recorded, in two columns."""
+    rows = training.read_jsonl(Path(out_dir) / "answers.jsonl")
+    before, after = (
+        {row["question"]: row["answer"] for row in rows if row["step"] == rows[i]["step"]} for i in (0, -1)
+    )
+    lines = [f"  {'before':48} | after"]
+    for question in QUESTIONS:
+        columns = [
+            textwrap.wrap(side[question], 48, max_lines=6) or ["(nothing)"] for side in (before, after)
+        ]
+        lines += [
+            "",
+            question,
+            *(f"  {a:48} | {b}" for a, b in itertools.zip_longest(*columns, fillvalue="")),
+        ]
+    return "\n".join(lines)
+
+
+def main(config: Config) -> None:
+    # Set-up: ranks, model or that of an interrupted run, data
+    ranks = training.set_up(config.device)
+    Path(config.out_dir).mkdir(parents=True, exist_ok=True)
+    identity = {
+        "model": config.model,
+        "data": config.data,
+        "seed": config.seed,
+        "batch_tokens": config.batch_tokens,
+        "max_length": config.max_length,
+        "val_fraction": config.val_fraction,
+    }
+    state = training.resume(config.out_dir, config.resume, identity)
+    with ranks.main_first():
+        path = state["path"] if state else training.find_model(config.model)
+        model, tokenizer = GPTModel.from_pretrained(path), load_tokenizer(path)
+    model.resize_vocabulary(len(tokenizer))
+    model.to(ranks.device)
+    context = model.config.max_position_embeddings
+    if config.max_length > context:
+        raise InputError(f"--max_length={config.max_length} is beyond the model's context of {context}")
+    T = config.max_length or context
+    batch = config.batch_tokens // T  # rows in a step
+    if batch < ranks.world:
+        raise InputError(
+            f"batch_tokens {config.batch_tokens} are {batch} rows of {T}, fewer than the "
+            f"{ranks.world} ranks; raise --batch_tokens or lower --max_length"
+        )
+    with ranks.main_first():
+        train_data, val_data, questions = prepare(config, tokenizer, T, ranks)
+    train, val = PackedLoader(train_data, T, batch, config.seed), PackedLoader(val_data, T, batch, 0)
+    max_steps = config.max_steps or math.ceil(config.epochs * train.steps_per_epoch)
+
+    # Optimizer
+    optimizer = make_optimizer(model, config)
+    if state:
+        load_state_by_name(model, optimizer, state["optimizer"])
+    module = training.wrap(model, ranks, config.compile)
+    start = state["step"] if state else 0
+    ranks.print(
+        f"{model.num_parameters():,} parameters; {len(train_data):,} conversations in {len(train.rows):,} "
+        f"rows of {T} tokens, {100 * train.fill():.1f}% filled; {max_steps} steps of {batch * T:,} tokens, "
+        f"{max_steps / train.steps_per_epoch:.2f} epochs; {ranks.world} x {ranks.device}"
+    )
+    for data in (train_data, val_data):
+        if data.report["truncated"]:
+            ranks.print(
+                f"{data.report['truncated']} conversations of {data.folder.name} were cut to {T} tokens"
+            )
+        for skipped in data.report["skipped"]:
+            ranks.print(
+                f"{skipped['count']} of {data.folder.name} skipped: {skipped['reason']} ({skipped['first']})"
+            )
+    if state:
+        ranks.print(
+            f"continuing from {state['path']}" if start < max_steps else f"{state['path']} is finished"
+        )
+    if start < max_steps:
+        metrics = training.Metrics(config, start, max_steps, ranks, state["wandb_id"] if state else None)
+
+    def validate(step: int) -> None:
+        batches = val.micro_batches(val.rows, config.micro_batch_size, ranks.rank, ranks.world, ranks.device)
+        nats, targets = training.evaluate(module, batches, ranks)
+        metrics.log(step, val_loss=nats / targets)
+        metrics.say(
+            f"step {step:6d}  validation loss {nats / targets:.4f} nats/token over {targets:,} targets"
+        )
+
+    def ask(step: int) -> None:
+        """Answer the fixed and the held-out questions, on rank 0, and record the answers."""
+        if config.eval_questions and ranks.main:
+            held_out = answers(model, tokenizer, questions[: config.eval_questions], config.max_new_tokens)
+            fixed = answers(model, tokenizer, list(QUESTIONS), config.max_new_tokens)
+            training.append_jsonl(
+                Path(config.out_dir) / "answers.jsonl", [{"step": step, **a} for a in held_out + fixed]
+            )
+            stopped = sum(a["stopped"] for a in held_out)
+            metrics.log(step, stopped=stopped / len(held_out))
+            metrics.say(f"step {step:6d}  {stopped} of {len(held_out)} answers to held-out questions stop")
+        ranks.barrier()
+
+    if start == 0:
+        validate(0)
+        ask(0)
+    for step in range(start, max_steps):
+        began = time.monotonic()
+        share = schedule(step, max_steps, round(config.warmup_fraction * max_steps), max_steps)
+        rows = train.step_rows(step)
+        batches = list(
+            train.micro_batches(rows, config.micro_batch_size, ranks.rank, ranks.world, ranks.device)
+        )
+        result = training.train_step(module, optimizer, batches, share, config.max_grad_norm, ranks)
+        done = step + 1
+        last = done == max_steps
+        metrics.step(done, len(rows) * T, time.monotonic() - began, result["loss"])
+        if done % config.log_every == 0 or last:
+            metrics.report(done, result)
+        if done % config.save_every == 0 or last:
+            training.save_checkpoint(config, done, model, tokenizer, optimizer, identity, metrics, ranks)
+        if done % config.eval_every == 0 or last:
+            validate(done)
+            metrics.plot()
+        if last:
+            ask(done)
+            metrics.close()
+    if config.eval_questions:
+        ranks.print(side_by_side(config.out_dir))
+    ranks.print(f"\nTalk to it: python chat.py --model={config.out_dir}")
+
+
+if __name__ == "__main__":
+    training.run_script(main, Config)

@@ -1,0 +1,140 @@
+"""Small things that many tests need; everything is made here, nothing is downloaded."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="disabled", TOKENIZERS_PARALLELISM="true")
+
+import prepare_data
+import pretrain_gpt
+import sft_gpt
+from data import train_tokenizer
+from gpt import GPTConfig, GPTModel
+
+ROOT = Path(__file__).parent.parent
+WORDS = "the a river stone old runs under small bridge and green hill sees bright water in light".split()
+
+
+def sentence(i: int) -> str:
+    """A made-up sentence, another one for each i."""
+    picks = [WORDS[(i * 7 + k * (k + i % 5)) % len(WORDS)] for k in range(5 + i % 9)]
+    return " ".join(picks).capitalize() + f" {i}."
+
+
+def text(i: int) -> str:
+    return " ".join(sentence(i * 31 + k) for k in range(3 + i % 4))
+
+
+def write_jsonl(path: Path, rows) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def conversation(i: int, turns: int = 1) -> dict:
+    messages = []
+    for k in range(turns):
+        messages += [
+            {"role": "user", "content": f"What is {sentence(i + k)}?"},
+            {"role": "assistant", "content": sentence(2 * i + k)},
+        ]
+    return {"messages": messages}
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return train_tokenizer((text(i) for i in range(300)), 320)
+
+
+@pytest.fixture(scope="session")
+def tokenizer_dir(tokenizer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data_dir(tokenizer_dir, tmp_path_factory):
+    """Prepared shards: about 20,000 training tokens."""
+    folder = tmp_path_factory.mktemp("data")
+    source = write_jsonl(folder / "texts.jsonl", ({"text": text(i)} for i in range(400)))
+    prepare_data.main(
+        prepare_data.Config(
+            source=str(source), tokenizer=str(tokenizer_dir), out_dir=str(folder / "shards"), val_fraction=0.1
+        )
+    )
+    return folder / "shards"
+
+
+@pytest.fixture(scope="session")
+def chats(tmp_path_factory):
+    """A .jsonl of 120 conversations."""
+    rows = (conversation(i, turns=1 + i % 3) for i in range(120))
+    return write_jsonl(tmp_path_factory.mktemp("chats") / "chats.jsonl", rows)
+
+
+def small_model(**changes) -> GPTModel:
+    """A model with random weights everywhere, zero-initialized projections too, so that all of it matters."""
+    fields = {"vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    model = GPTModel(GPTConfig(**{**fields, "max_position_embeddings": 64, **changes}))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    return model
+
+
+def pretrain_config(data_dir, out_dir, **changes) -> pretrain_gpt.Config:
+    """A run of seconds."""
+    model = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "context_length": 32}
+    length = {"max_steps": 6, "batch_tokens": 256, "micro_batch_size": 4, "warmup_steps": 2}
+    report = {"log_every": 1, "eval_every": 3, "eval_tokens": 512, "sample_every": 0, "save_every": 2}
+    fields = {**model, **length, **report, "keep_last": 0, "wandb": "off", "device": "cpu", **changes}
+    return pretrain_gpt.Config(data_dir=str(data_dir), out_dir=str(out_dir), **fields)
+
+
+def sft_config(model, data, out_dir, **changes) -> sft_gpt.Config:
+    """A run of seconds."""
+    length = {"max_steps": 4, "batch_tokens": 512, "micro_batch_size": 4, "max_length": 64}
+    report = {"log_every": 1, "eval_every": 2, "eval_questions": 4, "max_new_tokens": 8, "save_every": 2}
+    fields = {
+        **length,
+        **report,
+        "val_fraction": 0.1,
+        "keep_last": 0,
+        "wandb": "off",
+        "device": "cpu",
+        **changes,
+    }
+    return sft_gpt.Config(model=str(model), data=str(data), out_dir=str(out_dir), **fields)
+
+
+@pytest.fixture(scope="session")
+def base_run(data_dir, tmp_path_factory):
+    """A finished pretraining run, with a context long enough for conversations."""
+    out_dir = tmp_path_factory.mktemp("runs") / "base"
+    pretrain_gpt.main(pretrain_config(data_dir, out_dir, context_length=64))
+    return out_dir
+
+
+def flags(config) -> list[str]:
+    """A Config as command-line flags."""
+    return [f"--{name}={value}" for name, value in vars(config).items()]
+
+
+def run(script: str, *arguments: str, ranks: int = 1, **options) -> subprocess.CompletedProcess:
+    """Run a script as a user does, under torchrun for more than one rank."""
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+    )
+    return subprocess.run(
+        [sys.executable, *launcher, str(ROOT / script), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        **options,
+    )

@@ -1,0 +1,505 @@
+"""What the training scripts share: leaf functions, no control flow.
+
+Command line, ranks and devices, one optimizer step, evaluation, checkpoints, metrics.
+"""
+
+import dataclasses
+import errno
+import hashlib
+import inspect
+import json
+import math
+import os
+import re
+import shutil
+import sys
+import typing
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from tqdm import tqdm
+
+from data import file_sha256, write_json
+from gpt import IGNORE, GPTModel, InputError, read_json
+from optim import state_by_name
+
+# -- command line --------------------------------------------------------------------------------------------
+
+
+def field_comments(config_class: type) -> dict[str, str]:
+    """The comment behind each field of a dataclass, from its source."""
+    lines = inspect.getsource(config_class).splitlines()
+    return {
+        m[1]: m[2] or "" for m in (re.match(r"    (\w+): [^#]*(?:# *(.*))?$", line) for line in lines) if m
+    }
+
+
+def parse_value(text: str, kind: type):
+    """A command-line value as the field's type, 1_000 and 1e9 for integers too; ValueError if it is none."""
+    if kind is bool:
+        return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+    if kind is int and not re.fullmatch(r"[-+]?[\d_]+", text):
+        if float(text) != int(float(text)):
+            raise ValueError(text)
+        return int(float(text))
+    return kind(text)
+
+
+def parse_config(config_class: type, arguments: Sequence[str]):
+    """A Config with `--field=value` overrides; the fields, their defaults and comments are the documentation.
+
+    Raises InputError for an unknown field or a value of the wrong type, and SystemExit for --help.
+    """
+    comments, kinds = field_comments(config_class), typing.get_type_hints(config_class)
+    fields = {f.name: f.default for f in dataclasses.fields(config_class)}
+    overview = "\n".join(
+        f"  {f'--{name}={default}':<32}  {comments[name]}" for name, default in fields.items()
+    )
+    if {"-h", "--help"} & set(arguments):
+        print(f"{sys.modules[config_class.__module__].__doc__.strip()}\n\nFields and defaults:\n{overview}")
+        raise SystemExit(0)
+    values = {}
+    for argument in arguments:
+        name, equals, text = argument.removeprefix("--").partition("=")
+        if not argument.startswith("--") or not equals or name not in fields:
+            raise InputError(
+                f"{argument} is not understood; write --field=value with one of these fields:\n{overview}"
+            )
+        try:
+            values[name] = parse_value(text, kinds[name])
+        except (ValueError, KeyError, OverflowError):
+            raise InputError(
+                f"--{name}={text} is not of type {kinds[name].__name__} ({comments[name]})"
+            ) from None
+    return config_class(**values)
+
+
+def run_script(main: Callable, config_class: type) -> None:
+    """Run main(config), config from the command line; the user's mistakes give one sentence and status 1."""
+    try:
+        main(parse_config(config_class, sys.argv[1:]))
+    except InputError as error:
+        sys.exit(f"error: {error}")
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        sys.exit(f"error: the disk is full ({error}); make room and run the same command again, it continues")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+# -- ranks and devices ---------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Ranks:
+    """This process among those that torchrun started, and its device; alone when there is no torchrun."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def print(self, *values) -> None:
+        """Print on rank 0."""
+        if self.main:
+            print(*values, flush=True)
+
+    def sum(self, *values: float | torch.Tensor) -> list[float]:
+        """Each value's sum over all ranks, in float64."""
+        total = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=self.device) for v in values])
+        if self.world > 1:
+            dist.all_reduce(total)
+        return total.tolist()
+
+    @contextmanager
+    def main_first(self):
+        """Rank 0 does the block before the others do: it downloads or writes what they then find."""
+        if self.world > 1 and not self.main:
+            dist.barrier()
+        yield
+        if self.world > 1 and self.main:
+            dist.barrier()
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            dist.barrier()
+
+    def autocast(self):
+        """bf16 matrix products on CUDA, fp32 elsewhere."""
+        return torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else nullcontext()
+
+
+def set_up(device: str) -> Ranks:
+    """Join the other ranks (NCCL on GPUs, gloo on CPUs) and choose the device: "auto", or a name as torch has
+    them.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    elif device.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(
+            f"--device={device}, but no CUDA device is visible; use --device=cpu or --device=auto"
+        )
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    device = torch.device(device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    if world > 1:
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None
+        )
+    return Ranks(rank, world, device)
+
+
+def wrap(model: GPTModel, ranks: Ranks, compile: str) -> nn.Module:
+    """The model as a training step calls it: compiled ("auto": on CUDA), gradients averaged over ranks."""
+    if compile not in ("auto", "true", "false"):
+        raise InputError(f"--compile={compile} is unknown; choose auto, true or false")
+    module = (
+        torch.compile(model)
+        if compile == "true" or (compile == "auto" and ranks.device.type == "cuda")
+        else model
+    )
+    if ranks.world > 1:
+        ids = [ranks.device.index] if ranks.device.type == "cuda" else None
+        module = nn.parallel.DistributedDataParallel(
+            module, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
+    return module
+
+
+# -- one step ------------------------------------------------------------------------------------------------
+
+
+def train_step(
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    micro_batches: Sequence[dict],
+    lr_share: float,
+    max_grad_norm: float,
+    ranks: Ranks,
+) -> dict[str, float]:
+    """One optimizer step over this rank's micro-batches, each the keyword arguments of the model's forward,
+    at a share of the peak learning rates.
+
+    The loss is the sum over all targets of all micro-batches of all ranks, divided once by their number: any
+    split of the same global batch gives the same gradients up to rounding. Returns loss (nats per token),
+    grad_norm (before clipping), lr (AdamW's)
+    and targets (how many).
+    """
+    (targets,) = ranks.sum(sum((batch["targets"] != IGNORE).sum() for batch in micro_batches))
+    assert targets > 0, "a global batch without targets; the loaders never give one"
+    loss_sum = torch.zeros((), device=ranks.device)
+    for i, batch in enumerate(micro_batches):
+        last = i == len(micro_batches) - 1
+        with nullcontext() if last or ranks.world == 1 else module.no_sync():
+            with ranks.autocast():
+                loss = module(**batch)
+            (
+                loss * (ranks.world / targets)
+            ).backward()  # DDP averages over ranks: times their number is a sum
+        loss_sum += loss.detach()
+    grad_norm = nn.utils.clip_grad_norm_(module.parameters(), max_grad_norm or math.inf)
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * lr_share
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    (loss_sum,) = ranks.sum(loss_sum)
+    lr = optimizer.param_groups[-1]["lr"]
+    return {"loss": loss_sum / targets, "grad_norm": grad_norm.item(), "lr": lr, "targets": int(targets)}
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, micro_batches: Iterable[dict], ranks: Ranks) -> tuple[float, int]:
+    """Summed loss in nats and number of targets, over this and all other ranks' micro-batches."""
+    loss, targets = torch.zeros((), dtype=torch.float64), 0
+    for batch in micro_batches:
+        with ranks.autocast():
+            loss += model(**batch).double().cpu()
+        targets += int((batch["targets"] != IGNORE).sum())
+    loss, targets = ranks.sum(loss, targets)
+    return loss, int(targets)
+
+
+# -- checkpoints ---------------------------------------------------------------------------------------------
+
+
+def sync_to_disk(path: Path) -> None:
+    """Have the operating system write a file, or a folder's entries, to the disk itself."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def save_checkpoint(
+    config,
+    step: int,
+    model: GPTModel,
+    tokenizer,
+    optimizer: torch.optim.Optimizer,
+    identity: dict,
+    metrics: "Metrics",
+    ranks: Ranks,
+) -> None:
+    """Write out_dir/step_0000123, a Hugging Face model directory with `training_state.pt` beside the weights.
+
+    It is written under another name, flushed, given a manifest with each file's size and hash, and renamed:
+    at any moment a crash leaves the older checkpoints, and this one either whole or absent. Then all but the
+    newest keep_last are deleted (0 keeps all). Raises InputError, having written nothing, if the disk has too
+    little room. `config` has out_dir and keep_last. Rank 0 writes, the others wait.
+    """
+    if not ranks.main:
+        return ranks.barrier()
+    out_dir = Path(config.out_dir)
+    needed = (
+        sum(p.numel() * p.element_size() for p in model.parameters()) * 3 + 50_000_000
+    )  # weights, two moments, rest
+    free = shutil.disk_usage(out_dir).free
+    if free < needed:
+        raise InputError(
+            f"a checkpoint needs {needed / 1e9:.2f} GB and {out_dir} has {free / 1e9:.2f} GB free; make room "
+            f"and run the same command again, it continues from the last checkpoint"
+        )
+    final, partial = out_dir / f"step_{step:07d}", out_dir / f".step_{step:07d}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial, tokenizer)
+    torch.save(
+        {
+            "step": step,
+            "optimizer": state_by_name(model, optimizer),
+            "identity": identity,
+            "config": dataclasses.asdict(config),
+            "wandb_id": metrics.wandb_id,
+        },
+        partial / "training_state.pt",
+    )
+    files = {f.name: {"bytes": f.stat().st_size, "sha256": file_sha256(f)} for f in sorted(partial.iterdir())}
+    for name in files:
+        sync_to_disk(partial / name)
+    write_json(partial / "checkpoint.json", {"step": step, "files": files})
+    sync_to_disk(partial)
+    if final.exists():  # this step was saved before, by a run since taken back to an earlier one
+        shutil.rmtree(final)
+    partial.rename(final)
+    sync_to_disk(out_dir)
+    for old in checkpoints(out_dir)[: -config.keep_last] if config.keep_last else []:
+        shutil.rmtree(old)
+    ranks.barrier()
+
+
+def checkpoints(out_dir: str | Path) -> list[Path]:
+    """A run's checkpoint folders, oldest first."""
+    return sorted(p for p in Path(out_dir).glob("step_*") if re.fullmatch(r"step_\d{7,}", p.name))
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint that save_checkpoint wrote, or None if it is whole."""
+    if not (checkpoint / "checkpoint.json").exists():
+        return "checkpoint.json is missing"
+    for name, expected in read_json(checkpoint / "checkpoint.json")["files"].items():
+        path = checkpoint / name
+        if not path.exists():
+            return f"{name} is missing"
+        if path.stat().st_size != expected["bytes"] or file_sha256(path) != expected["sha256"]:
+            return f"{name} is not what was saved"
+    return None
+
+
+def newest_checkpoint(out_dir: str | Path) -> Path | None:
+    """The newest whole checkpoint of a run, or None; damaged ones are named on stderr and passed over."""
+    for checkpoint in reversed(checkpoints(out_dir)):
+        problem = damage(checkpoint)
+        if problem is None:
+            return checkpoint
+        print(f"warning: passing over {checkpoint}: {problem}", file=sys.stderr)
+    return None
+
+
+def find_model(name: str) -> str | Path:
+    """The model that a user named: for a run's folder its newest whole checkpoint, else the name as it is."""
+    if Path(name).is_dir() and not (Path(name) / "config.json").exists():
+        checkpoint = newest_checkpoint(name)
+        if checkpoint is None:
+            raise InputError(f"{name} holds neither a model (config.json) nor a whole checkpoint (step_…)")
+        return checkpoint
+    return name
+
+
+def resume(out_dir: str | Path, choice: str, identity: dict) -> dict | None:
+    """The training state to go on from, with its folder under "path", or None to start afresh.
+
+    choice is "auto" (the newest whole checkpoint in out_dir, if any), "none" or a checkpoint's path. identity
+    says what makes a run this run. Raises InputError when out_dir holds another run's checkpoints, or any and
+    choice is "none".
+    """
+    existing = checkpoints(out_dir)
+    if choice == "none" and existing:
+        raise InputError(
+            f"{out_dir} holds checkpoints already, up to {existing[-1].name}; choose another --out_dir "
+            f"or go on from them with --resume=auto"
+        )
+    path = {"auto": newest_checkpoint(out_dir), "none": None}.get(choice, Path(choice))
+    if path is None:
+        return None
+    problem = damage(path)
+    if problem:
+        raise InputError(f"{path} cannot be resumed: {problem}")
+    state = torch.load(path / "training_state.pt", map_location="cpu", weights_only=True)
+    differing = [
+        f"{name} {state['identity'].get(name)!r} there, {value!r} here"
+        for name, value in identity.items()
+        if state["identity"].get(name) != value
+    ]
+    if differing:
+        raise InputError(
+            f"{path} belongs to another run ({'; '.join(differing)}); take another --out_dir or those values"
+        )
+    return state | {"path": path}
+
+
+def fingerprint(value) -> str:
+    """A short hash of a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+# -- metrics -------------------------------------------------------------------------------------------------
+
+
+class Metrics:
+    """A run's numbers: `metrics.jsonl` always, `loss.png`, wandb if wanted, a progress bar on a terminal.
+    Rank 0 only.
+
+    `config` has out_dir and wandb: "online", "offline", "off", or "auto": online if a key is set up, else
+    off.
+    """
+
+    def __init__(self, config, start: int, max_steps: int, ranks: Ranks, wandb_id: str | None = None):
+        self.path, self.max_steps, self.main = Path(config.out_dir) / "metrics.jsonl", max_steps, ranks.main
+        self.bar = tqdm(
+            total=max_steps,
+            initial=start,
+            unit="step",
+            dynamic_ncols=True,
+            disable=None if ranks.main else True,
+        )  # None: shown on a terminal only
+        self.run, self.tokens, self.seconds, self.steps = None, 0, 0.0, 0
+        if ranks.main:
+            self.rows = [
+                row for row in read_jsonl(self.path) if row["step"] <= start
+            ]  # later ones are made again
+            self.path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+            self.run = start_wandb(config, wandb_id)
+
+    @property
+    def wandb_id(self) -> str | None:
+        return self.run.id if self.run else None
+
+    def log(self, step: int, **values: float) -> None:
+        """Record values under a step, counted in finished optimizer steps."""
+        if self.main:
+            self.rows.append({"step": step, **values})
+            append_jsonl(self.path, self.rows[-1:])
+            if self.run:
+                self.run.log(values, step=step)
+
+    def say(self, line: str) -> None:
+        """Print a line, above the progress bar if there is one."""
+        if self.main:
+            self.bar.write(line)
+            sys.stdout.flush()
+
+    def step(self, done: int, tokens: int, seconds: float, loss: float) -> None:
+        """Count a finished step, and move the bar."""
+        self.tokens, self.seconds, self.steps = self.tokens + tokens, self.seconds + seconds, self.steps + 1
+        self.bar.set_postfix_str(f"loss {loss:.3f}, {tokens / seconds:,.0f} tok/s", refresh=False)
+        self.bar.update(done - self.bar.n)
+
+    def report(self, done: int, result: dict[str, float]) -> None:
+        """Record and print the last step's numbers, with the speed since the report before."""
+        speed, left = self.tokens / self.seconds, self.seconds / self.steps * (self.max_steps - done)
+        self.log(done, **result, tokens_per_second=round(speed))
+        self.say(
+            f"step {done:6d}/{self.max_steps}  loss {result['loss']:7.4f}  lr {result['lr']:.2e}  "
+            f"grad norm {result['grad_norm']:6.3f}  {speed:9,.0f} tok/s  {tqdm.format_interval(left)} left"
+        )
+        self.tokens, self.seconds, self.steps = 0, 0.0, 0
+
+    def plot(self) -> None:
+        """Draw loss.png from all rows so far."""
+        if not self.main:
+            return
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(7, 4.5), layout="constrained")
+        axes = figure.subplots()
+        for name, style in (
+            ("loss", {"alpha": 0.6, "linewidth": 1}),
+            ("val_loss", {"marker": "o", "markersize": 3}),
+        ):
+            points = [(row["step"], row[name]) for row in self.rows if row.get(name) is not None]
+            if points:
+                axes.plot(*zip(*points), label={"loss": "training", "val_loss": "validation"}[name], **style)
+        axes.set(xlabel="optimizer step", ylabel="loss (nats per token)", title=self.path.parent.name)
+        axes.grid(alpha=0.3)
+        axes.legend()
+        figure.savefig(self.path.with_name("loss.png"), dpi=120)
+
+    def close(self) -> None:
+        self.plot()
+        self.bar.close()
+        if self.run:
+            self.run.finish()
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    """The rows of a metrics file, without a last line that a crash cut short; none if there is no file."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def append_jsonl(path: Path, rows: list[dict]) -> None:
+    with open(path, "a") as file:
+        file.write("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def start_wandb(config, run_id: str | None):
+    """A wandb run, or None. Never a prompt: without a key, or if no server answers, it logs offline."""
+    if config.wandb not in ("auto", "online", "offline", "off"):
+        raise InputError(f"--wandb={config.wandb} is unknown; choose auto, online, offline or off")
+    if config.wandb == "off":
+        return None
+    import wandb
+
+    key = wandb.api.api_key
+    if config.wandb == "auto" and not key:
+        return None
+    options = {
+        "project": Path(__file__).parent.name,
+        "name": Path(config.out_dir).name,
+        "id": run_id,
+        "resume": "allow",
+        "config": dataclasses.asdict(config),
+        "dir": config.out_dir,
+        "settings": wandb.Settings(console="off", silent=True, init_timeout=30),
+    }
+    if config.wandb != "offline" and key:
+        try:
+            return wandb.init(mode="online", **options)
+        except wandb.errors.Error as error:
+            print(f"warning: wandb cannot be reached ({error})", file=sys.stderr)
+    print(f"wandb logs offline, into {config.out_dir}/wandb; `wandb sync` sends it later", file=sys.stderr)
+    return wandb.init(mode="offline", **options)
