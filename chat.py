@@ -30,6 +30,12 @@ class Config:
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
 
 
+def load(name: str, device: str = "cpu") -> tuple[GPTModel, object]:
+    """The model that a user named, on a device, and its tokenizer."""
+    path = training.find_model(name)
+    return GPTModel.from_pretrained(path).to(device), load_tokenizer(path)
+
+
 def fit(messages: list[dict], tokenizer, room: int) -> tuple[list[dict], int]:
     """The messages without the oldest turns that do not fit into `room` tokens, and how many were dropped.
 
@@ -82,14 +88,12 @@ def respond(model: GPTModel, tokenizer, messages: list[dict], config: Config) ->
 
 
 def main(config: Config) -> None:
-    device = training.set_up(config.device).device
-    path = training.find_model(config.model)
-    model, tokenizer = GPTModel.from_pretrained(path).to(device), load_tokenizer(path)
+    model, tokenizer = load(config.model, training.set_up(config.device).device)
     messages = [{"role": "system", "content": config.system}] if config.system else []
     if config.prompt:
         respond(model, tokenizer, [*messages, {"role": "user", "content": config.prompt}], config)
         return
-    print(f"{path}: {model.num_parameters():,} parameters. Ctrl-C stops an answer, Ctrl-D ends the chat.")
+    print(f"{config.model}: {model.num_parameters():,} parameters. Ctrl-C stops an answer, Ctrl-D the chat.")
     while True:
         try:
             question = input("> ")

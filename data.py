@@ -37,9 +37,7 @@ CHAT_TEMPLATE = (
 # -- sources -------------------------------------------------------------------------------------------------
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
-TXT_PIECE = (
-    1_000_000  # characters; a longer .txt file is cut, at line ends, into documents of about this size
-)
+TXT_PIECE = 1_000_000  # characters; a longer .txt is cut, at line ends, into documents of about this size
 
 
 def source_rows(source: str, name: str, split: str) -> Iterator[tuple[dict, str]]:
@@ -52,13 +50,7 @@ def source_rows(source: str, name: str, split: str) -> Iterator[tuple[dict, str]
         yield from hub_rows(source, name, split)
     for path in files or []:
         try:
-            reader = (
-                read_txt
-                if path.suffix == ".txt"
-                else read_parquet
-                if path.suffix == ".parquet"
-                else read_jsonl
-            )
+            reader = {".txt": read_txt, ".parquet": read_parquet}.get(path.suffix, read_jsonl)
             for number, row in enumerate(reader(path), 1):
                 if not isinstance(row, dict):
                     raise InputError(
@@ -209,9 +201,7 @@ def with_chatml(tokenizer):
 def encode(tokenizer, texts: Sequence[str]) -> list[list[int]]:
     """Ids of each text, on all cores, with no special id: text that looks like a special token stays text."""
     backend = tokenizer.backend_tokenizer
-    backend.encode_special_tokens = (
-        True  # the library's name for "treat them as the text they are spelled with"
-    )
+    backend.encode_special_tokens = True  # the library's name for: as the text that they are spelled with
     try:
         return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
     finally:

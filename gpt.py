@@ -23,6 +23,11 @@ import torch.nn.functional as F
 
 from rope import apply_rope, rope_cache
 
+LOGITS_AT_ONCE = {
+    "cpu": 2**22,
+    "cuda": 2**26,
+    "mps": 2**24,
+}  # that the loss holds; 16 MB stay in a CPU's cache
 IGNORE = -100  # a target with this value is not trained on; PyTorch's and Hugging Face's convention
 
 
@@ -126,12 +131,8 @@ class KVCache:
 class MultiHeadAttention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
-        C, H, G, D = (
-            config.hidden_size,
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_dim,
-        )
+        C, D = config.hidden_size, config.head_dim
+        H, G = config.num_attention_heads, config.num_key_value_heads
         self.layer, self.head_dim = layer, D
         self.q_proj = nn.Linear(C, H * D, bias=False)
         self.k_proj = nn.Linear(C, G * D, bias=False)
@@ -221,9 +222,10 @@ def summed_loss(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) ->
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     keep = targets != IGNORE
-    logits = 2**22 if x.device.type == "cpu" else 2**26  # at once: 16 MB stay in a CPU's cache
     with torch.autocast(x.device.type, enabled=False):
-        return SummedCrossEntropy.apply(x[keep], weight, targets[keep], max(1, logits // len(weight)))
+        return SummedCrossEntropy.apply(
+            x[keep], weight, targets[keep], max(1, LOGITS_AT_ONCE[x.device.type] // len(weight))
+        )
 
 
 class Decoder(nn.Module):
@@ -466,9 +468,7 @@ def read_json(path: Path) -> dict:
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise InputError(
-            f"{path} cannot be read ({error}); expected the JSON file of a Hugging Face model"
-        ) from error
+        raise InputError(f"{path} cannot be read ({error}); expected a JSON object") from error
 
 
 def stored_tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
@@ -505,8 +505,7 @@ def sample(
     probs = logits.softmax(-1)
     if top_p is not None:
         ordered, index = probs.sort(descending=True)
-        ordered[ordered.cumsum(-1) - ordered >= top_p] = (
-            0  # those before it reach top_p already; the first stays
-        )
+        enough = ordered.cumsum(-1) - ordered >= top_p  # the more likely ones reach top_p without this one
+        ordered[enough] = 0
         probs = torch.zeros_like(probs).scatter_(1, index, ordered)
     return torch.multinomial(probs, 1, generator=generator)[:, 0]

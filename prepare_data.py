@@ -27,6 +27,7 @@ from data import (
     encode,
     hash_fraction,
     load_tokenizer,
+    source_files,
     source_rows,
     tokenizer_fingerprint,
     train_tokenizer,
@@ -43,9 +44,7 @@ TOKENIZER_BYTES = 200_000_000  # of text, from the beginning, that --tokenizer=t
 
 @dataclass
 class Config:
-    source: str = (
-        "HuggingFaceFW/fineweb-edu"  # embedded, a hub dataset id, or files and folders with commas between
-    )
+    source: str = "HuggingFaceFW/fineweb-edu"  # embedded, a hub dataset's id, or files and folders: a,b
     config: str = "sample-10BT"  # the hub dataset's configuration; empty for its default
     split: str = "train"  # the hub dataset's split
     column: str = "text"  # the column or JSON key with the text
@@ -206,6 +205,8 @@ def main(config: Config) -> None:
     if is_prepared(out_dir, settings):
         print(f"{out_dir} is already prepared")
         return
+    if config.source != "embedded":
+        source_files(config.source)  # before anything is written: is it there?
     out_dir.mkdir(parents=True, exist_ok=True)
     if not (out_dir / "progress.json").exists():
         save_progress(out_dir, settings, 0, {})

@@ -55,7 +55,7 @@ class Config:
     log_every: int = 10  # steps between two lines
     eval_every: int = 250  # steps between two validations
     eval_tokens: int = 2_000_000  # tokens of the validation split that are read each time; 0 for all
-    sample_every: int = 500  # steps between two samples of text; 0 for none
+    samples: bool = True  # continue a few prompts after each validation
     save_every: int = 500  # steps between two checkpoints
     keep_last: int = 3  # checkpoints that are kept; 0 for all
     wandb: str = "auto"  # auto (if a key is set up), online, offline or off
@@ -143,43 +143,33 @@ def main(config: Config) -> None:
     )
     if state:
         ranks.print(
-            f"continuing from {state['path']}" if start < config.max_steps else f"{state['path']} is finished"
+            f"{state['path']} is finished"
+            if start >= config.max_steps
+            else f"continuing from {state['path']}"
         )
-    if start >= config.max_steps:
-        return
-    metrics = training.Metrics(config, start, config.max_steps, ranks, state["wandb_id"] if state else None)
+    metrics = training.Metrics(config, start, config.max_steps, batch * config.context_length, ranks, state)
     val_bytes = val.text_bytes(val_windows, tokenizer)
-
-    def validate(step: int) -> None:
-        nats, targets = training.evaluate(
-            module, micro_batches(val, val_windows, config, shape, ranks), ranks
-        )
-        val_loss, val_bpb = nats / targets, nats / math.log(2) / val_bytes
-        metrics.log(step, val_loss=val_loss, val_bpb=val_bpb)
-        metrics.say(f"step {step:6d}  validation loss {val_loss:.4f} nats/token, {val_bpb:.4f} bits/byte")
-
-    if start == 0:
-        validate(0)
     decay_steps = round(config.decay_fraction * config.max_steps)
-    for step in range(start, config.max_steps):
+
+    for step in range(start, config.max_steps + 1):  # so many optimizer steps are done
+        last = step == config.max_steps
+        if (step % config.eval_every == 0 or last) and not metrics.has(step, "val_loss"):
+            batches = micro_batches(val, val_windows, config, shape, ranks)
+            nats, targets = training.evaluate(module, batches, ranks)
+            metrics.validated(step, val_loss=nats / targets, val_bpb=nats / math.log(2) / val_bytes)
+            if config.samples and ranks.main:
+                metrics.say("\n".join(f"  | {text}" for text in sample_text(model, tokenizer, config.seed)))
+        if last:
+            break
         began = time.monotonic()
         share = schedule(step, config.max_steps, config.warmup_steps, decay_steps)
         windows = batch_order(config.seed, step, batch, len(train))
         batches = list(micro_batches(train, windows, config, shape, ranks))
         result = training.train_step(module, optimizer, batches, share, config.max_grad_norm, ranks)
-        done = step + 1
-        last = done == config.max_steps
-        metrics.step(done, batch * config.context_length, time.monotonic() - began, result["loss"])
-        if done % config.log_every == 0 or last:
-            metrics.report(done, result)
-        if done % config.save_every == 0 or last:
-            training.save_checkpoint(config, done, model, tokenizer, optimizer, identity, metrics, ranks)
-        if done % config.eval_every == 0 or last:
-            validate(done)
-            metrics.plot()
-        if config.sample_every and (done % config.sample_every == 0 or last) and ranks.main:
-            for text in sample_text(model, tokenizer, config.seed):
-                metrics.say(f"  | {text}")
+        step += 1
+        metrics.step(step, result, time.monotonic() - began)
+        if step % config.save_every == 0 or step == config.max_steps:
+            training.save_checkpoint(config, step, model, tokenizer, optimizer, identity, metrics, ranks)
     metrics.close()
 
 

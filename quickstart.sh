@@ -26,7 +26,7 @@ if [ "${1:-}" = setup ]; then exit; fi
 "$VENV/bin/python" pretrain_gpt.py --data_dir="$OUT/data" --out_dir="$OUT/base" \
     --num_hidden_layers=4 --hidden_size=256 --num_attention_heads=4 --context_length=256 \
     --max_steps=300 --batch_tokens=4096 --micro_batch_size=16 --warmup_steps=10 \
-    --eval_every=100 --eval_tokens=40000 --sample_every=100 --save_every=100 ${PRETRAIN_FLAGS:-}
+    --eval_every=100 --eval_tokens=40000 --save_every=100 ${PRETRAIN_FLAGS:-}
 
 # 5 and 6: 100 steps × 4,096 tokens, a third of an epoch; the same questions before and after.
 "$VENV/bin/python" sft_gpt.py --model="$OUT/base" --data=embedded --out_dir="$OUT/chat" \

@@ -28,14 +28,12 @@ def rope_cache(
     """
     if head_dim % 2:
         raise ValueError(f"head_dim is {head_dim}; rotary embedding needs an even one")
-    inv_freq = theta ** -(
-        torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
-    )  # (D/2,)
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
+    inv_freq = 1.0 / theta**exponents  # (D/2,), rounded as Hugging Face rounds it
     if scaling is not None:
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-        turns = (
-            scaling["original_max_position_embeddings"] * inv_freq / (2 * math.pi)
-        )  # within the original context
+        context = scaling["original_max_position_embeddings"]
+        turns = context * inv_freq / (2 * math.pi)  # within the original context
         keep = ((turns - low) / (high - low)).clamp(0, 1)
         inv_freq = keep * inv_freq + (1 - keep) * inv_freq / scaling["factor"]
     angles = torch.outer(torch.arange(length, dtype=torch.float32, device=device), inv_freq)  # (length, D/2)

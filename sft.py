@@ -246,18 +246,16 @@ class PackedLoader:
         """Share of the rows' positions that hold a token."""
         return float(self.dataset.offsets[-1]) / (len(self.rows) * self.T)
 
-    def micro_batches(
-        self, rows: Sequence[list[int]], size: int, rank: int, world: int, device
-    ) -> Iterator[dict]:
+    def micro_batches(self, rows: Sequence[list[int]], size: int, ranks) -> Iterator[dict]:
         """A rank's share of some rows, as the keyword arguments of the model's forward.
 
         A rank that gets none, at an epoch's end, gives one row of padding, so that all ranks take part in
         every step.
         """
-        own = rows[rank::world] or [[]]
+        own = rows[ranks.rank :: ranks.world] or [[]]
         for i in range(0, len(own), size):
             batch = collate([[self.dataset[c] for c in row] for row in own[i : i + size]], self.T)
-            yield {name: tensor.to(device) for name, tensor in batch.items()}
+            yield {name: tensor.to(ranks.device) for name, tensor in batch.items()}
 
 
 def collate(rows: Sequence[Sequence[tuple[np.ndarray, np.ndarray]]], T: int) -> dict[str, torch.Tensor]:

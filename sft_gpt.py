@@ -26,18 +26,16 @@ from sft import PackedLoader, SFTDataset, prompt_ids
 
 @dataclass
 class Config:
-    # Recipes of SmolLM2 (Allal et al. 2025): up to 360M parameters smol-smoltalk, lr 1e-3, 2 epochs; 1.7B
-    # smoltalk, 3e-4. data
+    # Recipes of SmolLM2 (Allal et al. 2025): for up to 360M parameters smol-smoltalk, lr 1e-3, 2 epochs;
+    # for 1.7B smoltalk, lr 3e-4, 2 epochs.
+
+    # data
     model: str = "out/base"  # a run's folder (its newest checkpoint), a model directory, or a hub id
-    data: str = (
-        "HuggingFaceTB/smol-smoltalk"  # embedded, a hub dataset id, or files and folders with commas between
-    )
+    data: str = "HuggingFaceTB/smol-smoltalk"  # embedded, a hub dataset's id, or files and folders: a,b
     data_config: str = ""  # the hub dataset's configuration; empty for its default
     data_split: str = "train"  # the hub dataset's split
     column: str = "messages"  # the column or JSON key with the list of messages
-    val_fraction: float = (
-        0.01  # share of the conversations held out, chosen by a hash of the first user message
-    )
+    val_fraction: float = 0.01  # share of the conversations held out, by a hash of their first question
     out_dir: str = "out/chat"  # folder for checkpoints, metrics.jsonl, loss.png and answers.jsonl
     # optimization
     max_length: int = 0  # tokens in a row, longer conversations are cut; 0 for the model's context
@@ -107,7 +105,7 @@ def conversations(config: Config, held_out: bool) -> Iterator[tuple[list[dict], 
 def prepare(
     config: Config, tokenizer, max_length: int, ranks: training.Ranks
 ) -> tuple[SFTDataset, SFTDataset, list[str]]:
-    """Training and validation data, rendered once into out_dir/data-…, and held-out questions."""
+    """Training and validation data, rendered once into out_dir/data-…, and the held-out questions."""
     key = training.fingerprint(
         [
             config.data,
@@ -120,22 +118,22 @@ def prepare(
         ]
     )
     folder = Path(config.out_dir) / f"data-{key}"
+    if config.val_fraction <= 0 or next(conversations(config, held_out=True), None) is None:
+        raise InputError("no conversation is held out; raise --val_fraction")
     for split in ("train", "val"):
         if not (folder / split).exists():
             ranks.print(f"rendering the {split} conversations of {config.data}")
             SFTDataset.prepare(folder / split, conversations(config, split == "val"), tokenizer, max_length)
     if not (folder / "questions.json").exists():
-        asked = dict.fromkeys(
-            first_question(messages) for messages, _ in conversations(config, held_out=True)
-        )
-        training.write_json(
-            folder / "questions.json", [q for q in asked if len(q.encode()) <= max_length // 2][:1000]
-        )
-    return (
-        SFTDataset(folder / "train"),
-        SFTDataset(folder / "val"),
-        json.loads((folder / "questions.json").read_text()),
-    )
+        asked = dict.fromkeys(first_question(messages) for messages, _ in conversations(config, True))
+        fitting = (q for q in asked if len(prompt_ids(user_turn(q), tokenizer)) < max_length)
+        training.write_json(folder / "questions.json", list(itertools.islice(fitting, 1000)))
+    questions = json.loads((folder / "questions.json").read_text())
+    return SFTDataset(folder / "train"), SFTDataset(folder / "val"), questions
+
+
+def user_turn(content: str) -> list[dict]:
+    return [{"role": "user", "content": content}]
 
 
 def answers(model: GPTModel, tokenizer, questions: list[str], max_new_tokens: int) -> list[dict]:
@@ -143,7 +141,7 @@ def answers(model: GPTModel, tokenizer, questions: list[str], max_new_tokens: in
     stop, results = tokenizer.convert_tokens_to_ids(TURN_END), []
     for i in range(0, len(questions), 50):
         asked = questions[i : i + 50]
-        prompts = [prompt_ids([{"role": "user", "content": question}], tokenizer) for question in asked]
+        prompts = [prompt_ids(user_turn(question), tokenizer) for question in asked]
         for question, ids in zip(asked, zip(*model.generate(prompts, max_new_tokens, stop_ids=[stop]))):
             ids = [t for t in ids if t is not None]
             results.append(
@@ -154,6 +152,16 @@ def answers(model: GPTModel, tokenizer, questions: list[str], max_new_tokens: in
                 }
             )
     return results
+
+
+def ask(config: Config, step: int, model: GPTModel, tokenizer, questions: list[str]) -> float:
+    """Answer the fixed and the held-out questions into answers.jsonl; the share of the latter that stop."""
+    path = Path(config.out_dir) / "answers.jsonl"
+    held_out = answers(model, tokenizer, questions[: config.eval_questions], config.max_new_tokens)
+    fixed = answers(model, tokenizer, list(QUESTIONS), config.max_new_tokens)
+    earlier = [row for row in training.read_jsonl(path) if row["step"] < step]
+    training.write_jsonl(path, earlier + [{"step": step, **answer} for answer in held_out + fixed])
+    return sum(answer["stopped"] for answer in held_out) / len(held_out)
 
 
 def side_by_side(out_dir: str) -> str:
@@ -230,58 +238,33 @@ def main(config: Config) -> None:
             )
     if state:
         ranks.print(
-            f"continuing from {state['path']}" if start < max_steps else f"{state['path']} is finished"
+            f"{state['path']} is finished" if start >= max_steps else f"continuing from {state['path']}"
         )
-    if start < max_steps:
-        metrics = training.Metrics(config, start, max_steps, ranks, state["wandb_id"] if state else None)
+    metrics = training.Metrics(config, start, max_steps, batch * T, ranks, state)
+    warmup_steps = round(config.warmup_fraction * max_steps)
 
-    def validate(step: int) -> None:
-        batches = val.micro_batches(val.rows, config.micro_batch_size, ranks.rank, ranks.world, ranks.device)
-        nats, targets = training.evaluate(module, batches, ranks)
-        metrics.log(step, val_loss=nats / targets)
-        metrics.say(
-            f"step {step:6d}  validation loss {nats / targets:.4f} nats/token over {targets:,} targets"
-        )
-
-    def ask(step: int) -> None:
-        """Answer the fixed and the held-out questions, on rank 0, and record the answers."""
-        if config.eval_questions and ranks.main:
-            held_out = answers(model, tokenizer, questions[: config.eval_questions], config.max_new_tokens)
-            fixed = answers(model, tokenizer, list(QUESTIONS), config.max_new_tokens)
-            training.append_jsonl(
-                Path(config.out_dir) / "answers.jsonl", [{"step": step, **a} for a in held_out + fixed]
-            )
-            stopped = sum(a["stopped"] for a in held_out)
-            metrics.log(step, stopped=stopped / len(held_out))
-            metrics.say(f"step {step:6d}  {stopped} of {len(held_out)} answers to held-out questions stop")
-        ranks.barrier()
-
-    if start == 0:
-        validate(0)
-        ask(0)
-    for step in range(start, max_steps):
-        began = time.monotonic()
-        share = schedule(step, max_steps, round(config.warmup_fraction * max_steps), max_steps)
-        rows = train.step_rows(step)
-        batches = list(
-            train.micro_batches(rows, config.micro_batch_size, ranks.rank, ranks.world, ranks.device)
-        )
-        result = training.train_step(module, optimizer, batches, share, config.max_grad_norm, ranks)
-        done = step + 1
-        last = done == max_steps
-        metrics.step(done, len(rows) * T, time.monotonic() - began, result["loss"])
-        if done % config.log_every == 0 or last:
-            metrics.report(done, result)
-        if done % config.save_every == 0 or last:
-            training.save_checkpoint(config, done, model, tokenizer, optimizer, identity, metrics, ranks)
-        if done % config.eval_every == 0 or last:
-            validate(done)
-            metrics.plot()
+    for step in range(start, max_steps + 1):  # so many optimizer steps are done
+        last = step == max_steps
+        if (step % config.eval_every == 0 or last) and not metrics.has(step, "val_loss"):
+            batches = val.micro_batches(val.rows, config.micro_batch_size, ranks)
+            nats, targets = training.evaluate(module, batches, ranks)
+            stopped = {}
+            if (step == 0 or last) and config.eval_questions and questions and ranks.main:
+                stopped = {"stopped": ask(config, step, model, tokenizer, questions)}
+            metrics.validated(step, val_loss=nats / targets, **stopped)
         if last:
-            ask(done)
-            metrics.close()
-    if config.eval_questions:
-        ranks.print(side_by_side(config.out_dir))
+            break
+        began = time.monotonic()
+        share = schedule(step, max_steps, warmup_steps, max_steps)
+        batches = list(train.micro_batches(train.step_rows(step), config.micro_batch_size, ranks))
+        result = training.train_step(module, optimizer, batches, share, config.max_grad_norm, ranks)
+        step += 1
+        metrics.step(step, result, time.monotonic() - began)
+        if step % config.save_every == 0 or step == max_steps:
+            training.save_checkpoint(config, step, model, tokenizer, optimizer, identity, metrics, ranks)
+    metrics.close()
+    if config.eval_questions and questions and ranks.main:
+        print(side_by_side(config.out_dir))
     ranks.print(f"\nTalk to it: python chat.py --model={config.out_dir}")
 
 

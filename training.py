@@ -166,11 +166,8 @@ def wrap(model: GPTModel, ranks: Ranks, compile: str) -> nn.Module:
     """The model as a training step calls it: compiled ("auto": on CUDA), gradients averaged over ranks."""
     if compile not in ("auto", "true", "false"):
         raise InputError(f"--compile={compile} is unknown; choose auto, true or false")
-    module = (
-        torch.compile(model)
-        if compile == "true" or (compile == "auto" and ranks.device.type == "cuda")
-        else model
-    )
+    wanted = compile == "true" or (compile == "auto" and ranks.device.type == "cuda")
+    module = torch.compile(model) if wanted else model
     if ranks.world > 1:
         ids = [ranks.device.index] if ranks.device.type == "cuda" else None
         module = nn.parallel.DistributedDataParallel(
@@ -195,8 +192,7 @@ def train_step(
 
     The loss is the sum over all targets of all micro-batches of all ranks, divided once by their number: any
     split of the same global batch gives the same gradients up to rounding. Returns loss (nats per token),
-    grad_norm (before clipping), lr (AdamW's)
-    and targets (how many).
+    grad_norm (before clipping), lr (AdamW's) and targets (how many).
     """
     (targets,) = ranks.sum(sum((batch["targets"] != IGNORE).sum() for batch in micro_batches))
     assert targets > 0, "a global batch without targets; the loaders never give one"
@@ -206,9 +202,8 @@ def train_step(
         with nullcontext() if last or ranks.world == 1 else module.no_sync():
             with ranks.autocast():
                 loss = module(**batch)
-            (
-                loss * (ranks.world / targets)
-            ).backward()  # DDP averages over ranks: times their number is a sum
+            share = loss * (ranks.world / targets)  # DDP averages over ranks: times their number is a sum
+            share.backward()
         loss_sum += loss.detach()
     grad_norm = nn.utils.clip_grad_norm_(module.parameters(), max_grad_norm or math.inf)
     for group in optimizer.param_groups:
@@ -265,8 +260,8 @@ def save_checkpoint(
         return ranks.barrier()
     out_dir = Path(config.out_dir)
     needed = (
-        sum(p.numel() * p.element_size() for p in model.parameters()) * 3 + 50_000_000
-    )  # weights, two moments, rest
+        model.num_parameters() * 4 * 3 + 50_000_000
+    )  # bytes: weights, two moments, tokenizer and the rest
     free = shutil.disk_usage(out_dir).free
     if free < needed:
         raise InputError(
@@ -309,7 +304,11 @@ def damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint that save_checkpoint wrote, or None if it is whole."""
     if not (checkpoint / "checkpoint.json").exists():
         return "checkpoint.json is missing"
-    for name, expected in read_json(checkpoint / "checkpoint.json")["files"].items():
+    try:
+        files = read_json(checkpoint / "checkpoint.json")["files"]
+    except InputError:
+        return "checkpoint.json is cut short"
+    for name, expected in files.items():
         path = checkpoint / name
         if not path.exists():
             return f"{name} is missing"
@@ -380,66 +379,81 @@ def fingerprint(value) -> str:
 
 class Metrics:
     """A run's numbers: `metrics.jsonl` always, `loss.png`, wandb if wanted, a progress bar on a terminal.
-    Rank 0 only.
 
-    `config` has out_dir and wandb: "online", "offline", "off", or "auto": online if a key is set up, else
-    off.
+    Rank 0 keeps them; steps count finished optimizer steps, of step_tokens tokens each. `config` has out_dir,
+    log_every and wandb; `state` is that of the checkpoint that the run goes on from, if any.
     """
 
-    def __init__(self, config, start: int, max_steps: int, ranks: Ranks, wandb_id: str | None = None):
-        self.path, self.max_steps, self.main = Path(config.out_dir) / "metrics.jsonl", max_steps, ranks.main
-        self.bar = tqdm(
-            total=max_steps,
-            initial=start,
-            unit="step",
-            dynamic_ncols=True,
-            disable=None if ranks.main else True,
-        )  # None: shown on a terminal only
-        self.run, self.tokens, self.seconds, self.steps = None, 0, 0.0, 0
-        if ranks.main:
-            self.rows = [
-                row for row in read_jsonl(self.path) if row["step"] <= start
-            ]  # later ones are made again
-            self.path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
-            self.run = start_wandb(config, wandb_id)
+    def __init__(
+        self, config, start: int, max_steps: int, step_tokens: int, ranks: Ranks, state: dict | None
+    ):
+        self.ranks, self.log_every, self.max_steps, self.step_tokens = (
+            ranks,
+            config.log_every,
+            max_steps,
+            step_tokens,
+        )
+        self.path = Path(config.out_dir) / "metrics.jsonl"
+        running = ranks.main and start < max_steps
+        # None shows the bar on a terminal only
+        self.bar = tqdm(total=max_steps, initial=start, unit="step", disable=None if running else True)
+        self.rows, self.run = [], None
+        self.seconds, self.steps = 0.0, 0  # since the last report
+        if ranks.main:  # rows of later steps are made again
+            self.rows = [row for row in read_jsonl(self.path) if row["step"] <= start]
+            write_jsonl(self.path, self.rows)
+        if running:
+            self.run = start_wandb(config, state["wandb_id"] if state else None)
 
     @property
     def wandb_id(self) -> str | None:
         return self.run.id if self.run else None
 
+    def has(self, step: int, name: str) -> bool:
+        """Whether a number was recorded under a step; all ranks ask together and get the same answer."""
+        return self.ranks.sum(any(row["step"] == step and name in row for row in self.rows))[0] > 0
+
     def log(self, step: int, **values: float) -> None:
-        """Record values under a step, counted in finished optimizer steps."""
-        if self.main:
+        """Record values under a step."""
+        if self.ranks.main:
             self.rows.append({"step": step, **values})
-            append_jsonl(self.path, self.rows[-1:])
-            if self.run:
-                self.run.log(values, step=step)
+            with open(self.path, "a") as file:
+                file.write(json.dumps(self.rows[-1]) + "\n")
+        if self.run:
+            self.run.log(values, step=step)
 
     def say(self, line: str) -> None:
         """Print a line, above the progress bar if there is one."""
-        if self.main:
+        if self.ranks.main:
             self.bar.write(line)
             sys.stdout.flush()
 
-    def step(self, done: int, tokens: int, seconds: float, loss: float) -> None:
-        """Count a finished step, and move the bar."""
-        self.tokens, self.seconds, self.steps = self.tokens + tokens, self.seconds + seconds, self.steps + 1
-        self.bar.set_postfix_str(f"loss {loss:.3f}, {tokens / seconds:,.0f} tok/s", refresh=False)
-        self.bar.update(done - self.bar.n)
-
-    def report(self, done: int, result: dict[str, float]) -> None:
-        """Record and print the last step's numbers, with the speed since the report before."""
-        speed, left = self.tokens / self.seconds, self.seconds / self.steps * (self.max_steps - done)
-        self.log(done, **result, tokens_per_second=round(speed))
+    def step(self, step: int, result: dict[str, float], seconds: float) -> None:
+        """Count a finished step; record and print every log_every-th, with the speed since the one before."""
+        self.seconds, self.steps = self.seconds + seconds, self.steps + 1
+        speed = self.steps * self.step_tokens / self.seconds
+        self.bar.set_postfix_str(f"loss {result['loss']:.3f}, {speed:,.0f} tok/s", refresh=False)
+        self.bar.update(step - self.bar.n)
+        if step % self.log_every and step != self.max_steps:
+            return
+        left = tqdm.format_interval(self.seconds / self.steps * (self.max_steps - step))
+        self.log(step, tokens=step * self.step_tokens, **result, tokens_per_second=round(speed))
         self.say(
-            f"step {done:6d}/{self.max_steps}  loss {result['loss']:7.4f}  lr {result['lr']:.2e}  "
-            f"grad norm {result['grad_norm']:6.3f}  {speed:9,.0f} tok/s  {tqdm.format_interval(left)} left"
+            f"step {step:6d}/{self.max_steps}  loss {result['loss']:7.4f}  lr {result['lr']:.2e}  "
+            f"grad norm {result['grad_norm']:6.3f}  {speed:9,.0f} tok/s  {left} left"
         )
-        self.tokens, self.seconds, self.steps = 0, 0.0, 0
+        self.seconds, self.steps = 0.0, 0
+
+    def validated(self, step: int, val_loss: float, **values: float) -> None:
+        """Record and print a validation, and draw the curves."""
+        self.log(step, val_loss=val_loss, **values)
+        rest = "".join(f"  {name} {value:.4f}" for name, value in values.items())
+        self.say(f"step {step:6d}/{self.max_steps}  val_loss {val_loss:.4f} nats/token{rest}")
+        self.plot()
 
     def plot(self) -> None:
         """Draw loss.png from all rows so far."""
-        if not self.main:
+        if not self.ranks.main:
             return
         from matplotlib.figure import Figure
 
@@ -458,7 +472,6 @@ class Metrics:
         figure.savefig(self.path.with_name("loss.png"), dpi=120)
 
     def close(self) -> None:
-        self.plot()
         self.bar.close()
         if self.run:
             self.run.finish()
@@ -471,9 +484,18 @@ def read_jsonl(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
-def append_jsonl(path: Path, rows: list[dict]) -> None:
-    with open(path, "a") as file:
-        file.write("".join(json.dumps(row) + "\n" for row in rows))
+def write_jsonl(path: Path, rows: list[dict]) -> None:
+    """Replace a metrics file in one step."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    partial.replace(path)
+
+
+def wandb_key() -> str | None:
+    """The API key that the user set up, in the environment or by `wandb login`."""
+    import wandb
+
+    return wandb.api.api_key
 
 
 def start_wandb(config, run_id: str | None):
@@ -484,7 +506,7 @@ def start_wandb(config, run_id: str | None):
         return None
     import wandb
 
-    key = wandb.api.api_key
+    key = wandb_key()
     if config.wandb == "auto" and not key:
         return None
     options = {

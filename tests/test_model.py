@@ -1,0 +1,392 @@
+"""gpt.py and rope.py: against Hugging Face's models, against plain formulas, and against themselves."""
+
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import small_model
+from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+
+import gpt
+from gpt import IGNORE, GPTConfig, GPTModel, InputError
+from rope import apply_rope, rope_cache
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+SWITCHES = [
+    {"tie_word_embeddings": tied, "num_key_value_heads": groups, "qk_norm": qk_norm, **rest}
+    for tied, groups, qk_norm, rest in itertools.product(
+        (False, True),
+        (4, 2, 1),
+        (False, True),
+        ({}, {"head_dim": 16, "rope_theta": 5e5}, {"rope_scaling": LLAMA3}),
+    )
+]
+
+
+def random_ids(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, 320, shape, generator=torch.Generator().manual_seed(seed))
+
+
+# -- rotary positions ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scaling", [None, LLAMA3])
+def test_rope_equals_hugging_faces(scaling):
+    rope = {"rope_theta": 5e5, **(scaling or {"rope_type": "default"})}
+    config = LlamaConfig(
+        hidden_size=64, num_attention_heads=2, max_position_embeddings=512, rope_parameters=rope
+    )
+    q, k = torch.randn(2, 3, 512, 32), torch.randn(2, 3, 512, 32)
+    cos, sin = rope_cache(32, 512, 5e5, scaling)
+    expected = apply_rotary_pos_emb(q, k, *LlamaRotaryEmbedding(config)(q, torch.arange(512)[None]))
+    for x, y in zip((q, k), expected):
+        torch.testing.assert_close(apply_rope(x, cos, sin), y, atol=2e-6, rtol=0)
+
+
+def test_scores_depend_on_relative_positions_only():
+    q, k = torch.randn(1, 1, 1, 16), torch.randn(1, 1, 1, 16)
+    cos, sin = (x.double() for x in rope_cache(16, 200))
+    score = [
+        (apply_rope(q.double(), cos[p], sin[p]) * apply_rope(k.double(), cos[p + 7], sin[p + 7])).sum()
+        for p in (0, 1, 50, 192)
+    ]
+    torch.testing.assert_close(torch.stack(score), score[0].expand(4), atol=1e-4, rtol=0)
+    other = (apply_rope(q.double(), cos[0], sin[0]) * apply_rope(k.double(), cos[8], sin[8])).sum()
+    assert abs(other - score[0]) > 1e-3
+
+
+def test_rotation_keeps_lengths():
+    x = torch.randn(2, 2, 64, 32)
+    torch.testing.assert_close(apply_rope(x, *rope_cache(32, 64)).norm(dim=-1), x.norm(dim=-1))
+
+
+# -- the model -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("switches", SWITCHES, ids=str)
+def test_logits_and_gradients_equal_hugging_faces(switches, tmp_path):
+    model = small_model(**switches)
+    model.save_pretrained(tmp_path)
+    theirs, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values()), report
+    assert type(theirs).__name__ == ("Qwen3ForCausalLM" if switches["qk_norm"] else "LlamaForCausalLM")
+    ids = random_ids(2, 48)
+    ours, expected = model(ids), theirs(ids).logits
+    assert (ours - expected).abs().max() <= 1e-5 * max(1, expected.abs().max())
+    ours.square().sum().backward()
+    expected.square().sum().backward()
+    gradients = dict(model.named_parameters())
+    for name, p in theirs.named_parameters():
+        assert (gradients[name].grad - p.grad).norm() <= 1e-5 * p.grad.norm(), name
+
+
+@pytest.mark.parametrize("switches", SWITCHES[::5], ids=str)
+def test_greedy_generation_equals_hugging_faces(switches, tmp_path):
+    model = small_model(**switches, max_position_embeddings=128)
+    model.save_pretrained(tmp_path)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
+    prompt = random_ids(1, 20)
+    options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    expected = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=64, **options)
+    assert [i for (i,) in model.generate(prompt.tolist(), 64)] == expected[0, 20:].tolist()
+
+
+@pytest.mark.parametrize("switches", SWITCHES[:12], ids=str)
+def test_shapes_of_every_switch(switches):
+    model = GPTModel(
+        GPTConfig(vocab_size=192, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, **switches)
+    )
+    assert model(random_ids(2, 5) % 192).shape == (2, 5, 192)
+    assert model(random_ids(2, 5) % 192, random_ids(2, 5) % 192).shape == ()
+    assert model.config.intermediate_size == 128  # 8/3 of 32, up to a multiple of 64
+    tables = 192 * 32 * (1 if switches["tie_word_embeddings"] else 2)
+    assert model.num_parameters() == tables + sum(p.numel() for p in model.model.layers.parameters()) + 32
+
+
+def test_a_later_token_never_changes_an_earlier_logit():
+    model, ids = small_model(), random_ids(1, 32)
+    before = model(ids)
+    for t in (1, 15, 31):
+        changed = ids.clone()
+        changed[0, t:] = (changed[0, t:] + 1) % 320
+        after = model(changed)
+        torch.testing.assert_close(after[:, :t], before[:, :t], atol=0, rtol=0)
+        assert (after[:, t:] != before[:, t:]).any()
+
+
+def test_grouped_query_attention_equals_repeated_heads():
+    grouped, full = small_model(num_key_value_heads=2), small_model()
+    state = grouped.state_dict()
+    for name in list(state):
+        if "k_proj" in name or "v_proj" in name:
+            heads = state[name].view(2, 8, 32)
+            state[name] = heads.repeat_interleave(2, dim=0).reshape(32, 32)
+    full.load_state_dict(state)
+    ids = random_ids(2, 20)
+    torch.testing.assert_close(grouped(ids), full(ids), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("vocab_size, hidden_size", [(4096, 256), (512, 64), (49152, 512)])
+def test_the_first_loss_is_ln_v(tied, vocab_size, hidden_size):
+    torch.manual_seed(0)
+    config = GPTConfig(
+        vocab_size=vocab_size, hidden_size=hidden_size, num_hidden_layers=1, tie_word_embeddings=tied
+    )
+    ids = torch.randint(0, vocab_size, (2, 129))
+    with torch.no_grad():
+        loss = GPTModel(config)(ids[:, :-1], ids[:, 1:]) / 256
+    assert abs(loss / math.log(vocab_size) - 1) < 0.02
+
+
+def test_blocks_start_as_the_identity_and_the_ffn_has_its_full_width():
+    model = GPTModel(GPTConfig(vocab_size=128, hidden_size=512, num_hidden_layers=1))
+    x = torch.randn(1, 4, 512)
+    assert torch.equal(model.model.layers[0](x, (model.rope_cos[:4], model.rope_sin[:4])), x)
+    assert model.model.layers[0].mlp.gate_proj.weight.shape == (1408, 512)
+
+
+def test_a_small_model_overfits_one_batch():
+    torch.manual_seed(0)
+    model = GPTModel(GPTConfig(vocab_size=64, hidden_size=64, num_hidden_layers=2, num_attention_heads=4))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    ids = torch.randint(0, 64, (4, 33))
+    for _ in range(80):
+        loss = model(ids[:, :-1], ids[:, 1:]) / 128
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.05
+
+
+# -- the loss ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_loss_equals_cross_entropy_on_the_logits_with_its_gradients(tied, monkeypatch):
+    model, ids = small_model(tie_word_embeddings=tied), random_ids(3, 41)
+    inputs, targets = ids[:, :-1], ids[:, 1:].clone()
+    targets[0, ::2] = targets[2] = IGNORE
+    expected = F.cross_entropy(
+        model(inputs).flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum"
+    )
+    (expected * 0.01).backward()
+    reference = [p.grad.clone() for p in model.parameters()]
+    for logits_at_once in (gpt.LOGITS_AT_ONCE["cpu"], 320 * 7, 1):  # one chunk, ragged ones, one row each
+        monkeypatch.setitem(gpt.LOGITS_AT_ONCE, "cpu", logits_at_once)
+        model.zero_grad()
+        loss = model(inputs, targets)
+        (loss * 0.01).backward()
+        torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+        for p, g in zip(model.parameters(), reference):
+            assert (p.grad - g).norm() <= 1e-5 * g.norm()
+
+
+def test_the_loss_never_holds_all_logits(monkeypatch):
+    """The largest tensor that a forward and backward pass allocates is far below (B·T, V)."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            result = func(*args, **(kwargs or {}))
+            for tensor in result if isinstance(result, tuple | list) else (result,):
+                if isinstance(tensor, torch.Tensor):
+                    largest = max(largest, tensor.untyped_storage().nbytes() // tensor.element_size())
+            return result
+
+    model, ids = small_model(vocab_size=4096, max_position_embeddings=256), random_ids(8, 257)
+    monkeypatch.setitem(gpt.LOGITS_AT_ONCE, "cpu", 2**18)
+    with Watch():
+        model(ids[:, :-1], ids[:, 1:]).backward()
+    assert largest <= 2**18 < 8 * 256 * 4096 / 16
+
+
+def test_a_batch_without_targets_has_loss_zero_and_zero_gradients():
+    model = small_model()
+    loss = model(random_ids(2, 8), torch.full((2, 8), IGNORE))
+    loss.backward()
+    assert loss == 0
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+def test_under_bf16_autocast_the_loss_is_summed_in_fp32():
+    model, ids = small_model(), random_ids(4, 33)
+    exact = model(ids[:, :-1], ids[:, 1:])
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(ids[:, :-1], ids[:, 1:])
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert abs(loss - exact) < 0.01 * exact
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters())
+
+
+# -- generation ----------------------------------------------------------------------------------------------
+
+
+def uncached(model: GPTModel, prompt: list[int], n: int) -> list[int]:
+    ids = list(prompt)
+    for _ in range(n):
+        ids.append(model(torch.tensor([ids]))[0, -1].argmax().item())
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("groups", [4, 2])
+def test_cached_generation_equals_uncached_alone_and_in_a_batch(groups):
+    model = small_model(num_key_value_heads=groups)
+    prompts = [random_ids(1, n, seed=n)[0].tolist() for n in (1, 17, 30, 5)]
+    alone = [[i for (i,) in model.generate([prompt], 30)] for prompt in prompts]
+    assert alone == [uncached(model, prompt, 30) for prompt in prompts]
+    assert [list(row) for row in zip(*model.generate(prompts, 30))] == alone
+
+
+def test_generation_stops_at_a_stop_id_which_it_yields_and_then_gives_none():
+    model = small_model()
+    prompts = [random_ids(1, n, seed=n)[0].tolist() for n in (4, 9)]
+    free = [list(row) for row in zip(*model.generate(prompts, 20))]
+    stop = free[0][5]
+    stopped = [list(row) for row in zip(*model.generate(prompts, 20, stop_ids=[stop]))]
+    for before, after in zip(free, stopped):
+        end = before.index(stop) + 1 if stop in before else 20
+        assert after == (before[:end] + [None] * 20)[: len(after)]
+    lengths = [row.index(stop) + 1 if stop in row else 20 for row in free]
+    assert len(stopped[0]) == max(lengths)
+
+
+def test_generation_ends_when_the_context_is_full():
+    model = small_model()  # of 64 positions
+    rows = list(zip(*model.generate([[1] * 60, [1] * 50], 100)))
+    assert [sum(i is not None for i in row) for row in rows] == [
+        5,
+        15,
+    ]  # the last id fills no position any more
+    assert list(rows[0][:5]) == uncached(model, [1] * 60, 5)
+    with pytest.raises(InputError, match="from 1 to 63"):
+        next(model.generate([[1] * 64]))
+    with pytest.raises(InputError, match="from 1 to 63"):
+        next(model.generate([[]]))
+
+
+def test_sampling_is_repeatable_with_a_seed_and_keeps_to_top_k_and_top_p():
+    model, prompt = small_model(), [1, 2, 3]
+
+    def draw(**options):
+        return [i for (i,) in model.generate([prompt], 40, temperature=1.0, **options)]
+
+    assert draw(seed=1) == draw(seed=1) != draw(seed=2)
+    assert draw(seed=1, top_k=1) == draw(seed=1, top_p=1e-9) == [i for (i,) in model.generate([prompt], 40)]
+
+
+def test_sample_draws_each_id_as_often_as_its_probability_says():
+    probs = torch.tensor([0.5, 0.25, 0.125, 0.0625, 0.0625])
+    generator = torch.Generator().manual_seed(0)
+    rows = probs.log().expand(20_000, -1)
+
+    def frequencies(*options):
+        return gpt.sample(rows, *options, generator).bincount(minlength=5) / 20_000
+
+    torch.testing.assert_close(frequencies(1.0, None, None), probs, atol=0.015, rtol=0)
+    torch.testing.assert_close(
+        frequencies(1.0, 2, None), torch.tensor([2 / 3, 1 / 3, 0, 0, 0]), atol=0.015, rtol=0
+    )
+    torch.testing.assert_close(
+        frequencies(1.0, None, 0.8), torch.tensor([4, 2, 1, 0, 0]) / 7, atol=0.015, rtol=0
+    )
+    squared = probs.square() / probs.square().sum()
+    torch.testing.assert_close(frequencies(0.5, None, None), squared, atol=0.015, rtol=0)
+
+
+# -- loading and saving --------------------------------------------------------------------------------------
+
+
+def test_save_load_save_gives_the_same_bytes(tmp_path, tokenizer):
+    small_model().save_pretrained(tmp_path / "a", tokenizer)
+    GPTModel.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b", tokenizer)
+    names = sorted(path.name for path in (tmp_path / "a").iterdir())
+    assert {"config.json", "model.safetensors", "generation_config.json", "tokenizer.json"} <= set(names)
+    assert names == sorted(path.name for path in (tmp_path / "b").iterdir())
+    for name in names:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_and_sharded_weights_of_others_are_read(dtype, tmp_path):
+    theirs = AutoModelForCausalLM.from_config(
+        LlamaConfig(
+            vocab_size=320, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4
+        )
+    ).to(dtype)
+    theirs.save_pretrained(tmp_path, max_shard_size="40KB")
+    assert (tmp_path / "model.safetensors.index.json").exists()
+    ids = random_ids(1, 16)
+    torch.testing.assert_close(
+        GPTModel.from_pretrained(tmp_path)(ids), theirs.float()(ids).logits, atol=1e-5, rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("model_type", "gpt2"),
+        ("hidden_act", "gelu"),
+        ("attention_bias", True),
+        ("use_sliding_window", True),
+        ("quantization_config", {"bits": 4}),
+        ("rope_scaling", {"rope_type": "yarn", "factor": 2.0}),
+    ],
+)
+def test_what_cannot_be_represented_is_refused_by_name(field, value, tmp_path):
+    small_model().save_pretrained(tmp_path)
+    config = gpt.read_json(tmp_path / "config.json")
+    (tmp_path / "config.json").write_text(gpt.json.dumps(config | {field: value}))
+    with pytest.raises(InputError, match="rope_type" if field == "rope_scaling" else field):
+        GPTModel.from_pretrained(tmp_path)
+
+
+def test_a_damaged_model_directory_is_one_sentence(tmp_path):
+    small_model().save_pretrained(tmp_path)
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole[:-100])
+    with pytest.raises(InputError, match=r"model\.safetensors cannot be read"):
+        GPTModel.from_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(InputError, match=r"model\.safetensors cannot be read"):
+        GPTModel.from_pretrained(tmp_path)
+    small_model(hidden_size=64).save_pretrained(tmp_path / "wide")
+    (tmp_path / "model.safetensors").write_bytes((tmp_path / "wide" / "model.safetensors").read_bytes())
+    with pytest.raises(InputError, match=r"of shape .*64.*of shape .*32"):
+        GPTModel.from_pretrained(tmp_path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(InputError, match=r"config\.json cannot be read"):
+        GPTModel.from_pretrained(tmp_path)
+    with pytest.raises(InputError, match="no directory nowhere"):
+        GPTModel.from_pretrained("nowhere")
+
+
+def test_a_shape_that_does_not_divide_is_refused():
+    with pytest.raises(InputError, match="hidden_size 100 is not divisible by num_attention_heads 8"):
+        GPTConfig(hidden_size=100)
+    with pytest.raises(InputError, match="num_key_value_heads 3"):
+        GPTConfig(num_key_value_heads=3)
+
+
+def test_a_grown_vocabulary_keeps_the_old_logits_and_starts_new_rows_at_the_mean():
+    for tied in (False, True):
+        model, ids = small_model(tie_word_embeddings=tied), random_ids(1, 9)
+        before, mean = model(ids), model.lm_head.weight.mean(0)
+        model.resize_vocabulary(322)
+        assert model.config.vocab_size == 384 and model(ids).shape[-1] == 384
+        torch.testing.assert_close(model(ids)[..., :320], before)
+        torch.testing.assert_close(model.lm_head.weight[320:], mean.expand(64, -1))
+        assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
