@@ -49,6 +49,7 @@ def source_rows(source: str, name: str, split: str) -> Iterator[tuple[dict, str]
     if files is None:
         yield from hub_rows(source, name, split)
     for path in files or []:
+        number = 0
         try:
             reader = {".txt": read_txt, ".parquet": read_parquet}.get(path.suffix, read_jsonl)
             for number, row in enumerate(reader(path), 1):
@@ -61,7 +62,7 @@ def source_rows(source: str, name: str, split: str) -> Iterator[tuple[dict, str]
             if isinstance(error, InputError):
                 raise
             raise InputError(
-                f"{path} cannot be read to its end, it is damaged or cut short: {error}"
+                f"{path} cannot be read beyond row {number}, it is damaged or cut short: {error}"
             ) from error
 
 
@@ -94,7 +95,9 @@ def read_txt(path: Path) -> Iterator[dict]:
 def read_parquet(path: Path) -> Iterator[dict]:
     import pyarrow.parquet
 
-    for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=256):
+    # pyarrow would by default keep all that it has read ahead, in the end the whole file
+    file = pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20)
+    for batch in file.iter_batches(batch_size=256):
         yield from batch.to_pylist()
 
 
@@ -119,8 +122,14 @@ def hub_rows(source: str, name: str, split: str) -> Iterator[tuple[dict, str]]:
             f"no file or folder {source}, and no dataset of that name could be had from the hub: "
             f"{str(error).splitlines()[0]}"
         ) from error
-    for number, row in enumerate(rows, 1):
-        yield row, f"row {number} of {source}"
+    number = 0
+    try:
+        for number, row in enumerate(rows, 1):
+            yield row, f"row {number} of {source}"
+    except OSError as error:
+        raise InputError(
+            f"{source} broke off after row {number} ({error}); run the same command again, it continues"
+        ) from error
 
 
 def column_of(row: dict, column: str, kind: type, where: str):
@@ -131,6 +140,11 @@ def column_of(row: dict, column: str, kind: type, where: str):
         )
     if not isinstance(row[column], kind):
         raise InputError(f"{where}: {column!r} is {type(row[column]).__name__}, expected {kind.__name__}")
+    if kind is str and not row[column].isascii():
+        try:
+            row[column].encode()
+        except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
+            raise InputError(f"{where}: {column!r} is no Unicode text: {error}") from error
     return row[column]
 
 
@@ -188,10 +202,8 @@ def with_chatml(tokenizer):
     """Add the special tokens that a tokenizer lacks, and set the ChatML template."""
     from tokenizers import AddedToken
 
-    known = tokenizer.get_vocab()
     tokenizer.add_tokens(
-        [AddedToken(t, special=True, normalized=False) for t in SPECIALS if t not in known],
-        special_tokens=True,
+        [AddedToken(t, special=True, normalized=False) for t in SPECIALS], special_tokens=True
     )
     tokenizer.eos_token = tokenizer.pad_token = END
     tokenizer.chat_template = CHAT_TEMPLATE
@@ -201,6 +213,8 @@ def with_chatml(tokenizer):
 def encode(tokenizer, texts: Sequence[str]) -> list[list[int]]:
     """Ids of each text, on all cores, with no special id: text that looks like a special token stays text."""
     backend = tokenizer.backend_tokenizer
+    backend.no_truncation()  # a tokenizer may have been saved with them
+    backend.no_padding()
     backend.encode_special_tokens = True  # the library's name for: as the text that they are spelled with
     try:
         return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]

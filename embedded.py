@@ -143,6 +143,7 @@ def first_sentences(text: str, words: int) -> tuple[str, str]:
     return " ".join(sentences[:n]), " ".join(sentences[n:])
 
 
+ANSWER_WORDS = 24  # of a summary in an answer, if its first sentence is not longer
 QUESTIONS = (
     "What is {}?",
     "Tell me about {}.",
@@ -165,10 +166,10 @@ def choose(options: tuple[str, ...], key: str) -> str:
 def article_turns(article: dict) -> list[str]:
     """A question on an article and its first sentences; for every other one a follow-up and the next."""
     title, questions = article["title"], PERSON_QUESTIONS if article["topic"] == "People" else QUESTIONS
-    answer, rest = first_sentences(article["extract"], words=40)
+    answer, rest = first_sentences(article["extract"], words=ANSWER_WORDS)
     turns = [choose(questions, title).format(title), answer]
     if rest and choose(("more", "enough"), title + "?") == "more":
-        turns += [choose(FOLLOW_UPS, title), first_sentences(rest, words=40)[0]]
+        turns += [choose(FOLLOW_UPS, title), first_sentences(rest, words=ANSWER_WORDS)[0]]
     return turns
 
 

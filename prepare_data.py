@@ -27,11 +27,11 @@ from data import (
     encode,
     hash_fraction,
     load_tokenizer,
+    open_data,
     source_files,
     source_rows,
     tokenizer_fingerprint,
     train_tokenizer,
-    verify_shards,
     write_json,
 )
 from gpt import InputError, read_json
@@ -85,10 +85,9 @@ def read_ahead(texts: Iterator[str]) -> Iterator[list[str]]:
 
 
 def make_tokenizer(config: Config):
-    """The tokenizer of this preparation; a trained one is kept in out_dir/tokenizer and found there again."""
-    folder = Path(config.out_dir) / "tokenizer"
-    if config.tokenizer != "train" or folder.exists():
-        return load_tokenizer(folder if config.tokenizer == "train" else config.tokenizer)
+    """The tokenizer of this preparation."""
+    if config.tokenizer != "train":
+        return load_tokenizer(config.tokenizer)
 
     def beginning():
         read = 0
@@ -106,11 +105,11 @@ def make_tokenizer(config: Config):
 
 
 def save_tokenizer(tokenizer, folder: Path) -> None:
-    if not folder.exists():
-        partial = folder.with_suffix(".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        tokenizer.save_pretrained(partial)
-        partial.rename(folder)
+    partial = folder.with_suffix(".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    tokenizer.save_pretrained(partial)
+    shutil.rmtree(folder, ignore_errors=True)  # an earlier preparation's
+    partial.rename(folder)
 
 
 def is_prepared(out_dir: Path, settings: dict) -> bool:
@@ -121,8 +120,9 @@ def is_prepared(out_dir: Path, settings: dict) -> bool:
     """
     for name in ("manifest.json", "progress.json"):
         if (out_dir / name).exists():
-            there = read_json(out_dir / name)["settings"]
-            if there != settings:
+            noted = read_json(out_dir / name)
+            there = noted["settings"]
+            if there != settings and noted.get("documents") != 0:  # nothing done yet binds to nothing
                 differing = ", ".join(
                     f"{k}={there.get(k)!r} there, {v!r} here"
                     for k, v in settings.items()
@@ -134,13 +134,13 @@ def is_prepared(out_dir: Path, settings: dict) -> bool:
                 )
     if not (out_dir / "manifest.json").exists():
         return False
+    (out_dir / "progress.json").unlink(missing_ok=True)  # stopped between the manifest and this
     try:
-        verify_shards(out_dir, read_json(out_dir / "manifest.json"))
+        open_data(out_dir)
         return True
     except InputError as error:
         print(f"{error}: preparing again")
-        for path in [out_dir / "manifest.json", *out_dir.glob("*.bin*")]:
-            path.unlink()
+        (out_dir / "manifest.json").unlink()  # the writers drop the shards as they begin
         return False
 
 
@@ -151,8 +151,8 @@ def write_shards(config: Config, tokenizer, settings: dict) -> dict[str, ShardWr
     writers = {split: ShardWriter(out_dir, split, version, config.shard_tokens) for split in ("train", "val")}
     progress = read_json(out_dir / "progress.json")
     done = progress["documents"]
-    for split, position in progress["positions"].items():
-        writers[split].seek(position)
+    for split, writer in writers.items():
+        writer.seek(progress["positions"].get(split, writer.position()))
     if done:
         print(f"continuing after {done:,} documents", flush=True)
 
@@ -200,6 +200,10 @@ def main(config: Config) -> None:
         raise InputError(
             f"--val_fraction={config.val_fraction} is no share of the documents; expected 0 to below 1"
         )
+    if not 0 < config.shard_tokens < 2**31:  # the header's count is an int32
+        raise InputError(
+            f"--shard_tokens={config.shard_tokens} is no size of a shard; expected 1 to {2**31 - 1}"
+        )
     out_dir = Path(config.out_dir)
     settings = {k: v for k, v in asdict(config).items() if k not in ("out_dir", "workers")}
     if is_prepared(out_dir, settings):
@@ -208,10 +212,13 @@ def main(config: Config) -> None:
     if config.source != "embedded":
         source_files(config.source)  # before anything is written: is it there?
     out_dir.mkdir(parents=True, exist_ok=True)
-    if not (out_dir / "progress.json").exists():
+    progress = out_dir / "progress.json"
+    if progress.exists() and read_json(progress)["settings"] == settings:
+        tokenizer = load_tokenizer(out_dir / "tokenizer")
+    else:
+        tokenizer = make_tokenizer(config)
+        save_tokenizer(tokenizer, out_dir / "tokenizer")
         save_progress(out_dir, settings, 0, {})
-    tokenizer = make_tokenizer(config)
-    save_tokenizer(tokenizer, out_dir / "tokenizer")
     writers = write_shards(config, tokenizer, settings)
     write_json(
         out_dir / "manifest.json",

@@ -491,11 +491,11 @@ def write_jsonl(path: Path, rows: list[dict]) -> None:
     partial.replace(path)
 
 
-def wandb_key() -> str | None:
-    """The API key that the user set up, in the environment or by `wandb login`."""
+def has_wandb_key() -> bool:
+    """Whether the user set up an API key, in the environment or by `wandb login`."""
     import wandb
 
-    return wandb.api.api_key
+    return wandb.login(prompt=False, verify=False)
 
 
 def start_wandb(config, run_id: str | None):
@@ -506,7 +506,7 @@ def start_wandb(config, run_id: str | None):
         return None
     import wandb
 
-    key = wandb_key()
+    key = has_wandb_key()
     if config.wandb == "auto" and not key:
         return None
     options = {

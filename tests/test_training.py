@@ -405,15 +405,15 @@ def test_wandb_needs_no_key_no_server_and_no_answer(monkeypatch, tmp_path, capsy
 
     monkeypatch.setattr(wandb, "init", init)
     for key, mode, expected in (
-        (None, "auto", []),
-        (None, "off", []),
-        (None, "online", ["offline"]),
-        (None, "offline", ["offline"]),
-        ("k" * 40, "auto", ["online", "offline"]),
-        ("k" * 40, "offline", ["offline"]),
+        (False, "auto", []),
+        (False, "off", []),
+        (False, "online", ["offline"]),
+        (False, "offline", ["offline"]),
+        (True, "auto", ["online", "offline"]),
+        (True, "offline", ["offline"]),
     ):
         calls.clear()
-        monkeypatch.setattr(training, "wandb_key", lambda key=key: key)
+        monkeypatch.setattr(training, "has_wandb_key", lambda key=key: key)
         result = training.start_wandb(dataclasses.replace(config, wandb=mode), None)
         assert calls == expected and result == (expected[-1] if expected else None)
     assert "wandb cannot be reached (no route to host)" in capsys.readouterr().err

@@ -1,0 +1,227 @@
+"""How fast the parts are, side by side with what a user would pick instead.
+
+    python bench.py                       # all, on the GPU if there is one
+    python bench.py --only=loss
+    python bench.py --only=step --hidden_size=512 --num_hidden_layers=12 --vocab_size=49152 --context_length=1024
+
+Each comparison runs its candidates in turn, `rounds` times, and prints the median; a warm-up comes first.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import training
+from gpt import GPTConfig, GPTModel, InputError, summed_loss
+from optim import make_optimizer
+
+
+@dataclass
+class Config:
+    only: str = "all"  # loss, step, optimizer, generate or all
+    rounds: int = 7  # times that each candidate runs
+    vocab_size: int = 4096  # V
+    hidden_size: int = 256  # C
+    num_hidden_layers: int = 4  # blocks
+    num_attention_heads: int = 4  # query heads
+    context_length: int = 256  # T, tokens in a window
+    micro_batch_size: int = 16  # B, windows at once
+    optimizer: str = "muon"  # of the step: muon or adamw
+    lr: float = 3e-3  # AdamW's learning rate
+    matrix_lr: float = 0.02  # Muon's learning rate
+    beta1: float = 0.9  # of AdamW
+    beta2: float = 0.95  # of AdamW
+    weight_decay: float = 0.1  # on matrices
+    device: str = "auto"  # auto, cpu, cuda
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the size in bytes of the largest storage that any operation gave."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, torch.Tensor):
+                self.bytes = max(self.bytes, tensor.untyped_storage().nbytes())
+        return result
+
+
+def medians(candidates: dict[str, Callable], rounds: int, device: torch.device) -> dict[str, float]:
+    """Median seconds of each candidate, run in turn."""
+    seconds = {name: [] for name in candidates}
+    for i in range(rounds + 1):
+        for name, run in candidates.items():
+            began = time.perf_counter()
+            run()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if i:  # the first round warms up
+                seconds[name].append(time.perf_counter() - began)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def report(title: str, results: dict[str, float], amount: float, unit: str) -> None:
+    print(f"\n{title}")
+    first = next(iter(results.values()))
+    for name, seconds in results.items():
+        print(
+            f"  {name:44} {1000 * seconds:9.1f} ms  {amount / seconds:12,.0f} {unit}  {seconds / first:5.2f} x the time"
+        )
+
+
+def model_of(config: Config, device: torch.device) -> GPTModel:
+    torch.manual_seed(0)
+    shape = GPTConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads,
+        max_position_embeddings=config.context_length,
+    )
+    return GPTModel(shape).to(device)
+
+
+def bench_loss(config: Config, ranks: training.Ranks) -> None:
+    """The head and its loss, forward and backward, over the (N, V) logits."""
+    N, C, V = config.micro_batch_size * config.context_length, config.hidden_size, config.vocab_size
+    x = torch.randn(N, C, device=ranks.device, requires_grad=True)
+    w = torch.randn(V, C, device=ranks.device, requires_grad=True)
+    y = torch.randint(V, (N,), device=ranks.device)
+    half = y.masked_fill(torch.arange(N, device=ranks.device) % 2 == 0, -100)
+    options = torch.nn.LinearCrossEntropyOptions()
+    losses = {
+        "summed_loss (ours)": lambda: summed_loss(x, w, y),
+        "F.linear_cross_entropy, chunked": lambda: F.linear_cross_entropy(
+            x, w, y, reduction="sum", options=options
+        ),
+        "F.cross_entropy on whole logits": lambda: F.cross_entropy(
+            F.linear(x, w).float(), y, reduction="sum"
+        ),
+        "summed_loss (ours), half masked": lambda: summed_loss(x, w, half),
+        "F.linear_cross_entropy, half masked": lambda: F.linear_cross_entropy(
+            x, w, half, reduction="sum", options=options
+        ),
+    }
+    report(
+        f"loss, N={N} C={C} V={V}",
+        medians({k: lambda f=f: f().backward() for k, f in losses.items()}, config.rounds, ranks.device),
+        N,
+        "tok/s",
+    )
+    for name, loss in losses.items():
+        with LargestTensor() as largest:
+            loss().backward()
+        print(f"  {name:44} {largest.bytes / 2**20:9.1f} MiB in its largest tensor")
+
+
+def bench_step(config: Config, ranks: training.Ranks) -> None:
+    """A training step, against Hugging Face's Qwen3 of the same shape with the same optimizer."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    ours = model_of(config, ranks.device)
+    fields = ours.config.to_hf()
+    theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields)).to(ranks.device)
+    B, T = config.micro_batch_size, config.context_length
+    ids = torch.randint(config.vocab_size, (B, T + 1), device=ranks.device)
+    optimizers = [make_optimizer(model, config) for model in (ours, theirs)]
+
+    def their_step():
+        with ranks.autocast():
+            loss = theirs(input_ids=ids[:, :-1], labels=ids[:, :-1]).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+        optimizers[1].step()
+        optimizers[1].zero_grad()
+
+    def our_step(module):
+        batch = {"input_ids": ids[:, :-1], "targets": ids[:, 1:]}
+        training.train_step(module, optimizers[0], [batch], 1.0, 1.0, ranks)
+
+    for group in optimizers[1].param_groups:
+        group["lr"] = group["peak_lr"]
+    compiled = torch.compile(ours)
+    candidates = {
+        "GPTModel": lambda: our_step(ours),
+        "GPTModel, compiled": lambda: our_step(compiled),
+        f"transformers {fields['architectures'][0]}": their_step,
+    }
+    title = f"step of {ours.num_parameters():,} parameters, B={B} T={T}, {config.optimizer}"
+    report(title, medians(candidates, config.rounds, ranks.device), B * T, "tok/s")
+
+
+def bench_optimizer(config: Config, ranks: training.Ranks) -> None:
+    """An update of all parameters."""
+    candidates = {}
+    for kind in ("adamw", "muon"):
+        model = model_of(config, ranks.device)
+        config.optimizer = kind
+        optimizer = make_optimizer(model, config)
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"]
+            for p in group["params"]:
+                p.grad = torch.randn_like(p)
+        candidates[kind] = optimizer.step
+    report(
+        "optimizer update",
+        medians(candidates, config.rounds, ranks.device),
+        model.num_parameters(),
+        "parameters/s",
+    )
+
+
+def bench_generate(config: Config, ranks: training.Ranks) -> None:
+    """Greedy generation of half a context, alone and in a batch, against transformers' generate."""
+    import tempfile
+
+    from transformers import AutoModelForCausalLM
+
+    ours = model_of(config, ranks.device)
+    with tempfile.TemporaryDirectory() as folder:
+        ours.save_pretrained(folder)
+        theirs = AutoModelForCausalLM.from_pretrained(folder).to(ranks.device)
+    n = config.context_length // 2
+    for batch in (1, 16):
+        prompts = torch.ones(batch, 8, dtype=torch.long, device=ranks.device)
+        options = {"max_new_tokens": n, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        candidates = {
+            "GPTModel.generate": lambda p=prompts: list(ours.generate(p.tolist(), n)),
+            "transformers generate": lambda p=prompts, o=options: theirs.generate(p, attention_mask=p, **o),
+        }
+        report(
+            f"generation, {batch} prompts",
+            medians(candidates, config.rounds, ranks.device),
+            n * batch,
+            "tok/s",
+        )
+
+
+BENCHMARKS = {
+    "loss": bench_loss,
+    "step": bench_step,
+    "optimizer": bench_optimizer,
+    "generate": bench_generate,
+}
+
+
+def main(config: Config) -> None:
+    if config.only != "all" and config.only not in BENCHMARKS:
+        raise InputError(f"--only={config.only} is unknown; choose all, {', '.join(BENCHMARKS)}")
+    ranks = training.set_up(config.device)
+    threads = f", {torch.get_num_threads()} threads" if ranks.device.type == "cpu" else ""
+    print(f"torch {torch.__version__}, {ranks.device}{threads}, medians of {config.rounds}")
+    for name, benchmark in BENCHMARKS.items():
+        if config.only in ("all", name):
+            benchmark(config, ranks)
+
+
+if __name__ == "__main__":
+    training.run_script(main, Config)
