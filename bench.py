@@ -2,7 +2,7 @@
 
     python bench.py                       # all, on the GPU if there is one
     python bench.py --only=loss
-    python bench.py --only=step --hidden_size=512 --num_hidden_layers=12 --vocab_size=49152 --context_length=1024
+    python bench.py --only=step --hidden_size=512 --num_attention_heads=8 --num_hidden_layers=12
 
 Each comparison runs its candidates in turn, `rounds` times, and prints the median; a warm-up comes first.
 """
@@ -73,9 +73,8 @@ def report(title: str, results: dict[str, float], amount: float, unit: str) -> N
     print(f"\n{title}")
     first = next(iter(results.values()))
     for name, seconds in results.items():
-        print(
-            f"  {name:44} {1000 * seconds:9.1f} ms  {amount / seconds:12,.0f} {unit}  {seconds / first:5.2f} x the time"
-        )
+        speed = f"{amount / seconds:12,.0f} {unit}"
+        print(f"  {name:44} {1000 * seconds:9.1f} ms {speed}  {seconds / first:5.2f} x the time")
 
 
 def model_of(config: Config, device: torch.device) -> GPTModel:

@@ -11,6 +11,7 @@ B rows, T tokens in a row.
 
 import itertools
 import shutil
+from array import array
 from bisect import bisect_left, insort
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,10 +20,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import TURN_END, TURN_START, batch_order, encode, write_json
+from data import TURN_END, TURN_START, batch_order, encode, hash_fraction, write_json
 from gpt import IGNORE, InputError, read_json
 
 ROLES = ("system", "user", "assistant")
+QUESTIONS_KEPT = 1000  # held-out questions that the report lists
 
 
 def problem(messages) -> str | None:
@@ -96,19 +98,17 @@ def truncate(
 
 
 class SFTDataset:
-    """Rendered conversations in a folder, memory-mapped: `ids.bin`, `trained.bin` and where each begins.
+    """One split of rendered conversations in a folder, memory-mapped.
 
-    `SFTDataset.prepare` makes the folder, unless it is there; `dataset[i]` is a conversation's (ids, labels),
-    arrays of at most max_length, every one with a token to train on.
+    `dataset[i]` is a conversation's (ids, labels), arrays of equal length with at least one token to train
+    on.
     """
 
     def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
-        self.report = read_json(self.folder / "report.json")
-        self.offsets = np.load(self.folder / "offsets.npy")
-        if len(self):
-            self.ids = np.memmap(self.folder / "ids.bin", np.int32, "r")
-            self.trained = np.memmap(self.folder / "trained.bin", np.bool_, "r")
+        folder = Path(folder)
+        self.offsets = np.load(folder / "offsets.npy")  # where each conversation begins, and the end
+        self.ids = np.memmap(folder / "ids.bin", np.int32, "r")
+        self.trained = np.memmap(folder / "trained.bin", np.bool_, "r")
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -120,62 +120,91 @@ class SFTDataset:
     def lengths(self) -> np.ndarray:
         return np.diff(self.offsets)
 
-    @classmethod
-    def prepare(
-        cls,
-        folder: str | Path,
-        conversations: Iterable[tuple[list[dict], str]],
-        tokenizer,
-        max_length: int,
-        batch: int = 1000,
-    ) -> "SFTDataset":
-        """Render (messages, where it was found) into a folder; memory use does not grow with their number.
 
-        Conversations that cannot be trained on are skipped and counted in `report.json`, the first of each
-        kind named. Raises InputError when none is left.
-        """
-        folder = Path(folder)
-        partial = folder.with_name(folder.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        turn_end = tokenizer.convert_tokens_to_ids(TURN_END)
-        offsets, skipped, examples = [0], Counter(), {}
-        counts = Counter(conversations=0, tokens=0, trained_tokens=0, truncated=0)
+class Writer:
+    """Appends rendered conversations to the folder of an SFTDataset."""
 
-        def usable() -> Iterator[list[dict]]:
-            for messages, where in conversations:
-                reason = problem(messages)
-                if reason is None:
-                    yield messages
-                else:
-                    skipped[reason] += 1
-                    examples.setdefault(reason, where)
+    def __init__(self, folder: Path):
+        folder.mkdir(parents=True)
+        self.folder, self.offsets = folder, array("q", [0])
+        self.files = [open(folder / name, "wb") for name in ("ids.bin", "trained.bin")]
 
-        source = usable()
-        with open(partial / "ids.bin", "wb") as id_file, open(partial / "trained.bin", "wb") as trained_file:
-            while messages := list(itertools.islice(source, batch)):
-                for ids, labels in render_batch(messages, tokenizer):
-                    counts["truncated"] += len(ids) > max_length
-                    ids, labels = (np.array(x, np.int32) for x in truncate(ids, labels, max_length, turn_end))
-                    trained = labels != IGNORE
-                    if not trained.any():
-                        skipped[reason := f"no answer begins within {max_length} tokens"] += 1
-                        examples.setdefault(reason, "a long conversation")
-                        continue
-                    id_file.write(ids.tobytes())
-                    trained_file.write(trained.tobytes())
-                    offsets.append(offsets[-1] + len(ids))
-                    counts.update(conversations=1, tokens=len(ids), trained_tokens=int(trained.sum()))
-        np.save(partial / "offsets.npy", np.array(offsets, np.int64))
-        reasons = [
-            {"count": n, "reason": reason, "first": examples[reason]} for reason, n in skipped.most_common()
-        ]
-        if not counts["conversations"]:
-            detail = "; ".join(f"{r['count']} skipped: {r['reason']} (first: {r['first']})" for r in reasons)
-            raise InputError(f"no conversation is left to train on ({detail or 'the source is empty'})")
-        write_json(partial / "report.json", {**counts, "skipped": reasons})
-        partial.rename(folder)
-        return cls(folder)
+    def append(self, ids: np.ndarray, trained: np.ndarray) -> None:
+        for file, values in zip(self.files, (ids.astype(np.int32), trained)):
+            file.write(values.tobytes())
+        self.offsets.append(self.offsets[-1] + len(ids))
+
+    def close(self) -> None:
+        for file in self.files:
+            file.close()
+        np.save(self.folder / "offsets.npy", np.array(self.offsets, np.int64))
+
+
+def first_question(messages: list[dict]) -> str:
+    """The first user message of a conversation; empty if it has none."""
+    return next((m["content"] for m in messages if m["role"] == "user"), "")
+
+
+def prepare_conversations(
+    folder: str | Path,
+    conversations: Iterable,
+    tokenizer,
+    max_length: int,
+    val_fraction: float,
+    batch: int = 1000,
+) -> dict:
+    """Render (messages, where it was found) into the datasets folder/train and folder/val, in one pass whose
+    memory use does not grow; returns what is also in folder/report.json, which stands for a finished folder.
+
+    All conversations that begin with one question fall on one side, by its hash. What cannot be trained on is
+    skipped and counted, the first of each kind named. Raises InputError when a side is left empty.
+    """
+    folder = Path(folder)
+    if (folder / "report.json").exists():
+        return read_json(folder / "report.json")
+    shutil.rmtree(folder, ignore_errors=True)
+    writers = {split: Writer(folder / split) for split in ("train", "val")}
+    turn_end = tokenizer.convert_tokens_to_ids(TURN_END)
+    counts = Counter({"tokens": 0, "trained_tokens": 0, "truncated": 0})
+    skipped, first, questions = Counter(), {}, {}
+
+    def skip(reason: str, where: str) -> None:
+        skipped[reason] += 1
+        first.setdefault(reason, where)
+
+    source = iter(conversations)
+    while rows := list(itertools.islice(source, batch)):
+        usable = []
+        for messages, where in rows:
+            reason = problem(messages)
+            usable.append((messages, where)) if reason is None else skip(reason, where)
+        rendered = render_batch([messages for messages, _ in usable], tokenizer)
+        for (messages, where), (ids, labels) in zip(usable, rendered):
+            kept, labels = (np.array(x) for x in truncate(ids, labels, max_length, turn_end))
+            trained = labels != IGNORE
+            if not trained.any():
+                skip(f"no answer begins within {max_length} tokens", where)
+                continue
+            question = first_question(messages)
+            held_out = hash_fraction(question) < val_fraction
+            writers["val" if held_out else "train"].append(kept, trained)
+            if held_out and len(questions) < QUESTIONS_KEPT:
+                questions[question] = None
+            counts.update(
+                tokens=len(kept), trained_tokens=int(trained.sum()), truncated=len(ids) > max_length
+            )
+    for writer in writers.values():
+        writer.close()
+    reasons = [{"count": n, "reason": reason, "first": first[reason]} for reason, n in skipped.most_common()]
+    detail = "; ".join(f"{r['count']} skipped, {r['reason']} ({r['first']})" for r in reasons)
+    sizes = {split: len(writer.offsets) - 1 for split, writer in writers.items()}
+    if not sizes["train"]:
+        raise InputError(f"no conversation is left to train on ({detail or 'the source is empty'})")
+    if not sizes["val"]:
+        raise InputError(f"none of {sizes['train']} conversations is held out; raise --val_fraction")
+    report = {**sizes, **counts, "skipped": reasons, "questions": [q for q in questions if q]}
+    write_json(folder / "report.json", report)
+    return report
 
 
 # -- packing -------------------------------------------------------------------------------------------------

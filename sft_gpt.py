@@ -9,7 +9,6 @@ B rows in a micro-batch, T tokens in a row.
 """
 
 import itertools
-import json
 import math
 import textwrap
 import time
@@ -18,10 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import training
-from data import TURN_END, column_of, hash_fraction, load_tokenizer, source_rows, tokenizer_fingerprint
+from data import TURN_END, column_of, load_tokenizer, source_files, source_rows, tokenizer_fingerprint
 from gpt import GPTModel, InputError
 from optim import load_state_by_name, make_optimizer, schedule
-from sft import PackedLoader, SFTDataset, prompt_ids
+from sft import PackedLoader, SFTDataset, prepare_conversations, prompt_ids
 
 
 @dataclass
@@ -76,60 +75,25 @@ QUESTIONS = (
 )
 
 
-def first_question(messages) -> str | None:
-    """The first user message of a conversation, if it has one that is text."""
-    turns = messages if isinstance(messages, list) else []
-    contents = [m.get("content") for m in turns if isinstance(m, dict) and m.get("role") == "user"]
-    return contents[0] if contents and isinstance(contents[0], str) else None
-
-
-def conversations(config: Config, held_out: bool) -> Iterator[tuple[list[dict], str]]:
-    """Messages of one side of the hold-out, each with the place it was found.
-
-    All conversations that begin with the same question fall on one side; those that begin with none, on
-    training's.
-    """
+def conversations(config: Config) -> Iterator[tuple[list[dict], str]]:
+    """Messages of the source, each with the place it was found."""
     if config.data == "embedded":
         import embedded
 
-        rows = ((row, f"embedded conversation {n}") for n, row in enumerate(embedded.conversations(), 1))
-    else:
-        rows = source_rows(config.data, config.data_config, config.data_split)
-    for row, where in rows:
-        messages = column_of(row, config.column, object, where)
-        question = first_question(messages)
-        if (question is not None and hash_fraction(question) < config.val_fraction) == held_out:
-            yield messages, where
+        for number, row in enumerate(embedded.conversations(), 1):
+            yield row["messages"], f"embedded conversation {number}"
+        return
+    for row, where in source_rows(config.data, config.data_config, config.data_split):
+        yield column_of(row, config.column, object, where), where
 
 
-def prepare(
-    config: Config, tokenizer, max_length: int, ranks: training.Ranks
-) -> tuple[SFTDataset, SFTDataset, list[str]]:
-    """Training and validation data, rendered once into out_dir/data-…, and the held-out questions."""
-    key = training.fingerprint(
-        [
-            config.data,
-            config.data_config,
-            config.data_split,
-            config.column,
-            config.val_fraction,
-            max_length,
-            tokenizer_fingerprint(tokenizer),
-        ]
+def source_key(config: Config) -> str:
+    """A hash of where the conversations come from, and of the sizes and times of local files."""
+    files = None if config.data == "embedded" else source_files(config.data)
+    stamps = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files or []]
+    return training.fingerprint(
+        [config.data_config, config.data_split, config.column, config.val_fraction, stamps]
     )
-    folder = Path(config.out_dir) / f"data-{key}"
-    if config.val_fraction <= 0 or next(conversations(config, held_out=True), None) is None:
-        raise InputError("no conversation is held out; raise --val_fraction")
-    for split in ("train", "val"):
-        if not (folder / split).exists():
-            ranks.print(f"rendering the {split} conversations of {config.data}")
-            SFTDataset.prepare(folder / split, conversations(config, split == "val"), tokenizer, max_length)
-    if not (folder / "questions.json").exists():
-        asked = dict.fromkeys(first_question(messages) for messages, _ in conversations(config, True))
-        fitting = (q for q in asked if len(prompt_ids(user_turn(q), tokenizer)) < max_length)
-        training.write_json(folder / "questions.json", list(itertools.islice(fitting, 1000)))
-    questions = json.loads((folder / "questions.json").read_text())
-    return SFTDataset(folder / "train"), SFTDataset(folder / "val"), questions
 
 
 def user_turn(content: str) -> list[dict]:
@@ -139,6 +103,8 @@ def user_turn(content: str) -> list[dict]:
 def answers(model: GPTModel, tokenizer, questions: list[str], max_new_tokens: int) -> list[dict]:
     """Each question's greedy answer, and whether it stopped by itself."""
     stop, results = tokenizer.convert_tokens_to_ids(TURN_END), []
+    context = model.config.max_position_embeddings
+    questions = [q for q in questions if len(prompt_ids(user_turn(q), tokenizer)) < context]
     for i in range(0, len(questions), 50):
         asked = questions[i : i + 50]
         prompts = [prompt_ids(user_turn(question), tokenizer) for question in asked]
@@ -157,7 +123,7 @@ def answers(model: GPTModel, tokenizer, questions: list[str], max_new_tokens: in
 def ask(config: Config, step: int, model: GPTModel, tokenizer, questions: list[str]) -> float:
     """Answer the fixed and the held-out questions into answers.jsonl; the share of the latter that stop."""
     path = Path(config.out_dir) / "answers.jsonl"
-    held_out = answers(model, tokenizer, questions[: config.eval_questions], config.max_new_tokens)
+    held_out = answers(model, tokenizer, questions, config.max_new_tokens)
     fixed = answers(model, tokenizer, list(QUESTIONS), config.max_new_tokens)
     earlier = [row for row in training.read_jsonl(path) if row["step"] < step]
     training.write_jsonl(path, earlier + [{"step": step, **answer} for answer in held_out + fixed])
@@ -188,13 +154,9 @@ def main(config: Config) -> None:
     ranks = training.set_up(config.device)
     Path(config.out_dir).mkdir(parents=True, exist_ok=True)
     identity = {
-        "model": config.model,
-        "data": config.data,
-        "seed": config.seed,
-        "batch_tokens": config.batch_tokens,
-        "max_length": config.max_length,
-        "val_fraction": config.val_fraction,
+        name: getattr(config, name) for name in ("model", "data", "seed", "batch_tokens", "max_length")
     }
+    identity["source"] = source_key(config)
     state = training.resume(config.out_dir, config.resume, identity)
     with ranks.main_first():
         path = state["path"] if state else training.find_model(config.model)
@@ -211,9 +173,14 @@ def main(config: Config) -> None:
             f"batch_tokens {config.batch_tokens} are {batch} rows of {T}, fewer than the "
             f"{ranks.world} ranks; raise --batch_tokens or lower --max_length"
         )
+    folder = (
+        Path(config.out_dir) / f"data-{training.fingerprint([identity, T, tokenizer_fingerprint(tokenizer)])}"
+    )
     with ranks.main_first():
-        train_data, val_data, questions = prepare(config, tokenizer, T, ranks)
-    train, val = PackedLoader(train_data, T, batch, config.seed), PackedLoader(val_data, T, batch, 0)
+        found = prepare_conversations(folder, conversations(config), tokenizer, T, config.val_fraction)
+    train = PackedLoader(SFTDataset(folder / "train"), T, batch, config.seed)
+    val = PackedLoader(SFTDataset(folder / "val"), T, batch, 0)
+    questions = found["questions"][: config.eval_questions]
     max_steps = config.max_steps or math.ceil(config.epochs * train.steps_per_epoch)
 
     # Optimizer
@@ -223,19 +190,16 @@ def main(config: Config) -> None:
     module = training.wrap(model, ranks, config.compile)
     start = state["step"] if state else 0
     ranks.print(
-        f"{model.num_parameters():,} parameters; {len(train_data):,} conversations in {len(train.rows):,} "
-        f"rows of {T} tokens, {100 * train.fill():.1f}% filled; {max_steps} steps of {batch * T:,} tokens, "
+        f"{model.num_parameters():,} parameters; {found['train']:,} conversations in {len(train.rows):,} rows of "
+        f"{T} tokens, {100 * train.fill():.1f}% filled; {max_steps} steps of {batch * T:,} tokens, "
         f"{max_steps / train.steps_per_epoch:.2f} epochs; {ranks.world} x {ranks.device}"
     )
-    for data in (train_data, val_data):
-        if data.report["truncated"]:
-            ranks.print(
-                f"{data.report['truncated']} conversations of {data.folder.name} were cut to {T} tokens"
-            )
-        for skipped in data.report["skipped"]:
-            ranks.print(
-                f"{skipped['count']} of {data.folder.name} skipped: {skipped['reason']} ({skipped['first']})"
-            )
+    if found["truncated"]:
+        ranks.print(f"{found['truncated']} conversations were cut to {T} tokens")
+    for skipped in found["skipped"]:
+        ranks.print(
+            f"{skipped['count']} conversations skipped: {skipped['reason']} (first: {skipped['first']})"
+        )
     if state:
         ranks.print(
             f"{state['path']} is finished" if start >= max_steps else f"continuing from {state['path']}"
@@ -249,7 +213,7 @@ def main(config: Config) -> None:
             batches = val.micro_batches(val.rows, config.micro_batch_size, ranks)
             nats, targets = training.evaluate(module, batches, ranks)
             stopped = {}
-            if (step == 0 or last) and config.eval_questions and questions and ranks.main:
+            if (step == 0 or last) and questions and ranks.main:
                 stopped = {"stopped": ask(config, step, model, tokenizer, questions)}
             metrics.validated(step, val_loss=nats / targets, **stopped)
         if last:
@@ -263,7 +227,7 @@ def main(config: Config) -> None:
         if step % config.save_every == 0 or step == max_steps:
             training.save_checkpoint(config, step, model, tokenizer, optimizer, identity, metrics, ranks)
     metrics.close()
-    if config.eval_questions and questions and ranks.main:
+    if questions and ranks.main:
         print(side_by_side(config.out_dir))
     ranks.print(f"\nTalk to it: python chat.py --model={config.out_dir}")
 

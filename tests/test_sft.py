@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import embedded
+import sft
 import sft_gpt
 import training
 from data import END, SPECIALS, TURN_END, TURN_START
@@ -97,6 +98,13 @@ def test_no_content_gives_a_special_id_and_content_is_encoded_apart(tokenizer, c
 # -- what cannot be trained on -------------------------------------------------------------------------------
 
 
+def prepare(rows, tokenizer, folder, max_length: int = 64, val_fraction: float = 0.5) -> dict:
+    return sft.prepare_conversations(folder, rows, tokenizer, max_length, val_fraction)
+
+
+GOOD = [(conversation(i)["messages"], f"row {i}") for i in range(10)]
+
+
 @pytest.mark.parametrize(
     ("messages", "reason"),
     [
@@ -110,25 +118,39 @@ def test_no_content_gives_a_special_id_and_content_is_encoded_apart(tokenizer, c
 )
 def test_unusable_conversations_are_counted_named_and_skipped(messages, reason, tokenizer, tmp_path):
     assert reason in problem(messages)
-    rows = [(conversation(1)["messages"], "row 1"), (messages, "row 2"), (messages, "row 3")]
-    dataset = SFTDataset.prepare(tmp_path / "data", rows, tokenizer, 64)
-    assert len(dataset) == 1
-    assert dataset.report["skipped"] == [{"count": 2, "reason": problem(messages), "first": "row 2"}]
-    with pytest.raises(InputError, match=r"no conversation is left to train on .*row 2"):
-        SFTDataset.prepare(tmp_path / "none", rows[1:], tokenizer, 64)
-    assert not (tmp_path / "none").exists()
+    report = prepare([*GOOD, (messages, "row 10"), (messages, "row 11")], tokenizer, tmp_path / "data")
+    assert report["train"] + report["val"] == 10
+    assert report["skipped"] == [{"count": 2, "reason": problem(messages), "first": "row 10"}]
+    with pytest.raises(InputError, match=r"no conversation is left to train on .*row 10"):
+        prepare([(messages, "row 10")], tokenizer, tmp_path / "none")
 
 
 def test_rows_of_a_file_that_hold_no_text_are_skipped_and_a_missing_column_is_named(tokenizer, tmp_path):
     bad = [{"messages": 7}, {"messages": [{"role": "user", "content": 3}]}]
     path = write_jsonl(tmp_path / "chats.jsonl", [*map(conversation, range(50)), *bad])
-    found = list(sft_gpt.conversations(sft_config("", path, ""), held_out=False))
+    found = list(sft_gpt.conversations(sft_config("", path, "")))
     assert [where for messages, where in found if problem(messages)] == [
         f"row 51 of {path}",
         f"row 52 of {path}",
     ]
+    assert sum(skipped["count"] for skipped in prepare(found, tokenizer, tmp_path / "data")["skipped"]) == 2
     with pytest.raises(InputError, match="no column 'dialogue', but 'messages'"):
-        next(sft_gpt.conversations(sft_config("", path, "", column="dialogue"), held_out=False))
+        next(sft_gpt.conversations(sft_config("", path, "", column="dialogue")))
+
+
+def test_an_interrupted_preparation_begins_anew_and_a_finished_one_is_read_again(tokenizer, tmp_path):
+    def broken():
+        yield from GOOD
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(broken(), tokenizer, tmp_path / "data")
+    report = prepare(GOOD, tokenizer, tmp_path / "data")
+    assert report == prepare(broken(), tokenizer, tmp_path / "data")  # which reads nothing more
+    sides = [SFTDataset(tmp_path / "data" / split) for split in ("train", "val")]
+    rendered = sorted(render_chatml(messages, tokenizer)[0] for messages, _ in GOOD)
+    assert sorted(side[i][0].tolist() for side in sides for i in range(len(side))) == rendered
+    assert [len(side) for side in sides] == [report["train"], report["val"]]
 
 
 # -- length --------------------------------------------------------------------------------------------------
@@ -150,28 +172,35 @@ def test_a_cut_answer_never_teaches_to_stop(tokenizer):
 
 
 def test_conversations_with_no_answer_within_the_length_are_counted(tokenizer, tmp_path):
-    rows = [(turns("one " * 100, "two"), "row 1"), (turns("one", "two"), "row 2")]
-    report = SFTDataset.prepare(tmp_path / "data", rows, tokenizer, 30).report
-    assert report["conversations"] == 1 and report["truncated"] == 1
-    assert report["skipped"][0]["count"] == 1 and "within 30 tokens" in report["skipped"][0]["reason"]
+    rows = [(turns("one " * 100, "two"), "row 10"), (turns("one", "two " * 100), "row 11")]
+    report = prepare([*GOOD, *rows], tokenizer, tmp_path / "data")
+    assert report["train"] + report["val"] == 11 and report["truncated"] == 1
+    assert report["skipped"] == [
+        {"count": 1, "reason": "no answer begins within 64 tokens", "first": "row 10"}
+    ]
 
 
 # -- the dataset and its packing -----------------------------------------------------------------------------
 
 
-def prepared(tokenizer, folder, n: int = 60, max_length: int = 64) -> SFTDataset:
-    rows = ((conversation(i, turns=1 + i % 3)["messages"], f"row {i}") for i in range(n))
-    return SFTDataset.prepare(folder, rows, tokenizer, max_length)
+def prepared(tokenizer, folder, max_length: int = 64) -> SFTDataset:
+    """Some fifty conversations of one to three turns."""
+    rows = ((conversation(i, turns=1 + i % 3)["messages"], f"row {i}") for i in range(60))
+    prepare(rows, tokenizer, folder, max_length, val_fraction=0.1)
+    return SFTDataset(folder / "train")
 
 
 def test_the_dataset_on_disk_equals_rendering(tokenizer, tmp_path):
-    dataset = SFTDataset(prepared(tokenizer, tmp_path / "data", max_length=10_000).folder)
-    for i in range(60):
-        ids, labels = dataset[i]
-        assert (ids.tolist(), labels.tolist()) == render_chatml(
-            conversation(i, turns=1 + i % 3)["messages"], tokenizer
-        )
-    assert dataset.report["trained_tokens"] == sum(int((dataset[i][1] != IGNORE).sum()) for i in range(60))
+    dataset = prepared(tokenizer, tmp_path / "data", max_length=10_000)
+    expected = [render_chatml(conversation(i, turns=1 + i % 3)["messages"], tokenizer) for i in range(60)]
+    found = [tuple(x.tolist() for x in dataset[i]) for i in range(len(dataset))]
+    assert len(found) > 45 and found == [pair for pair in expected if pair in found]
+    report = prepare([], tokenizer, tmp_path / "data")
+    sides = [dataset, SFTDataset(tmp_path / "data" / "val")]
+    assert report["trained_tokens"] == sum(
+        int((d[i][1] != IGNORE).sum()) for d in sides for i in range(len(d))
+    )
+    assert report["tokens"] == sum(int(d.offsets[-1]) for d in sides)
 
 
 @given(st.data())
@@ -276,17 +305,20 @@ def test_the_first_token_of_a_conversation_is_never_a_target_and_padding_teaches
 # -- the script's data ---------------------------------------------------------------------------------------
 
 
-def test_held_out_questions_are_in_no_training_conversation(tmp_path):
+def test_held_out_questions_begin_no_training_conversation(tokenizer, tmp_path):
     rows = [
-        conversation(i // 2, turns=1 + i % 2) for i in range(200)
-    ]  # each question begins two conversations
-    path = write_jsonl(tmp_path / "chats.jsonl", rows)
-    config = sft_config("", path, "", val_fraction=0.2)
-    sides = [
-        {sft_gpt.first_question(m) for m, _ in sft_gpt.conversations(config, held_out)}
-        for held_out in (False, True)
-    ]
-    assert not sides[0] & sides[1] and len(sides[0] | sides[1]) == 100 and 5 < len(sides[1]) < 40
+        (conversation(i // 2, turns=1 + i % 2)["messages"], "") for i in range(200)
+    ]  # each question twice
+    report = prepare(rows, tokenizer, tmp_path / "data", 10_000, val_fraction=0.2)
+
+    def questions(split: str) -> list[str]:
+        data = SFTDataset(tmp_path / "data" / split)
+        texts = [tokenizer.decode(data[i][0]) for i in range(len(data))]
+        return [text.split("<|im_end|>")[0].removeprefix("<|im_start|>user\n") for text in texts]
+
+    train, val = questions("train"), questions("val")
+    assert not set(train) & set(val) and len(train) + len(val) == 200 and 10 < len(val) < 80
+    assert sorted(report["questions"] * 2) == sorted(val)
 
 
 def test_embedded_conversations_are_usable_and_answer_in_whole_sentences(monkeypatch, tmp_path):
