@@ -16,6 +16,7 @@ import sys
 import typing
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -139,9 +140,7 @@ class Ranks:
 
 
 def set_up(device: str) -> Ranks:
-    """Join the other ranks (NCCL on GPUs, gloo on CPUs) and choose the device: "auto", or a name as torch has
-    them.
-    """
+    """Join the other ranks (NCCL on GPUs, gloo on CPUs) on a device, "auto" or as torch names it."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     elif device.startswith("cuda") and not torch.cuda.is_available():
@@ -157,7 +156,9 @@ def set_up(device: str) -> Ranks:
         torch.set_float32_matmul_precision("high")
     if world > 1:
         dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None
+            "nccl" if device.type == "cuda" else "gloo",
+            device_id=device if device.type == "cuda" else None,
+            timeout=timedelta(hours=1),  # the others wait while rank 0 renders a dataset
         )
     return Ranks(rank, world, device)
 
@@ -259,9 +260,7 @@ def save_checkpoint(
     if not ranks.main:
         return ranks.barrier()
     out_dir = Path(config.out_dir)
-    needed = (
-        model.num_parameters() * 4 * 3 + 50_000_000
-    )  # bytes: weights, two moments, tokenizer and the rest
+    needed = 12 * model.num_parameters() + 50_000_000  # bytes: weights and two moments in fp32, the rest
     free = shutil.disk_usage(out_dir).free
     if free < needed:
         raise InputError(
@@ -290,7 +289,8 @@ def save_checkpoint(
         shutil.rmtree(final)
     partial.rename(final)
     sync_to_disk(out_dir)
-    for old in checkpoints(out_dir)[: -config.keep_last] if config.keep_last else []:
+    earlier = [path for path in checkpoints(out_dir) if path.name <= final.name]  # a later one may be damaged
+    for old in earlier[: -config.keep_last] if config.keep_last else []:
         shutil.rmtree(old)
     ranks.barrier()
 
@@ -341,8 +341,8 @@ def resume(out_dir: str | Path, choice: str, identity: dict) -> dict | None:
     """The training state to go on from, with its folder under "path", or None to start afresh.
 
     choice is "auto" (the newest whole checkpoint in out_dir, if any), "none" or a checkpoint's path. identity
-    says what makes a run this run. Raises InputError when out_dir holds another run's checkpoints, or any and
-    choice is "none".
+    says what makes a run this run. Raises InputError when out_dir holds another run's checkpoints, or any
+    that do not lead to the one chosen.
     """
     existing = checkpoints(out_dir)
     if choice == "none" and existing:
@@ -350,9 +350,18 @@ def resume(out_dir: str | Path, choice: str, identity: dict) -> dict | None:
             f"{out_dir} holds checkpoints already, up to {existing[-1].name}; choose another --out_dir "
             f"or go on from them with --resume=auto"
         )
-    path = {"auto": newest_checkpoint(out_dir), "none": None}.get(choice, Path(choice))
+    if choice == "none":
+        return None
+    path = newest_checkpoint(out_dir) if choice == "auto" else Path(choice)
     if path is None:
         return None
+    inside = path.resolve().parent == Path(out_dir).resolve()
+    others = [p.name for p in existing if not inside or p.name > path.name]
+    if choice != "auto" and others:
+        raise InputError(
+            f"{out_dir} holds checkpoints that do not lead to {path} ({', '.join(others)}); delete them or "
+            f"choose another --out_dir"
+        )
     problem = damage(path)
     if problem:
         raise InputError(f"{path} cannot be resumed: {problem}")

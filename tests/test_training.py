@@ -301,6 +301,32 @@ def test_a_crash_while_saving_leaves_the_checkpoint_before(data_dir, tmp_path, m
     assert not list((tmp_path / "run").glob("*.partial"))
 
 
+def test_a_damaged_newer_checkpoint_never_displaces_a_whole_one(data_dir, tmp_path):
+    pretrain_gpt.main(pretrain_config(data_dir, tmp_path, keep_last=2))
+    (tmp_path / "step_0000006" / "model.safetensors").write_bytes(b"")
+    config = pretrain_config(data_dir, tmp_path, keep_last=1, save_every=1)
+    original = training.save_checkpoint
+
+    def crash_after_step_5(config, step, *rest):
+        original(config, step, *rest)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training, "save_checkpoint", crash_after_step_5)
+        pretrain_gpt.main(config)
+    assert training.newest_checkpoint(tmp_path).name == "step_0000005"
+    pretrain_gpt.main(config)
+    assert training.newest_checkpoint(tmp_path).name == "step_0000006"
+
+
+def test_going_back_to_an_earlier_checkpoint_needs_a_folder_without_later_ones(data_dir, base_run, tmp_path):
+    path = base_run / "step_0000002"
+    for out_dir in (base_run, tmp_path):
+        (tmp_path / "step_0000001").mkdir(exist_ok=True)
+        with pytest.raises(InputError, match=r"checkpoints that do not lead to .*step_0000002 \(step_"):
+            pretrain_gpt.main(pretrain_config(data_dir, out_dir, context_length=64, resume=str(path)))
+
+
 def test_old_checkpoints_are_deleted_once_the_new_one_is_whole(data_dir, tmp_path):
     pretrain_gpt.main(pretrain_config(data_dir, tmp_path, keep_last=2))
     assert [p.name for p in training.checkpoints(tmp_path)] == ["step_0000004", "step_0000006"]
