@@ -149,6 +149,7 @@ def main(config: Config) -> None:
         )
     metrics = training.Metrics(config, start, config.max_steps, batch * config.context_length, ranks, state)
     val_bytes = val.text_bytes(val_windows, tokenizer)
+    origin = f"Pretrained on {manifest.get('source', config.data_dir)}."
     decay_steps = round(config.decay_fraction * config.max_steps)
 
     for step in range(start, config.max_steps + 1):  # so many optimizer steps are done
@@ -169,7 +170,9 @@ def main(config: Config) -> None:
         step += 1
         metrics.step(step, result, time.monotonic() - began)
         if step % config.save_every == 0 or step == config.max_steps:
-            training.save_checkpoint(config, step, model, tokenizer, optimizer, identity, metrics, ranks)
+            training.save_checkpoint(
+                config, step, model, tokenizer, optimizer, identity, origin, metrics, ranks
+            )
     metrics.close()
 
 

@@ -190,8 +190,8 @@ def main(config: Config) -> None:
     module = training.wrap(model, ranks, config.compile)
     start = state["step"] if state else 0
     ranks.print(
-        f"{model.num_parameters():,} parameters; {found['train']:,} conversations in {len(train.rows):,} rows of "
-        f"{T} tokens, {100 * train.fill():.1f}% filled; {max_steps} steps of {batch * T:,} tokens, "
+        f"{model.num_parameters():,} parameters; {found['train']:,} conversations in {len(train.rows):,} "
+        f"rows of {T} tokens, {100 * train.fill():.1f}% filled; {max_steps} steps of {batch * T:,} tokens, "
         f"{max_steps / train.steps_per_epoch:.2f} epochs; {ranks.world} x {ranks.device}"
     )
     if found["truncated"]:
@@ -205,6 +205,7 @@ def main(config: Config) -> None:
             f"{state['path']} is finished" if start >= max_steps else f"continuing from {state['path']}"
         )
     metrics = training.Metrics(config, start, max_steps, batch * T, ranks, state)
+    origin = f"Fine-tuned from {config.model} on the conversations of {config.data}."
     warmup_steps = round(config.warmup_fraction * max_steps)
 
     for step in range(start, max_steps + 1):  # so many optimizer steps are done
@@ -225,7 +226,9 @@ def main(config: Config) -> None:
         step += 1
         metrics.step(step, result, time.monotonic() - began)
         if step % config.save_every == 0 or step == max_steps:
-            training.save_checkpoint(config, step, model, tokenizer, optimizer, identity, metrics, ranks)
+            training.save_checkpoint(
+                config, step, model, tokenizer, optimizer, identity, origin, metrics, ranks
+            )
     metrics.close()
     if questions and ranks.main:
         print(side_by_side(config.out_dir))

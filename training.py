@@ -247,6 +247,7 @@ def save_checkpoint(
     tokenizer,
     optimizer: torch.optim.Optimizer,
     identity: dict,
+    origin: str,
     metrics: "Metrics",
     ranks: Ranks,
 ) -> None:
@@ -255,7 +256,8 @@ def save_checkpoint(
     It is written under another name, flushed, given a manifest with each file's size and hash, and renamed:
     at any moment a crash leaves the older checkpoints, and this one either whole or absent. Then all but the
     newest keep_last are deleted (0 keeps all). Raises InputError, having written nothing, if the disk has too
-    little room. `config` has out_dir and keep_last. Rank 0 writes, the others wait.
+    little room. `config` has out_dir and keep_last; `origin` is a sentence for the model card. Rank 0 writes,
+    the others wait.
     """
     if not ranks.main:
         return ranks.barrier()
@@ -270,6 +272,7 @@ def save_checkpoint(
     final, partial = out_dir / f"step_{step:07d}", out_dir / f".step_{step:07d}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial, tokenizer)
+    (partial / "README.md").write_text(model_card(config, step, model, origin, metrics))
     torch.save(
         {
             "step": step,
@@ -293,6 +296,26 @@ def save_checkpoint(
     for old in earlier[: -config.keep_last] if config.keep_last else []:
         shutil.rmtree(old)
     ranks.barrier()
+
+
+def model_card(config, step: int, model: GPTModel, origin: str, metrics: "Metrics") -> str:
+    """The README.md of a checkpoint: what it is, what it was made from, and the losses measured so far."""
+    losses = []
+    for name, unit in (
+        ("loss", "nats per token"),
+        ("val_loss", "nats per token"),
+        ("val_bpb", "bits per byte"),
+    ):
+        for row in [row for row in metrics.rows if row.get(name) is not None][-1:]:
+            losses.append(f"- step {row['step']}, {name.replace('_', ' ')}: {row[name]:.4f} {unit}\n")
+    size = f"{model.num_parameters():,} parameters; {step * metrics.step_tokens:,} tokens in {step} steps"
+    kind = model.config.to_hf()["architectures"][0]
+    settings = "\n".join(f"{name}: {value!r}" for name, value in dataclasses.asdict(config).items())
+    return (
+        f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n# {Path(config.out_dir).name}\n\n"
+        f"{origin} {size}. A {kind}, which `AutoModelForCausalLM.from_pretrained` opens.\n\n"
+        f"## Losses\n\n{''.join(losses)}\n## Settings\n\n```\n{settings}\n```\n"
+    )
 
 
 def checkpoints(out_dir: str | Path) -> list[Path]:

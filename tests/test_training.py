@@ -375,6 +375,17 @@ def test_shards_that_changed_since_the_run_began_are_refused(data_dir, base_run,
         pretrain_gpt.main(pretrain_config(tmp_path / "data", base_run, context_length=64))
 
 
+def test_the_model_card_tells_origin_size_and_losses(base_run):
+    card = (base_run / "step_0000006" / "README.md").read_text()
+    rows = read_jsonl(base_run / "metrics.jsonl")
+    assert card.startswith("---\nlibrary_name: transformers\n") and "texts.jsonl" in card
+    assert "1,536 tokens in 6 steps" in card and "Qwen3ForCausalLM" in card and "max_steps: 6" in card
+    assert f"step 6, loss: {rows[-2]['loss']:.4f} nats per token" in card
+    assert (
+        f"step 3, val loss: {rows[4]['val_loss']:.4f} nats per token" in card
+    )  # saved before the last validation
+
+
 def test_a_checkpoints_state_holds_no_code(base_run):
     state = torch.load(base_run / "step_0000006" / "training_state.pt", weights_only=True)
     assert state["step"] == 6 and set(state["optimizer"]) == set(dict(small_model().named_parameters()))

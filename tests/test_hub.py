@@ -1,0 +1,380 @@
+"""What the scripts promise of the Hugging Face hub, proved against a stand-in for it on loopback.
+
+The libraries read HF_ENDPOINT as they are imported, and that takes seconds: so one worker process imports all
+once, and forks for each run of a script.
+"""
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+from urllib.parse import parse_qs, unquote, urlsplit
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from conftest import ROOT, conversation, flags, sft_config, small_model, text, write_jsonl
+
+import prepare_data
+import sft_gpt
+from gpt import GPTModel
+
+COMMIT = "c0ffee" * 6 + "c0de"
+FILES, ROWS = 3, 100  # of each configuration of someone/texts; ROWS in a file
+PARTS = [[text(i) for i in range(k * ROWS, (k + 1) * ROWS)] for k in range(FILES)]
+
+WORKER = """
+import atexit, importlib, json, os, signal, sys, time
+import datasets, huggingface_hub, transformers
+import chat, prepare_data, sft_gpt, training
+
+prepare_data.BATCH_DOCUMENTS, prepare_data.SAVE_EVERY = 16, 2000
+for line in sys.stdin:
+    script, arguments, folder = json.loads(line)
+    if child := os.fork():
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        continue
+    signal.alarm(60)
+    for stream, name in (1, "stdout"), (2, "stderr"):
+        os.dup2(os.open(f"{folder}/{name}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC), stream)
+    waits = []  # the seconds that the libraries want to wait between retries: added up, not waited
+    time.sleep = waits.append
+    atexit.register(lambda: open(f"{folder}/waited", "w").write(str(sum(waits))))
+    sys.argv = [script, *arguments]
+    module = importlib.import_module(script)
+    training.run_script(module.main, module.Config)
+    break
+"""
+
+
+# -- the stand-in --------------------------------------------------------------------------------------------
+
+
+class Hub(ThreadingHTTPServer):
+    """Serves folder/models/… and folder/datasets/… as the hub does; notes each request's path in `log`.
+
+    `fault(path)` may ask for a wrong answer: a status, or "drop" for half of the right one and a hang-up.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, folder: Path, port: int = 0):
+        super().__init__(("127.0.0.1", port), Answer)
+        self.folder, self.log, self.fault = folder, [], lambda path: None
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
+
+    @contextmanager
+    def failing(self, fault):
+        self.fault = fault
+        yield
+        self.fault = lambda path: None
+
+    @contextmanager
+    def down(self):
+        """While nothing listens on the port."""
+        self.shutdown()
+        self.server_close()
+        yield
+        self.__init__(self.folder, self.server_port)
+
+
+class Answer(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        path = unquote(urlsplit(self.path).path)
+        form = parse_qs(self.rfile.read(int(self.headers.get("Content-Length", 0))).decode())
+        self.server.log.append(path)
+        self.fault = self.server.fault(path)
+        if isinstance(self.fault, int):
+            return self.reply(self.fault, error="GatedRepo" if self.fault == 403 else "")
+        api = re.fullmatch(
+            "/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree|paths-info)/[^/]+/?(.*))?", path
+        )
+        file = re.fullmatch("/(datasets/|)([^/]+/[^/]+)/resolve/[^/]+/(.+)", path)
+        kind, name = api.group(1, 2) if api else (file[1] or "models", file[2]) if file else ("", "nothing")
+        repo = self.server.folder / kind / name
+        if not repo.is_dir():
+            self.reply(404, error="RepoNotFound")
+        elif file and (repo / file[3]).is_file():
+            self.send_file((repo / file[3]).read_bytes())
+        elif file or not (repo / (api[4] or "")).exists():
+            self.reply(404, error="EntryNotFound")
+        elif api[3] in ("tree", "paths-info"):
+            below = (repo / api[4]).rglob if "recursive=true" in self.path else (repo / api[4]).glob
+            found = [repo / p for p in form["paths"]] if api[3] == "paths-info" else sorted(below("*"))
+            entries = [
+                {
+                    "type": "directory" if p.is_dir() else "file",
+                    "path": str(p.relative_to(repo)),
+                    "size": p.stat().st_size,
+                    "oid": COMMIT,
+                }
+                for p in found
+                if p.exists()
+            ]
+            self.reply(200, json.dumps(entries).encode())
+        else:
+            self.reply(200, json.dumps({"id": name, "sha": COMMIT, "siblings": []}).encode())
+
+    do_HEAD = do_POST = do_GET
+
+    def send_file(self, content: bytes):
+        etag, size = f'"{hashlib.sha1(content).hexdigest()}"', len(content)
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if not wanted:
+            return self.reply(200, content, ETag=etag)
+        first, last = int(wanted[1]), min(int(wanted[2] or size), size - 1)
+        span = {"Content-Range": f"bytes {first}-{last}/{size}"}
+        self.reply(206, content[first : last + 1], ETag=etag, **span)
+
+    def reply(self, status: int, body: bytes = b"", error: str = "", **headers):
+        self.send_response(status)
+        headers |= {"X-Repo-Commit": COMMIT, "Content-Length": str(len(body))}
+        for name, value in (headers | ({"X-Error-Code": error} if error else {})).items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.fault == "drop":
+            self.close_connection = True
+        if self.command != "HEAD":
+            self.wfile.write(body[: len(body) // 2] if self.fault == "drop" else body)
+
+    def log_message(self, *_):
+        pass
+
+
+# -- what it serves, and the worker --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def hub(tokenizer, tokenizer_dir, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hub")
+    (folder / "models/someone").mkdir(parents=True)
+    (folder / "models/someone/tokenizer").symlink_to(tokenizer_dir)
+    small_model(max_position_embeddings=128).save_pretrained(folder / "models/someone/model", tokenizer)
+    texts, odd = folder / "datasets/someone/texts", folder / "datasets/someone/odd"
+    for part in ("parquet", "jsonl"):
+        (texts / part).mkdir(parents=True)
+    for k, part in enumerate(PARTS):
+        write_jsonl(texts / f"jsonl/train-{k}.jsonl", ({"text": t} for t in part))
+        table = pyarrow.table({"id": range(ROWS), "text": part})
+        pyarrow.parquet.write_table(table, texts / f"parquet/train-{k}.parquet", row_group_size=20)
+    write_card(texts, parquet="parquet/*", jsonl="jsonl/*")
+    odd.mkdir()
+    write_jsonl(odd / "a.jsonl", [{"text": "fine"}])
+    write_jsonl(odd / "b.jsonl", [{"text": "fine"}, {"text": {"not": ["text"]}, "more": 1}])
+    (odd / "cut.parquet").write_bytes((texts / "parquet/train-0.parquet").read_bytes()[:-1000])
+    write_card(odd, columns=["a.jsonl", "b.jsonl"], cut="cut.parquet")
+    (folder / "datasets/someone/script").mkdir()
+    (folder / "datasets/someone/script/script.py").write_text("")
+    chats = folder / "datasets/someone/chats"
+    chats.mkdir()
+    write_jsonl(chats / "train.jsonl", (conversation(i, turns=1 + i % 3) for i in range(120)))
+    with Hub(folder) as server:
+        yield server
+        server.shutdown()
+
+
+def write_card(folder: Path, **configs) -> None:
+    """A dataset card that names configurations and their files."""
+    files = [
+        {"config_name": name, "data_files": [{"split": "train", "path": path}]}
+        for name, path in configs.items()
+    ]
+    (folder / "README.md").write_text(f"---\nconfigs: {json.dumps(files)}\n---\n")
+
+
+@pytest.fixture(scope="module")
+def worker(hub, tmp_path_factory):
+    home = tmp_path_factory.mktemp("home")
+    settings = {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HUB_OFFLINE": "0"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", WORKER],
+        env={**os.environ, **settings, "HF_HOME": str(home), "PYTHONPATH": str(ROOT)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        yield process
+        process.stdin.close()
+
+
+@pytest.fixture
+def run(worker, tmp_path):
+    """Runs a script: its status, stdout and stderr, and the seconds it would have waited between retries."""
+
+    def run(script: str, *arguments: str) -> SimpleNamespace:
+        print(json.dumps([script, arguments, str(tmp_path)]), file=worker.stdin, flush=True)
+        status = int(worker.stdout.readline())
+        stdout, stderr, waited = ((tmp_path / n).read_text() for n in ("stdout", "stderr", "waited"))
+        return SimpleNamespace(status=status, stdout=stdout, stderr=stderr, waited=float(waited))
+
+    return run
+
+
+def preparation(out_dir, source="someone/texts", tokenizer="someone/tokenizer", **changes):
+    fields = {"config": "parquet", "val_fraction": 0.2, "shard_tokens": 5000, **changes}
+    return prepare_data.Config(source=str(source), tokenizer=str(tokenizer), out_dir=str(out_dir), **fields)
+
+
+@pytest.fixture(scope="module")
+def local(hub, tokenizer_dir, tmp_path_factory):
+    """Makes the preparation of the same texts from a local .jsonl with the local tokenizer: its bytes."""
+    folder = tmp_path_factory.mktemp("local")
+    source = write_jsonl(folder / "texts.jsonl", ({"text": t} for part in PARTS for t in part))
+
+    def prepare(**changes):
+        out_dir = folder / f"shards{changes}"
+        prepare_data.main(preparation(out_dir, source, tokenizer_dir, **changes))
+        return shards(out_dir)
+
+    return prepare
+
+
+def shards(folder: Path) -> dict[str, bytes]:
+    """Name and bytes of the shards and of the tokenizer."""
+    return {p.name: p.read_bytes() for p in folder.rglob("*") if p.suffix == ".bin" or p.parent != folder}
+
+
+def succeeded(result) -> None:
+    assert result.status == 0, result.stderr
+
+
+def refused(result, *words: str) -> None:
+    """The script ended with status 1 and one sentence that has these words; nothing but notes before it."""
+    *notes, sentence = result.stderr.splitlines()
+    assert result.status == 1, result.stderr
+    assert sentence.startswith("error: ") and "Traceback" not in result.stderr, result.stderr
+    for word in words:
+        assert word in sentence
+    assert not any(note.startswith("  File") for note in notes)
+
+
+# -- data ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+def test_a_hub_dataset_and_tokenizer_give_the_same_bytes_as_local_ones(kind, run, local, tmp_path):
+    succeeded(run("prepare_data", *flags(preparation(tmp_path / "data", config=kind))))
+    assert shards(tmp_path / "data") == local()
+
+
+def files_asked(hub) -> set[str]:
+    return {Path(path).name for path in hub.log if "/resolve/" in path and "/train-" in path}
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+def test_max_tokens_stops_before_the_other_files_are_downloaded(kind, hub, run, local, tmp_path):
+    hub.log.clear()
+    succeeded(run("prepare_data", *flags(preparation(tmp_path / "data", config=kind, max_tokens=2000))))
+    assert shards(tmp_path / "data") == local(max_tokens=2000)
+    assert files_asked(hub) == {f"train-0.{kind}"}
+
+
+@pytest.mark.parametrize("fault", [500, "drop"])
+def test_a_hub_that_fails_midway_is_told_and_the_same_command_continues_to_the_same_bytes(
+    fault, hub, run, local, tmp_path
+):
+    command = "prepare_data", *flags(preparation(tmp_path / "data"))
+    with hub.failing(lambda path: fault if path.endswith("train-1.parquet") else None):
+        refused(run(*command), f"someone/texts broke off after row {ROWS}", "run the same command again")
+    result = run(*command)
+    succeeded(result)
+    assert re.search(r"continuing after [1-9]\d* documents", result.stdout)
+    assert shards(tmp_path / "data") == local()
+
+
+def test_a_connection_that_drops_once_changes_nothing(hub, run, local, tmp_path):
+    dropped = []
+
+    def once(path):
+        if "/resolve/" in path and path not in dropped:
+            dropped.append(path)
+            return "drop"
+
+    with hub.failing(once):
+        succeeded(run("prepare_data", *flags(preparation(tmp_path / "data"))))
+    assert shards(tmp_path / "data") == local()
+    assert {Path(path).name for path in dropped} >= {f"train-{k}.parquet" for k in range(FILES)}
+
+
+MISTAKES = {
+    "configuration": ({"config": "nope"}, ["'nope' not found", "'parquet'", "'jsonl'"]),
+    "no configuration": ({"config": ""}, ["Config name is missing", "'parquet'", "'jsonl'"]),
+    "split": ({"split": "nope"}, ["nope", "'train'"]),
+    "column": ({"column": "body"}, ["row 1 of someone/texts", "'body'", "'id', 'text'", "--column"]),
+    "dataset": ({"source": "someone/nothing"}, ["someone/nothing", "doesn't exist on the Hub"]),
+    "tokenizer": ({"tokenizer": "someone/nothing"}, ["tokenizer", "someone/nothing"]),
+    "dataset made by a script": ({"source": "someone/script", "config": ""}, ["scripts are no longer"]),
+    "rows that differ": ({"source": "someone/odd", "config": "columns"}, ["someone/odd", "after row 1"]),
+    "file cut short": ({"source": "someone/odd", "config": "cut"}, ["someone/odd"]),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_about_hub_data_is_one_sentence_that_names_what_exists(mistake, run, tmp_path):
+    changes, words = MISTAKES[mistake]
+    refused(run("prepare_data", *flags(preparation(tmp_path / "data", **changes))), *words)
+
+
+# -- models --------------------------------------------------------------------------------------------------
+
+
+def test_a_hub_model_fine_tunes_on_hub_data_to_the_same_bytes_as_on_local_copies(hub, run, tmp_path):
+    succeeded(run("sft_gpt", *flags(sft_config("someone/model", "someone/chats", tmp_path / "hub"))))
+    model, data = hub.folder / "models/someone/model", hub.folder / "datasets/someone/chats"
+    sft_gpt.main(sft_config(model, data, tmp_path / "local"))
+    mine, theirs = (GPTModel.from_pretrained(tmp_path / n / "step_0000004") for n in ("hub", "local"))
+    start = GPTModel.from_pretrained(model).state_dict()
+    for name, tensor in mine.state_dict().items():
+        assert tensor.equal(theirs.state_dict()[name]) and not tensor.equal(start[name])
+
+
+def chat(model) -> list[str]:
+    return ["chat", f"--model={model}", "--prompt=What is water?", "--temperature=0", "--max_new_tokens=8"]
+
+
+def test_a_hub_model_answers_as_its_local_copy_does_also_while_the_hub_is_down(hub, run):
+    local, remote = run(*chat(hub.folder / "models/someone/model")), run(*chat("someone/model"))
+    succeeded(remote)
+    assert remote.stdout == local.stdout != ""
+    with hub.down():
+        cached = run(*chat("someone/model"))
+    assert (cached.stdout, cached.waited) == (local.stdout, 0)
+
+
+def test_a_model_that_the_hub_does_not_have_or_does_not_give_is_one_sentence(hub, run):
+    refused(run(*chat("someone/nothing")), "someone/nothing", "Not Found")
+    with hub.failing(lambda path: 403 if "someone/gated" in path else None):
+        refused(run(*chat("someone/gated")), "someone/gated", "gated repo")
+    with hub.failing(lambda path: "drop" if "someone/unlucky" in path else None):
+        refused(run(*chat("someone/unlucky")), "someone/unlucky")
+
+
+# -- a hub that is down --------------------------------------------------------------------------------------
+
+
+def test_a_hub_that_is_down_is_one_sentence_within_a_minute(hub, run, tmp_path):
+    model, tokenizer = (hub.folder / "models/someone" / name for name in ("model", "tokenizer"))
+    runs = {
+        "someone/new-model": chat("someone/new-model"),
+        "someone/new-tokenizer": preparation(tmp_path / "a", tokenizer="someone/new-tokenizer"),
+        "someone/new-texts": preparation(tmp_path / "b", "someone/new-texts", tokenizer),
+        "someone/texts": preparation(tmp_path / "c", "someone/texts", tokenizer),  # its card may be cached
+        "someone/new-chats": sft_config(model, "someone/new-chats", tmp_path / "d"),
+    }
+    with hub.down():
+        for name, command in runs.items():
+            if not isinstance(command, list):
+                command = [type(command).__module__, *flags(command)]
+            result = run(*command)
+            refused(result, name)
+            assert result.waited < 60
