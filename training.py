@@ -312,7 +312,8 @@ def model_card(config, step: int, model: GPTModel, origin: str, metrics: "Metric
     kind = model.config.to_hf()["architectures"][0]
     settings = "\n".join(f"{name}: {value!r}" for name, value in dataclasses.asdict(config).items())
     return (
-        f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n# {Path(config.out_dir).name}\n\n"
+        f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n"
+        f"# {Path(config.out_dir).name}\n\n"
         f"{origin} {size}. A {kind}, which `AutoModelForCausalLM.from_pretrained` opens.\n\n"
         f"## Losses\n\n{''.join(losses)}\n## Settings\n\n```\n{settings}\n```\n"
     )
