@@ -31,9 +31,12 @@ class Config:
 
 
 def load(name: str, device: str = "cpu") -> tuple[GPTModel, object]:
-    """The model that a user named, on a device, and its tokenizer."""
+    """The model that a user named, on a device, and its tokenizer; InputError if it does not know ChatML."""
     path = training.find_model(name)
-    return GPTModel.from_pretrained(path).to(device), load_tokenizer(path)
+    model, tokenizer = GPTModel.from_pretrained(path).to(device), load_tokenizer(path)
+    if len(tokenizer) > model.config.vocab_size:
+        raise InputError(f"{name} has no ids for ChatML's tokens; fine-tune it with sft_gpt.py first")
+    return model, tokenizer
 
 
 def fit(messages: list[dict], tokenizer, room: int) -> tuple[list[dict], int]:

@@ -13,6 +13,7 @@ import hashlib
 import io
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -113,11 +114,12 @@ def read_jsonl(path: Path) -> Iterator[dict]:
 
 def hub_rows(source: str, name: str, split: str) -> Iterator[tuple[dict, str]]:
     """Rows of a hub dataset, streamed."""
+    import httpx
     from datasets import load_dataset
 
     try:
         rows = load_dataset(source, name or None, split=split, streaming=True)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, httpx.HTTPError) as error:
         raise InputError(
             f"no file or folder {source}, and no dataset of that name could be had from the hub: "
             f"{str(error).splitlines()[0]}"
@@ -126,7 +128,7 @@ def hub_rows(source: str, name: str, split: str) -> Iterator[tuple[dict, str]]:
     try:
         for number, row in enumerate(rows, 1):
             yield row, f"row {number} of {source}"
-    except OSError as error:
+    except (OSError, httpx.HTTPError) as error:
         raise InputError(
             f"{source} broke off after row {number} ({error}); run the same command again, it continues"
         ) from error
@@ -140,12 +142,17 @@ def column_of(row: dict, column: str, kind: type, where: str):
         )
     if not isinstance(row[column], kind):
         raise InputError(f"{where}: {column!r} is {type(row[column]).__name__}, expected {kind.__name__}")
-    if kind is str and not row[column].isascii():
-        try:
-            row[column].encode()
-        except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
-            raise InputError(f"{where}: {column!r} is no Unicode text: {error}") from error
+    if kind is str and (half := half_surrogate(row[column])):
+        raise InputError(
+            f"{where}: {column!r} is no Unicode text: it holds {half!r}, half of a surrogate pair"
+        )
     return row[column]
+
+
+def half_surrogate(text: str) -> str | None:
+    """The first half of a surrogate pair in a text, which JSON can spell but no UTF-8 holds."""
+    found = None if text.isascii() else re.search("[\ud800-\udfff]", text)
+    return found and found[0]
 
 
 def hash_fraction(text: str) -> float:
@@ -234,7 +241,7 @@ def tokenizer_fingerprint(tokenizer) -> str:
 
 def write_json(path: Path, value) -> None:
     """Replace a JSON file in one step: a reader sees the old or the new, also after a crash."""
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     with open(partial, "w") as file:
         file.write(json.dumps(value, indent=2) + "\n")
         file.flush()
@@ -355,6 +362,7 @@ def verify_shards(folder: Path, manifest: dict) -> None:
     """
     note = folder / ".verified.json"
     seen = read_json(note) if note.exists() else {}
+    before = dict(seen)
     for shard in manifest["shards"]:
         path = folder / shard["file"]
         size = path.stat().st_size if path.exists() else None
@@ -370,7 +378,7 @@ def verify_shards(folder: Path, manifest: dict) -> None:
                     f"prepare the data again"
                 )
             seen[shard["file"]] = stamp
-    if os.access(folder, os.W_OK):
+    if seen != before and os.access(folder, os.W_OK):
         write_json(note, seen)
 
 
@@ -410,7 +418,7 @@ def batch_order(seed: int, step: int, batch: int, n: int) -> np.ndarray:
     order = np.empty(batch, np.int64)
     for epoch in np.unique(positions // n):
         here = positions // n == epoch
-        key = int(mix(np.array([epoch], np.uint64), int(mix(np.array([seed], np.uint64), 0)[0]))[0])
+        key = int(mix(np.array([epoch], np.uint64), int(mix(np.array([seed % 2**64], np.uint64), 0)[0]))[0])
         order[here] = shuffled(positions[here] % n, n, key)
     return order
 

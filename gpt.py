@@ -23,12 +23,13 @@ import torch.nn.functional as F
 
 from rope import apply_rope, rope_cache
 
-LOGITS_AT_ONCE = {
-    "cpu": 2**22,
-    "cuda": 2**26,
-    "mps": 2**24,
-}  # that the loss holds; 16 MB stay in a CPU's cache
+LOGITS_AT_ONCE = {"cpu": 2**22, "cuda": 2**26, "mps": 2**24}  # in the loss: 16 MB stay in a CPU's cache
 IGNORE = -100  # a target with this value is not trained on; PyTorch's and Hugging Face's convention
+REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+DEFAULTS = {  # what transformers takes for fields that a config.json leaves out
+    "llama": {"max_position_embeddings": 2048},
+    "qwen3": {"max_position_embeddings": 32768, "head_dim": 128, "num_key_value_heads": 32},
+}
 
 
 class InputError(ValueError):
@@ -76,10 +77,10 @@ class GPTConfig:
     @classmethod
     def from_hf(cls, fields: dict) -> "GPTConfig":
         """From the fields of a config.json; raises InputError for what this model cannot represent."""
-        rope = fields.get("rope_parameters") or {
-            "rope_theta": fields.get("rope_theta", 10000.0),
-            **(fields.get("rope_scaling") or {}),
+        fields = DEFAULTS.get(fields.get("model_type"), {}) | {
+            k: v for k, v in fields.items() if v is not None
         }
+        rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
         rope_type = rope.get("rope_type", rope.get("type", "default"))
         for name, value, supported in (
             ("model_type", fields.get("model_type"), ("llama", "qwen3")),
@@ -94,9 +95,13 @@ class GPTConfig:
                 raise InputError(
                     f"config.json has {name}={value!r}; supported: {', '.join(map(repr, supported))}"
                 )
-        own = {name: fields[name] for name in cls.__dataclass_fields__ if fields.get(name) is not None}
-        scaling = {k: v for k, v in rope.items() if k != "rope_theta"} if rope_type == "llama3" else None
-        own |= {"rope_theta": rope["rope_theta"], "rope_scaling": scaling}
+        lacking = [name for name in REQUIRED if name not in fields]
+        if lacking:
+            raise InputError(f"config.json lacks {', '.join(lacking)}")
+        own = {name: fields[name] for name in cls.__dataclass_fields__ if name in fields}
+        context = {"original_max_position_embeddings": fields["max_position_embeddings"]}
+        own["rope_scaling"] = context | rope if rope_type == "llama3" else None
+        own["rope_theta"] = rope.get("rope_theta", fields.get("rope_theta", 10000.0))
         return cls(**own, qk_norm=fields["model_type"] == "qwen3")
 
     def to_hf(self) -> dict:
@@ -149,6 +154,8 @@ class MultiHeadAttention(nn.Module):
         q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         if cache is not None:
             k, v = cache.update(self.layer, k, v, positions)
+        if mask is not None and T > 1 and k.size(1) != q.size(1):  # no fused kernel takes a mask and groups
+            k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.size(1) != k.size(1)
         )
@@ -194,15 +201,15 @@ class SummedCrossEntropy(torch.autograd.Function):
         dw = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         for i in range(0, len(x), chunk):
             xs, ys = x[i : i + chunk], targets[i : i + chunk, None]
+            kept, ys = (ys != IGNORE).float(), ys.clamp(min=0)
             logits = (xs @ w.T).float()
             top = logits.amax(1, keepdim=True)
             right = logits.gather(1, ys) - top
             probs = logits.sub_(top).exp_()
             total = probs.sum(1, keepdim=True)
-            loss += (total.log() - right).sum()
+            loss += ((total.log() - right) * kept).sum()
             if dx is not None or dw is not None:  # d loss / d logits = softmax - one-hot
-                probs.div_(total).scatter_add_(1, ys, torch.full_like(right, -1.0))
-                probs = probs.to(x.dtype)
+                probs = probs.mul_(kept / total).scatter_add_(1, ys, -kept).to(x.dtype)
             if dx is not None:
                 dx[i : i + chunk] = probs @ w
             if dw is not None:
@@ -219,13 +226,17 @@ class SummedCrossEntropy(torch.autograd.Function):
 @torch.compiler.disable
 def summed_loss(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Summed fp32 cross-entropy of hidden states (B, T, C) against the targets (B, T) that are not IGNORE."""
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    keep = targets != IGNORE
-    with torch.autocast(x.device.type, enabled=False):
-        return SummedCrossEntropy.apply(
-            x[keep], weight, targets[keep], max(1, LOGITS_AT_ONCE[x.device.type] // len(weight))
-        )
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):
+        x = x.to(torch.get_autocast_dtype(kind))
+    if not torch.is_grad_enabled():
+        weight = weight.detach()  # or its gradient would be computed
+    x, targets = x.flatten(0, -2), targets.flatten()
+    if kind == "cpu":  # leave the ignored out; on a GPU, to find them would wait for all work before
+        keep = targets != IGNORE
+        x, targets = x[keep], targets[keep]
+    with torch.autocast(kind, enabled=False):
+        return SummedCrossEntropy.apply(x, weight, targets, max(1, LOGITS_AT_ONCE[kind] // len(weight)))
 
 
 class Decoder(nn.Module):
@@ -265,7 +276,7 @@ class GPTModel(nn.Module):
         | o_proj, down_proj      | 0         | each block starts as the identity                            |
         | q, k, v, gate, up      | C^-1/2    | unit variance in gives unit variance out                     |
         | embed_tokens, untied   | 0.02      | as in GPT-2; the first norm removes the scale                |
-        | embed_tokens, tied     | 1/C       | a token's logit for itself is C times this, and must be small |
+        | embed_tokens, tied     | C^-3/4    | a token's logit for itself is C times this, and must be small |
         | lm_head, untied        | 0.001     | near-uniform predictions                                     |
         """
         C, tied = self.config.hidden_size, self.config.tie_word_embeddings
@@ -275,7 +286,7 @@ class GPTModel(nn.Module):
             elif name.endswith(("o_proj.weight", "down_proj.weight")):
                 p.zero_()
             elif name == "model.embed_tokens.weight":
-                p.normal_(std=1 / C if tied else 0.02)
+                p.normal_(std=C**-0.75 if tied else 0.02)
             elif name == "lm_head.weight":
                 p.normal_(std=0.001)
             else:
@@ -352,6 +363,11 @@ class GPTModel(nn.Module):
 
             ids = [id for (id,) in model.generate([prompt], stop_ids=[2])]
         """
+        if temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
+            raise InputError(
+                f"temperature {temperature}, top_k {top_k}, top_p {top_p}: expected a temperature from "
+                f"0 up, a top_k of at least 1, a top_p above 0 and at most 1"
+            )
         lengths = [len(p) for p in prompts]
         limit = self.config.max_position_embeddings
         if not lengths or min(lengths) < 1 or max(lengths) >= limit:
@@ -448,6 +464,7 @@ def model_directory(name: str | Path) -> Path:
     """A local directory as it is; a hub id as the directory of its downloaded snapshot."""
     if Path(name).is_dir():
         return Path(name)
+    import httpx
     from huggingface_hub import snapshot_download
 
     try:
@@ -456,7 +473,7 @@ def model_directory(name: str | Path) -> Path:
                 str(name), allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
             )
         )
-    except (OSError, ValueError) as error:  # the hub's errors are of these two kinds
+    except (OSError, ValueError, httpx.HTTPError) as error:  # of which kinds the hub's are
         raise InputError(
             f"no directory {name}, and no model of that name could be had from the hub: "
             f"{str(error).splitlines()[0]}"

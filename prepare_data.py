@@ -119,19 +119,23 @@ def is_prepared(out_dir: Path, settings: dict) -> bool:
     Raises InputError if it holds another preparation.
     """
     for name in ("manifest.json", "progress.json"):
-        if (out_dir / name).exists():
-            noted = read_json(out_dir / name)
-            there = noted["settings"]
-            if there != settings and noted.get("documents") != 0:  # nothing done yet binds to nothing
-                differing = ", ".join(
-                    f"{k}={there.get(k)!r} there, {v!r} here"
-                    for k, v in settings.items()
-                    if there.get(k) != v
-                )
-                raise InputError(
-                    f"{out_dir} holds another preparation ({differing}); choose another --out_dir "
-                    f"or delete it"
-                )
+        noted = read_json(out_dir / name) if (out_dir / name).exists() else {"documents": 0}
+        if noted.get("documents") == 0:  # nothing done yet binds to nothing
+            continue
+        # A source that broke off may be mended before the preparation continues, but not after it is
+        # finished.
+        free = () if name == "manifest.json" else ("source_files",)
+        there = noted["settings"]
+        differing = [
+            f"{k}={there.get(k)!r} there, {v!r} here"
+            for k, v in settings.items()
+            if there.get(k) != v and k not in free
+        ]
+        if differing:
+            raise InputError(
+                f"{out_dir} holds another preparation ({', '.join(differing)}); choose another --out_dir or "
+                f"delete it"
+            )
     if not (out_dir / "manifest.json").exists():
         return False
     (out_dir / "progress.json").unlink(missing_ok=True)  # stopped between the manifest and this
@@ -205,15 +209,15 @@ def main(config: Config) -> None:
             f"--shard_tokens={config.shard_tokens} is no size of a shard; expected 1 to {2**31 - 1}"
         )
     out_dir = Path(config.out_dir)
+    files = source_files(config.source) if config.source != "embedded" else None
     settings = {k: v for k, v in asdict(config).items() if k not in ("out_dir", "workers")}
+    settings["source_files"] = [[path.name, path.stat().st_size] for path in files or []]
     if is_prepared(out_dir, settings):
         print(f"{out_dir} is already prepared")
         return
-    if config.source != "embedded":
-        source_files(config.source)  # before anything is written: is it there?
     out_dir.mkdir(parents=True, exist_ok=True)
     progress = out_dir / "progress.json"
-    if progress.exists() and read_json(progress)["settings"] == settings:
+    if progress.exists() and read_json(progress)["documents"]:
         tokenizer = load_tokenizer(out_dir / "tokenizer")
     else:
         tokenizer = make_tokenizer(config)

@@ -4,14 +4,14 @@
 #     bash pretrain_full.sh                       # any field of pretrain_gpt.py's Config as a flag, too
 #     NPROC=2 bash pretrain_full.sh --micro_batch_size=8
 #
-# The model, 12 layers × 512, 8 heads, SwiGLU 1408, SmolLM2's vocabulary of 49,152 (and its padding):
+# The model, 12 layers × 512, 8 heads, SwiGLU 1408, SmolLM2's vocabulary of 49,152:
 #     a block        4 × 512² + 3 × 512 × 1408    =  3.2 M,  twelve of them  38.5 M
 #     two embeddings 2 × 49,152 × 512             = 50.3 M                   88.9 M parameters in all
 # The data: 2,000 steps × 524,288 tokens          = 1.05 B tokens, 12 for each parameter
 # A step: 512 windows × 1,024 tokens              = 524,288 tokens
 #     on 8 GPUs 64 windows each, 2 micro-batches of 32; on 1 GPU 16 of them: the result is the same
-# The compute: 6 × 63.7 M (all but the input embedding) × 1.05 B = 4.0e17 FLOP, and half as much again for attention;
-#     at a third of an H100's 990 TFLOP/s in bf16, half an hour on one
+# The compute: 6 × 63.7 M (all but the input embedding) + 12 × 12 × 1,024 × 512 (attention) = 458 MFLOP a token,
+#     4.8e17 in all; at a third of an H100's 990 TFLOP/s in bf16, 25 minutes on one
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 bash quickstart.sh setup

@@ -105,6 +105,18 @@ def sample_text(model: GPTModel, tokenizer, seed: int) -> list[str]:
 
 def main(config: Config) -> None:
     # Set-up: ranks, data, tokenizer
+    training.require_positive(
+        config,
+        "context_length",
+        "num_hidden_layers",
+        "hidden_size",
+        "num_attention_heads",
+        "max_steps",
+        "micro_batch_size",
+        "log_every",
+        "eval_every",
+        "save_every",
+    )
     ranks = training.set_up(config.device)
     batch = config.batch_tokens // config.context_length  # windows in a step
     if batch < ranks.world:
@@ -116,7 +128,8 @@ def main(config: Config) -> None:
         manifest, tokenizer = open_data(config.data_dir, config.tokenizer)
     train = TokenLoader(config.data_dir, "train", config.context_length)
     val = TokenLoader(config.data_dir, "val", config.context_length)
-    val_windows = range(min(len(val), config.eval_tokens // config.context_length or len(val)))
+    eval_windows = max(1, config.eval_tokens // config.context_length) if config.eval_tokens else len(val)
+    val_windows = range(min(len(val), eval_windows))
 
     # Model and optimizer, or those of an interrupted run
     shape = model_config(config, len(tokenizer))
@@ -124,6 +137,7 @@ def main(config: Config) -> None:
         "data": training.fingerprint(manifest["shards"]),
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "seed": config.seed,
+        "optimizer": config.optimizer,
         "batch": batch,
         **asdict(shape),
     }

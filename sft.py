@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import TURN_END, TURN_START, batch_order, encode, hash_fraction, write_json
+from data import TURN_END, TURN_START, batch_order, encode, half_surrogate, hash_fraction, write_json
 from gpt import IGNORE, InputError, read_json
 
 ROLES = ("system", "user", "assistant")
@@ -36,6 +36,8 @@ def problem(messages) -> str | None:
             return f"the role {message.get('role')!r} is none of {', '.join(ROLES)}"
         if not isinstance(message.get("content"), str):
             return f"the content is {type(message.get('content')).__name__}, not a string"
+        if half_surrogate(message["content"]):
+            return "the content is no Unicode text"
     if not any(m["role"] == "assistant" for m in messages):
         return "there is no assistant turn"
     return None
@@ -177,7 +179,10 @@ def prepare_conversations(
         usable = []
         for messages, where in rows:
             reason = problem(messages)
-            usable.append((messages, where)) if reason is None else skip(reason, where)
+            if reason is None:
+                usable.append((messages, where))
+            else:
+                skip(reason, where)
         rendered = render_batch([messages for messages, _ in usable], tokenizer)
         for (messages, where), (ids, labels) in zip(usable, rendered):
             kept, labels = (np.array(x) for x in truncate(ids, labels, max_length, turn_end))

@@ -10,6 +10,7 @@ B rows in a micro-batch, T tokens in a row.
 
 import itertools
 import math
+import os
 import textwrap
 import time
 from collections.abc import Iterator
@@ -17,7 +18,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import training
-from data import TURN_END, column_of, load_tokenizer, source_files, source_rows, tokenizer_fingerprint
+from data import (
+    TURN_END,
+    column_of,
+    file_sha256,
+    load_tokenizer,
+    source_files,
+    source_rows,
+    tokenizer_fingerprint,
+)
 from gpt import GPTModel, InputError
 from optim import load_state_by_name, make_optimizer, schedule
 from sft import PackedLoader, SFTDataset, prepare_conversations, prompt_ids
@@ -87,13 +96,13 @@ def conversations(config: Config) -> Iterator[tuple[list[dict], str]]:
         yield column_of(row, config.column, object, where), where
 
 
-def source_key(config: Config) -> str:
-    """A hash of where the conversations come from, and of the sizes and times of local files."""
-    files = None if config.data == "embedded" else source_files(config.data)
-    stamps = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files or []]
-    return training.fingerprint(
-        [config.data_config, config.data_split, config.column, config.val_fraction, stamps]
-    )
+def local_hashes(config: Config) -> dict[str, str | None]:
+    """Hashes of the local files of model and data, None for what is of a hub or a package, or gone."""
+    files = source_files(config.data) if config.data != "embedded" else None
+    data = training.fingerprint([[path.name, file_sha256(path)] for path in files]) if files else None
+    model = Path(training.find_model(config.model))
+    weights = [file_sha256(path) for path in sorted(model.glob("*.safetensors"))] if model.is_dir() else None
+    return {"data_files": data, "weights": training.fingerprint(weights) if weights else None}
 
 
 def user_turn(content: str) -> list[dict]:
@@ -151,12 +160,17 @@ def side_by_side(out_dir: str) -> str:
 
 def main(config: Config) -> None:
     # Set-up: ranks, model or that of an interrupted run, data
+    training.require_positive(
+        config, "micro_batch_size", "max_new_tokens", "log_every", "eval_every", "save_every"
+    )
     ranks = training.set_up(config.device)
     Path(config.out_dir).mkdir(parents=True, exist_ok=True)
-    identity = {
-        name: getattr(config, name) for name in ("model", "data", "seed", "batch_tokens", "max_length")
+    data = ("data", "data_config", "data_split", "column", "val_fraction")
+    named = {
+        name: getattr(config, name) for name in (*data, "max_length", "batch_tokens", "optimizer", "seed")
     }
-    identity["source"] = source_key(config)
+    hashes = local_hashes(config)
+    identity = {"model": os.path.normpath(config.model), **named, **hashes}
     state = training.resume(config.out_dir, config.resume, identity)
     with ranks.main_first():
         path = state["path"] if state else training.find_model(config.model)
@@ -173,9 +187,9 @@ def main(config: Config) -> None:
             f"batch_tokens {config.batch_tokens} are {batch} rows of {T}, fewer than the "
             f"{ranks.world} ranks; raise --batch_tokens or lower --max_length"
         )
-    folder = (
-        Path(config.out_dir) / f"data-{training.fingerprint([identity, T, tokenizer_fingerprint(tokenizer)])}"
-    )
+    source = [[named[name] for name in data], hashes["data_files"]]
+    key = training.fingerprint([source, T, tokenizer_fingerprint(tokenizer)])
+    folder = Path(config.out_dir) / f"data-{key}"
     with ranks.main_first():
         found = prepare_conversations(folder, conversations(config), tokenizer, T, config.val_fraction)
     train = PackedLoader(SFTDataset(folder / "train"), T, batch, config.seed)
@@ -220,7 +234,7 @@ def main(config: Config) -> None:
         if last:
             break
         began = time.monotonic()
-        share = schedule(step, max_steps, warmup_steps, max_steps)
+        share = schedule(step, max_steps, warmup_steps, max_steps - warmup_steps)
         batches = list(train.micro_batches(train.step_rows(step), config.micro_batch_size, ranks))
         result = training.train_step(module, optimizer, batches, share, config.max_grad_norm, ranks)
         step += 1
@@ -230,7 +244,7 @@ def main(config: Config) -> None:
                 config, step, model, tokenizer, optimizer, identity, origin, metrics, ranks
             )
     metrics.close()
-    if questions and ranks.main:
+    if ranks.main and (Path(config.out_dir) / "answers.jsonl").exists():
         print(side_by_side(config.out_dir))
     ranks.print(f"\nTalk to it: python chat.py --model={config.out_dir}")
 

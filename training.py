@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import nn
 from tqdm import tqdm
 
@@ -84,14 +85,24 @@ def run_script(main: Callable, config_class: type) -> None:
     try:
         main(parse_config(config_class, sys.argv[1:]))
     except InputError as error:
-        sys.exit(f"error: {error}")
+        message = f"error: {error}"
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        sys.exit(f"error: the disk is full ({error}); make room and run the same command again, it continues")
-    finally:
+        message = f"error: the disk is full ({error}); make room and run the same command again, it continues"
+    else:
         if dist.is_initialized():
             dist.destroy_process_group()
+        return
+    print(message, file=sys.stderr, flush=True)  # at once: other ranks may keep this one from ending
+    raise SystemExit(1)
+
+
+def require_positive(config, *names: str) -> None:
+    """InputError for the first of these fields that is not above zero."""
+    for name in names:
+        if getattr(config, name) <= 0:
+            raise InputError(f"--{name}={getattr(config, name)}: expected a number above zero")
 
 
 # -- ranks and devices ---------------------------------------------------------------------------------------
@@ -116,7 +127,8 @@ class Ranks:
 
     def sum(self, *values: float | torch.Tensor) -> list[float]:
         """Each value's sum over all ranks, in float64."""
-        total = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=self.device) for v in values])
+        device = self.device if self.world > 1 else "cpu"
+        total = torch.stack([torch.as_tensor(v).to(device).double() for v in values])
         if self.world > 1:
             dist.all_reduce(total)
         return total.tolist()
@@ -150,7 +162,10 @@ def set_up(device: str) -> Ranks:
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    device = torch.device(device)
+    try:
+        device = torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device={device} cannot be used here: {str(error).splitlines()[0]}") from error
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
@@ -168,7 +183,7 @@ def wrap(model: GPTModel, ranks: Ranks, compile: str) -> nn.Module:
     if compile not in ("auto", "true", "false"):
         raise InputError(f"--compile={compile} is unknown; choose auto, true or false")
     wanted = compile == "true" or (compile == "auto" and ranks.device.type == "cuda")
-    module = torch.compile(model) if wanted else model
+    module = torch.compile(model, dynamic=False) if wanted else model
     if ranks.world > 1:
         ids = [ranks.device.index] if ranks.device.type == "cuda" else None
         module = nn.parallel.DistributedDataParallel(
@@ -222,7 +237,7 @@ def evaluate(model: nn.Module, micro_batches: Iterable[dict], ranks: Ranks) -> t
     loss, targets = torch.zeros((), dtype=torch.float64), 0
     for batch in micro_batches:
         with ranks.autocast():
-            loss += model(**batch).double().cpu()
+            loss += model(**batch).cpu()
         targets += int((batch["targets"] != IGNORE).sum())
     loss, targets = ranks.sum(loss, targets)
     return loss, int(targets)
@@ -238,6 +253,16 @@ def sync_to_disk(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def require_space(folder: Path, needed: int) -> None:
+    """InputError if the disk that holds the folder has fewer free bytes than a checkpoint needs."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise InputError(
+            f"a checkpoint needs {needed / 1e9:.2f} GB and {folder} has {free / 1e9:.2f} GB free; make room "
+            f"and run the same command again, it continues from the last checkpoint"
+        )
 
 
 def save_checkpoint(
@@ -262,27 +287,25 @@ def save_checkpoint(
     if not ranks.main:
         return ranks.barrier()
     out_dir = Path(config.out_dir)
-    needed = 12 * model.num_parameters() + 50_000_000  # bytes: weights and two moments in fp32, the rest
-    free = shutil.disk_usage(out_dir).free
-    if free < needed:
-        raise InputError(
-            f"a checkpoint needs {needed / 1e9:.2f} GB and {out_dir} has {free / 1e9:.2f} GB free; make room "
-            f"and run the same command again, it continues from the last checkpoint"
-        )
+    for leftover in out_dir.glob(".step_*.partial"):
+        shutil.rmtree(leftover)
     final, partial = out_dir / f"step_{step:07d}", out_dir / f".step_{step:07d}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial, tokenizer)
-    (partial / "README.md").write_text(model_card(config, step, model, origin, metrics))
-    torch.save(
-        {
-            "step": step,
-            "optimizer": state_by_name(model, optimizer),
-            "identity": identity,
-            "config": dataclasses.asdict(config),
-            "wandb_id": metrics.wandb_id,
-        },
-        partial / "training_state.pt",
-    )
+    needed = 12 * model.num_parameters() + 50_000_000  # bytes: weights and two moments in fp32, the rest
+    require_space(out_dir, needed)
+    state = {
+        "step": step,
+        "identity": identity,
+        "config": dataclasses.asdict(config),
+        "wandb_id": metrics.wandb_id,
+    }
+    try:
+        model.save_pretrained(partial, tokenizer)
+        (partial / "README.md").write_text(model_card(config, step, model, origin, metrics))
+        torch.save(state | {"optimizer": state_by_name(model, optimizer)}, partial / "training_state.pt")
+    except (OSError, RuntimeError, SafetensorError):  # of which kinds a full disk is, by the library
+        shutil.rmtree(partial)
+        require_space(out_dir, needed)
+        raise
     files = {f.name: {"bytes": f.stat().st_size, "sha256": file_sha256(f)} for f in sorted(partial.iterdir())}
     for name in files:
         sync_to_disk(partial / name)
@@ -365,7 +388,8 @@ def resume(out_dir: str | Path, choice: str, identity: dict) -> dict | None:
     """The training state to go on from, with its folder under "path", or None to start afresh.
 
     choice is "auto" (the newest whole checkpoint in out_dir, if any), "none" or a checkpoint's path. identity
-    says what makes a run this run. Raises InputError when out_dir holds another run's checkpoints, or any
+    says what makes a run this run, None for what cannot be known any more. Raises InputError when out_dir
+    holds the checkpoints of another run, or any
     that do not lead to the one chosen.
     """
     existing = checkpoints(out_dir)
@@ -374,26 +398,26 @@ def resume(out_dir: str | Path, choice: str, identity: dict) -> dict | None:
             f"{out_dir} holds checkpoints already, up to {existing[-1].name}; choose another --out_dir "
             f"or go on from them with --resume=auto"
         )
-    if choice == "none":
-        return None
-    path = newest_checkpoint(out_dir) if choice == "auto" else Path(choice)
+    if choice in ("none", "auto"):
+        path = newest_checkpoint(out_dir)  # with "none" there is none
+    else:
+        path, problem = Path(choice), damage(Path(choice))
+        if problem:
+            raise InputError(f"{path} cannot be resumed: {problem}")
+        inside = path.resolve().parent == Path(out_dir).resolve()
+        later = [p.name for p in existing if not inside or p.name > path.name]
+        if later:
+            raise InputError(
+                f"{out_dir} holds other checkpoints ({', '.join(later)}); go on from the newest with "
+                f"--resume=auto, delete them, or choose another --out_dir"
+            )
     if path is None:
         return None
-    inside = path.resolve().parent == Path(out_dir).resolve()
-    others = [p.name for p in existing if not inside or p.name > path.name]
-    if choice != "auto" and others:
-        raise InputError(
-            f"{out_dir} holds checkpoints that do not lead to {path} ({', '.join(others)}); delete them or "
-            f"choose another --out_dir"
-        )
-    problem = damage(path)
-    if problem:
-        raise InputError(f"{path} cannot be resumed: {problem}")
     state = torch.load(path / "training_state.pt", map_location="cpu", weights_only=True)
     differing = [
         f"{name} {state['identity'].get(name)!r} there, {value!r} here"
         for name, value in identity.items()
-        if state["identity"].get(name) != value
+        if value is not None and state["identity"].get(name) != value
     ]
     if differing:
         raise InputError(
@@ -447,11 +471,15 @@ class Metrics:
         return self.ranks.sum(any(row["step"] == step and name in row for row in self.rows))[0] > 0
 
     def log(self, step: int, **values: float) -> None:
-        """Record values under a step."""
+        """Record values under a step, one row for each."""
         if self.ranks.main:
-            self.rows.append({"step": step, **values})
-            with open(self.path, "a") as file:
-                file.write(json.dumps(self.rows[-1]) + "\n")
+            if self.rows and self.rows[-1]["step"] == step:
+                self.rows[-1] |= values
+                write_jsonl(self.path, self.rows)
+            else:
+                self.rows.append({"step": step, **values})
+                with open(self.path, "a") as file:
+                    file.write(json.dumps(self.rows[-1]) + "\n")
         if self.run:
             self.run.log(values, step=step)
 

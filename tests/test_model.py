@@ -221,6 +221,20 @@ def test_a_batch_without_targets_has_loss_zero_and_zero_gradients():
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
 
 
+def test_validation_computes_no_gradient():
+    model, ids = small_model(), random_ids(2, 9)
+    seen = []
+    original = gpt.SummedCrossEntropy.apply
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            gpt.SummedCrossEntropy,
+            "apply",
+            lambda *a: seen.extend(t.requires_grad for t in a[:2]) or original(*a),
+        )
+        model(ids[:, :-1], ids[:, 1:])
+    assert seen == [False, False]
+
+
 def test_under_bf16_autocast_the_loss_is_summed_in_fp32():
     model, ids = small_model(), random_ids(4, 33)
     exact = model(ids[:, :-1], ids[:, 1:])
@@ -285,6 +299,9 @@ def test_sampling_is_repeatable_with_a_seed_and_keeps_to_top_k_and_top_p():
         return [i for (i,) in model.generate([prompt], 40, temperature=1.0, **options)]
 
     assert draw(seed=1) == draw(seed=1) != draw(seed=2)
+    for options in ({"temperature": -1.0}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}):
+        with pytest.raises(InputError, match="expected a temperature"):
+            next(model.generate([prompt], 40, **options))
     assert draw(seed=1, top_k=1) == draw(seed=1, top_p=1e-9) == [i for (i,) in model.generate([prompt], 40)]
 
 
@@ -372,6 +389,34 @@ def test_a_damaged_model_directory_is_one_sentence(tmp_path):
         GPTModel.from_pretrained(tmp_path)
     with pytest.raises(InputError, match="no directory nowhere"):
         GPTModel.from_pretrained("nowhere")
+
+
+def test_fields_that_a_config_leaves_out_mean_what_transformers_takes_them_for():
+    from transformers import AutoConfig
+
+    small = {
+        "vocab_size": 64,
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 32,
+    }
+    llama3 = {k: v for k, v in LLAMA3.items() if k != "original_max_position_embeddings"}
+    for fields in (
+        {"model_type": "llama"},
+        {"model_type": "qwen3"},
+        {"model_type": "llama", "rope_theta": 5e5, "rope_scaling": llama3},
+        {"model_type": "llama", "rope_parameters": {"rope_type": "default"}},
+    ):
+        ours, theirs = GPTConfig.from_hf(fields | small), AutoConfig.for_model(**fields | small)
+        for name in ("num_key_value_heads", "head_dim", "max_position_embeddings", "tie_word_embeddings"):
+            assert getattr(ours, name) == getattr(theirs, name), (fields, name)
+        assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
+    with pytest.raises(InputError, match=r"config\.json lacks vocab_size, intermediate_size"):
+        GPTConfig.from_hf(
+            {k: v for k, v in small.items() if "size" not in k or k == "hidden_size"}
+            | {"model_type": "llama"}
+        )
 
 
 def test_a_shape_that_does_not_divide_is_refused():

@@ -114,6 +114,7 @@ GOOD = [(conversation(i)["messages"], f"row {i}") for i in range(10)]
         ([{"role": "tool", "content": "x"}], "role 'tool'"),
         ([{"role": "assistant", "content": 5}], "content is int"),
         ([{"role": "assistant"}], "content is NoneType"),
+        (turns("half an emoji", "\ud83d"), "no Unicode text"),
     ],
 )
 def test_unusable_conversations_are_counted_named_and_skipped(messages, reason, tokenizer, tmp_path):

@@ -197,14 +197,16 @@ def test_any_split_into_micro_batches_gives_the_same_gradients():
 
 
 @pytest.mark.parametrize("script", ["pretrain_gpt.py", "sft_gpt.py"])
-def test_two_ranks_over_gloo_equal_one_process(script, data_dir, base_run, chats, tmp_path):
+def test_two_and_three_ranks_over_gloo_equal_one_process(script, data_dir, base_run, chats, tmp_path):
     def config(name):
-        if script == "pretrain_gpt.py":  # 7 windows: 4 on one rank, 3 on the other
+        if script == "pretrain_gpt.py":  # 7 windows: 3, 2 and 2 on three ranks
             return pretrain_config(data_dir, tmp_path / name, batch_tokens=7 * 32, max_steps=4)
         return sft_config(base_run, chats, tmp_path / name, batch_tokens=5 * 64)
 
     (pretrain_gpt if script == "pretrain_gpt.py" else sft_gpt).main(config("one"))
-    result = run(script, *flags(config("two")), ranks=2)
+    ranks = 3 if script == "pretrain_gpt.py" else 2
+    (data_dir / ".verified.json").unlink(missing_ok=True)  # rank 0 hashes the shards, the others see it
+    result = run(script, *flags(config("two")), ranks=ranks)
     assert result.returncode == 0, result.stderr
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert len(one) == len(two)
@@ -323,7 +325,7 @@ def test_going_back_to_an_earlier_checkpoint_needs_a_folder_without_later_ones(d
     path = base_run / "step_0000002"
     for out_dir in (base_run, tmp_path):
         (tmp_path / "step_0000001").mkdir(exist_ok=True)
-        with pytest.raises(InputError, match=r"checkpoints that do not lead to .*step_0000002 \(step_"):
+        with pytest.raises(InputError, match=r"holds other checkpoints \(step_.*--resume=auto"):
             pretrain_gpt.main(pretrain_config(data_dir, out_dir, context_length=64, resume=str(path)))
 
 
@@ -340,13 +342,36 @@ def test_a_full_disk_is_told_before_anything_is_written(data_dir, tmp_path, monk
     assert not list(tmp_path.glob("*step_*"))
 
 
+def test_a_disk_that_fills_up_while_saving_leaves_the_checkpoint_before(data_dir, tmp_path, monkeypatch):
+    """Libraries tell of a full disk each in their own way: torch.save by a RuntimeError."""
+    real, original, calls = shutil.disk_usage(tmp_path), torch.save, []
+
+    def full_at_the_second(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            monkeypatch.setattr(training.shutil, "disk_usage", lambda _: real._replace(free=1_000_000))
+            raise RuntimeError("PytorchStreamWriter failed writing file data/0")
+        original(*arguments)
+
+    monkeypatch.setattr(training.torch, "save", full_at_the_second)
+    with pytest.raises(InputError, match=r"a checkpoint needs 0\.05 GB and .* has 0\.00 GB free"):
+        pretrain_gpt.main(pretrain_config(data_dir, tmp_path))
+    assert [p.name for p in training.checkpoints(tmp_path)] == ["step_0000002"]
+    assert not list(tmp_path.glob(".step_*"))
+    monkeypatch.undo()
+    pretrain_gpt.main(pretrain_config(data_dir, tmp_path))
+    assert training.newest_checkpoint(tmp_path).name == "step_0000006"
+
+
 def test_a_disk_that_fills_up_while_writing_is_one_sentence(monkeypatch, capsys):
     def main(_):
         raise OSError(errno.ENOSPC, "No space left on device", "model.safetensors")
 
     monkeypatch.setattr("sys.argv", ["pretrain_gpt.py"])
-    with pytest.raises(SystemExit, match=r"the disk is full .*model\.safetensors.* it continues"):
+    with pytest.raises(SystemExit, match="1"):
         training.run_script(main, pretrain_gpt.Config)
+    message = capsys.readouterr().err
+    assert "the disk is full" in message and "model.safetensors" in message and "it continues" in message
 
 
 @pytest.mark.parametrize(
@@ -380,9 +405,9 @@ def test_the_model_card_tells_origin_size_and_losses(base_run):
     rows = read_jsonl(base_run / "metrics.jsonl")
     assert card.startswith("---\nlibrary_name: transformers\n") and "texts.jsonl" in card
     assert "1,536 tokens in 6 steps" in card and "Qwen3ForCausalLM" in card and "max_steps: 6" in card
-    assert f"step 6, loss: {rows[-2]['loss']:.4f} nats per token" in card
+    assert f"step 6, loss: {rows[6]['loss']:.4f} nats per token" in card
     assert (
-        f"step 3, val loss: {rows[4]['val_loss']:.4f} nats per token" in card
+        f"step 3, val loss: {rows[3]['val_loss']:.4f} nats per token" in card
     )  # saved before the last validation
 
 
@@ -469,6 +494,9 @@ def test_mistakes_in_a_pretraining_run_are_told(data_dir, tmp_path):
         ({"device": "cuda"}, "no CUDA device is visible"),
         ({"compile": "maybe"}, "--compile=maybe is unknown"),
         ({"resume": str(tmp_path / "nothing")}, "cannot be resumed: checkpoint.json is missing"),
+        ({"device": "abacus"}, "--device=abacus cannot be used here"),
+        ({"eval_every": 0}, "--eval_every=0: expected a number above zero"),
+        ({"micro_batch_size": -1}, "--micro_batch_size=-1: expected a number above zero"),
     ):
         if not (change.get("device") and torch.cuda.is_available()):
             with pytest.raises(InputError, match=message):
@@ -484,6 +512,30 @@ def test_mistakes_in_a_fine_tuning_run_are_told(base_run, chats, tmp_path):
     ):
         with pytest.raises(InputError, match=message):
             sft_gpt.main(dataclasses.replace(sft_config(base_run, chats, tmp_path / "run"), **change))
+
+
+def test_a_fine_tuning_run_is_another_when_its_model_or_data_change(base_run, chats, data_dir, tmp_path):
+    base, data = tmp_path / "base", tmp_path / "chats.jsonl"
+    shutil.copytree(base_run, base)
+    shutil.copy(chats, data)
+    sft_gpt.main(sft_config(base, data, tmp_path / "run"))
+    sft_gpt.main(sft_config(f"{base}/", data, tmp_path / "run"))  # the same, however it is spelled
+    data.write_text("".join(data.read_text().splitlines(keepends=True)[1:]))
+    with pytest.raises(InputError, match=r"belongs to another run .*data_files"):
+        sft_gpt.main(sft_config(base, data, tmp_path / "run"))
+    shutil.copy(chats, data)
+    shutil.rmtree(base)
+    pretrain_gpt.main(pretrain_config(data_dir, base, context_length=64, seed=1))
+    with pytest.raises(InputError, match=r"belongs to another run .*weights"):
+        sft_gpt.main(sft_config(base, data, tmp_path / "run"))
+
+
+def test_a_model_that_does_not_know_chatml_is_told_apart(tmp_path, tokenizer):
+    model = small_model(vocab_size=256)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="has no ids for ChatML's tokens"):
+        chat.load(str(tmp_path))
 
 
 def test_a_model_is_found_by_its_runs_folder(base_run, tmp_path):
