@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import training
 from data import END, TURN_END, load_tokenizer
-from gpt import GPTModel, InputError
+from gpt import GPTModel, InputError, model_directory
 from sft import prompt_ids
 
 
@@ -32,7 +32,7 @@ class Config:
 
 def load(name: str, device: str = "cpu") -> tuple[GPTModel, object]:
     """The model that a user named, on a device, and its tokenizer; InputError if it does not know ChatML."""
-    path = training.find_model(name)
+    path = model_directory(training.find_model(name))
     model, tokenizer = GPTModel.from_pretrained(path).to(device), load_tokenizer(path)
     if len(tokenizer) > model.config.vocab_size:
         raise InputError(f"{name} has no ids for ChatML's tokens; fine-tune it with sft_gpt.py first")

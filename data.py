@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from gpt import InputError, read_json
+from gpt import InputError, one_line, read_json
 
 END, TURN_START, TURN_END = SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 MAGIC, HEADER_INTS = 20240520, 256
@@ -114,15 +114,15 @@ def read_jsonl(path: Path) -> Iterator[dict]:
 
 def hub_rows(source: str, name: str, split: str) -> Iterator[tuple[dict, str]]:
     """Rows of a hub dataset, streamed."""
-    import httpx
     from datasets import load_dataset
+    from huggingface_hub.utils import httpx
 
     try:
         rows = load_dataset(source, name or None, split=split, streaming=True)
-    except (OSError, ValueError, httpx.HTTPError) as error:
+    except (OSError, ValueError, RuntimeError, httpx.HTTPError) as error:
         raise InputError(
             f"no file or folder {source}, and no dataset of that name could be had from the hub: "
-            f"{str(error).splitlines()[0]}"
+            f"{one_line(error)}"
         ) from error
     number = 0
     try:
@@ -130,7 +130,13 @@ def hub_rows(source: str, name: str, split: str) -> Iterator[tuple[dict, str]]:
             yield row, f"row {number} of {source}"
     except (OSError, httpx.HTTPError) as error:
         raise InputError(
-            f"{source} broke off after row {number} ({error}); run the same command again, it continues"
+            f"{source} broke off after row {number} ({one_line(error)}); run the same command again, "
+            f"it continues"
+        ) from error
+    except (ValueError, TypeError) as error:  # of pyarrow and datasets, about what the files hold
+        raise InputError(
+            f"{source} cannot be read beyond row {number}, it is damaged or its rows differ in type: "
+            f"{one_line(error)}"
         ) from error
 
 
@@ -192,12 +198,13 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int):
 
 def load_tokenizer(name: str | Path):
     """Any Hugging Face tokenizer, by directory or hub id, made ready for ChatML; or InputError."""
+    from huggingface_hub.utils import httpx
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(name))
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"no tokenizer could be loaded from {name}: {str(error).splitlines()[0]}") from error
+    except (OSError, ValueError, KeyError, httpx.HTTPError) as error:
+        raise InputError(f"no tokenizer could be loaded from {name}: {one_line(error)}") from error
     if not tokenizer.is_fast:
         raise InputError(
             f"{name} is a slow tokenizer; only those of the tokenizers library (tokenizer.json) are supported"

@@ -464,8 +464,8 @@ def model_directory(name: str | Path) -> Path:
     """A local directory as it is; a hub id as the directory of its downloaded snapshot."""
     if Path(name).is_dir():
         return Path(name)
-    import httpx
     from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import httpx
 
     try:
         return Path(
@@ -475,9 +475,13 @@ def model_directory(name: str | Path) -> Path:
         )
     except (OSError, ValueError, httpx.HTTPError) as error:  # of which kinds the hub's are
         raise InputError(
-            f"no directory {name}, and no model of that name could be had from the hub: "
-            f"{str(error).splitlines()[0]}"
+            f"no directory {name}, and no model of that name could be had from the hub: {one_line(error)}"
         ) from error
+
+
+def one_line(error: Exception) -> str:
+    """An error's message, which may have several lines or none, in one."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def read_json(path: Path) -> dict:

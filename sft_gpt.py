@@ -27,7 +27,7 @@ from data import (
     source_rows,
     tokenizer_fingerprint,
 )
-from gpt import GPTModel, InputError
+from gpt import GPTModel, InputError, model_directory
 from optim import load_state_by_name, make_optimizer, schedule
 from sft import PackedLoader, SFTDataset, prepare_conversations, prompt_ids
 
@@ -173,7 +173,7 @@ def main(config: Config) -> None:
     identity = {"model": os.path.normpath(config.model), **named, **hashes}
     state = training.resume(config.out_dir, config.resume, identity)
     with ranks.main_first():
-        path = state["path"] if state else training.find_model(config.model)
+        path = state["path"] if state else model_directory(training.find_model(config.model))
         model, tokenizer = GPTModel.from_pretrained(path), load_tokenizer(path)
     model.resize_vocabulary(len(tokenizer))
     model.to(ranks.device)
