@@ -427,6 +427,10 @@ class GPTModel(nn.Module):
                 json.dumps(ids | {"do_sample": False}, indent=2) + "\n"
             )
             tokenizer.save_pretrained(path)
+            # transformers 5 writes a class name that transformers 4 does not know; both know this one
+            file = path / "tokenizer_config.json"
+            settings = read_json(file) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+            file.write_text(json.dumps(settings, indent=2) + "\n")
         (path / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
 
     @classmethod
