@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import training
 from data import END, TURN_END, load_tokenizer
 from gpt import GPTModel, InputError, model_directory
-from sft import prompt_ids
+from sft import SAMPLING, prompt_ids
 
 
 @dataclass
@@ -23,9 +23,9 @@ class Config:
     prompt: str = ""  # answer this and end; empty for a conversation
     system: str = ""  # the system message; empty for none
     max_new_tokens: int = 256  # tokens in an answer, at most
-    temperature: float = 0.7  # 0 always takes the most likely token
-    top_k: int = 50  # sample among so many most likely tokens; 0 for all
-    top_p: float = 0.95  # and among those, the fewest that together have this probability
+    temperature: float = SAMPLING["temperature"]  # 0 always takes the most likely token
+    top_k: int = SAMPLING["top_k"]  # sample among so many most likely tokens; 0 for all
+    top_p: float = SAMPLING["top_p"]  # and among those, the fewest that together have this probability
     seed: int = -1  # of the sampling; -1 for a new one each time
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
 

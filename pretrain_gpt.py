@@ -166,6 +166,7 @@ def main(config: Config) -> None:
     origin = f"Pretrained on {manifest.get('source', config.data_dir)}."
     decay_steps = round(config.decay_fraction * config.max_steps)
 
+    signals = training.StopSignals(ranks)
     for step in range(start, config.max_steps + 1):  # so many optimizer steps are done
         last = step == config.max_steps
         if (step % config.eval_every == 0 or last) and not metrics.has(step, "val_loss"):
@@ -183,10 +184,15 @@ def main(config: Config) -> None:
         result = training.train_step(module, optimizer, batches, share, config.max_grad_norm, ranks)
         step += 1
         metrics.step(step, result, time.monotonic() - began)
-        if step % config.save_every == 0 or step == config.max_steps:
+        stopped = signals.on_any_rank()
+        if stopped or step % config.save_every == 0 or step == config.max_steps:
             training.save_checkpoint(
                 config, step, model, tokenizer, optimizer, identity, origin, metrics, ranks
             )
+        if stopped:
+            metrics.close()
+            training.leave(config, ranks)
+    signals.close()
     metrics.close()
 
 

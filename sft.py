@@ -24,6 +24,7 @@ from data import TURN_END, TURN_START, batch_order, encode, half_surrogate, hash
 from gpt import IGNORE, InputError, read_json
 
 ROLES = ("system", "user", "assistant")
+SAMPLING = {"temperature": 0.7, "top_k": 50, "top_p": 0.95}  # of an answer, in chat.py and in evaluations
 QUESTIONS_KEPT = 1000  # held-out questions that the report lists
 
 

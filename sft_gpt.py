@@ -29,7 +29,7 @@ from data import (
 )
 from gpt import GPTModel, InputError, model_directory
 from optim import load_state_by_name, make_optimizer, schedule
-from sft import PackedLoader, SFTDataset, prepare_conversations, prompt_ids
+from sft import SAMPLING, PackedLoader, SFTDataset, prepare_conversations, prompt_ids
 
 
 @dataclass
@@ -110,14 +110,15 @@ def user_turn(content: str) -> list[dict]:
 
 
 def answers(model: GPTModel, tokenizer, questions: list[str], max_new_tokens: int) -> list[dict]:
-    """Each question's greedy answer, and whether it stopped by itself."""
+    """Each question's answer, sampled as in chat.py but always the same, and whether it stopped by itself."""
     stop, results = tokenizer.convert_tokens_to_ids(TURN_END), []
     context = model.config.max_position_embeddings
     questions = [q for q in questions if len(prompt_ids(user_turn(q), tokenizer)) < context]
     for i in range(0, len(questions), 50):
         asked = questions[i : i + 50]
         prompts = [prompt_ids(user_turn(question), tokenizer) for question in asked]
-        for question, ids in zip(asked, zip(*model.generate(prompts, max_new_tokens, stop_ids=[stop]))):
+        steps = model.generate(prompts, max_new_tokens, **SAMPLING, seed=0, stop_ids=[stop])
+        for question, ids in zip(asked, zip(*steps)):
             ids = [t for t in ids if t is not None]
             results.append(
                 {
@@ -222,6 +223,7 @@ def main(config: Config) -> None:
     origin = f"Fine-tuned from {config.model} on the conversations of {config.data}."
     warmup_steps = round(config.warmup_fraction * max_steps)
 
+    signals = training.StopSignals(ranks)
     for step in range(start, max_steps + 1):  # so many optimizer steps are done
         last = step == max_steps
         if (step % config.eval_every == 0 or last) and not metrics.has(step, "val_loss"):
@@ -239,10 +241,15 @@ def main(config: Config) -> None:
         result = training.train_step(module, optimizer, batches, share, config.max_grad_norm, ranks)
         step += 1
         metrics.step(step, result, time.monotonic() - began)
-        if step % config.save_every == 0 or step == max_steps:
+        stopped = signals.on_any_rank()
+        if stopped or step % config.save_every == 0 or step == max_steps:
             training.save_checkpoint(
                 config, step, model, tokenizer, optimizer, identity, origin, metrics, ranks
             )
+        if stopped:
+            metrics.close()
+            training.leave(config, ranks)
+    signals.close()
     metrics.close()
     if ranks.main and (Path(config.out_dir) / "answers.jsonl").exists():
         print(side_by_side(config.out_dir))

@@ -12,6 +12,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import sys
 import typing
 from collections.abc import Callable, Iterable, Sequence
@@ -28,6 +29,8 @@ from tqdm import tqdm
 from data import file_sha256, write_json
 from gpt import IGNORE, GPTModel, InputError, read_json
 from optim import state_by_name
+
+RESUMABLE = 75  # the exit status of a run that was stopped and can go on; sysexits.h calls it EX_TEMPFAIL
 
 # -- command line --------------------------------------------------------------------------------------------
 
@@ -190,6 +193,40 @@ def wrap(model: GPTModel, ranks: Ranks, compile: str) -> nn.Module:
             module, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
         )
     return module
+
+
+class StopSignals:
+    """Notes SIGTERM, SIGINT and SIGUSR1 (Slurm's warning), so that a run can finish its step, save and leave.
+
+    A second SIGINT ends the process at once. `close` brings the earlier handlers back.
+    """
+
+    def __init__(self, ranks: Ranks):
+        self.ranks, self.seen = ranks, set()
+        self.handlers = {
+            n: signal.signal(n, self.note) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+        }
+
+    def note(self, number: int, frame) -> None:
+        if number == signal.SIGINT and number in self.seen:
+            raise KeyboardInterrupt
+        self.seen.add(number)
+
+    def on_any_rank(self) -> bool:
+        """Whether a signal reached any rank; all ranks ask together and get the same answer."""
+        return self.ranks.sum(len(self.seen))[0] > 0
+
+    def close(self) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+
+def leave(config, ranks: Ranks) -> None:
+    """End a run that a signal stopped, after it is saved, with a status that says that it can go on."""
+    ranks.print(f"stopped by a signal; the same command continues from the checkpoint in {config.out_dir}")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    raise SystemExit(RESUMABLE)
 
 
 # -- one step ------------------------------------------------------------------------------------------------
