@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from rope import apply_rope, rope_cache
 
 LOGITS_AT_ONCE = {"cpu": 2**22, "cuda": 2**26, "mps": 2**24}  # in the loss: 16 MB stay in a CPU's cache
+ROWS_AT_LEAST = 512  # at once: below, adding up the head's gradient costs more than computing it
 IGNORE = -100  # a target with this value is not trained on; PyTorch's and Hugging Face's convention
 REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 DEFAULTS = {  # what transformers takes for fields that a config.json leaves out
@@ -236,7 +237,8 @@ def summed_loss(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) ->
         keep = targets != IGNORE
         x, targets = x[keep], targets[keep]
     with torch.autocast(kind, enabled=False):
-        return SummedCrossEntropy.apply(x, weight, targets, max(1, LOGITS_AT_ONCE[kind] // len(weight)))
+        chunk = max(ROWS_AT_LEAST, LOGITS_AT_ONCE[kind] // len(weight))
+        return SummedCrossEntropy.apply(x, weight, targets, chunk)
 
 
 class Decoder(nn.Module):

@@ -190,7 +190,7 @@ def wrap(model: GPTModel, ranks: Ranks, compile: str) -> nn.Module:
     if ranks.world > 1:
         ids = [ranks.device.index] if ranks.device.type == "cuda" else None
         module = nn.parallel.DistributedDataParallel(
-            module, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
+            module, device_ids=ids, forward_sync_buffers=False, gradient_as_bucket_view=True
         )
     return module
 

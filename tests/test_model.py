@@ -183,6 +183,7 @@ def test_the_loss_equals_cross_entropy_on_the_logits_with_its_gradients(tied, mo
     reference = [p.grad.clone() for p in model.parameters()]
     for logits_at_once in (gpt.LOGITS_AT_ONCE["cpu"], 320 * 7, 1):  # one chunk, ragged ones, one row each
         monkeypatch.setitem(gpt.LOGITS_AT_ONCE, "cpu", logits_at_once)
+        monkeypatch.setattr(gpt, "ROWS_AT_LEAST", 1)
         model.zero_grad()
         loss = model(inputs, targets)
         (loss * 0.01).backward()
@@ -208,6 +209,7 @@ def test_the_loss_never_holds_all_logits(monkeypatch):
 
     model, ids = small_model(vocab_size=4096, max_position_embeddings=256), random_ids(8, 257)
     monkeypatch.setitem(gpt.LOGITS_AT_ONCE, "cpu", 2**18)
+    monkeypatch.setattr(gpt, "ROWS_AT_LEAST", 1)
     with Watch():
         model(ids[:, :-1], ids[:, 1:]).backward()
     assert largest <= 2**18 < 8 * 256 * 4096 / 16
