@@ -38,7 +38,7 @@ CHAT_TEMPLATE = (
 # -- sources -------------------------------------------------------------------------------------------------
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
-TXT_PIECE = 1_000_000  # characters; a longer .txt is cut, at line ends, into documents of about this size
+TXT_PIECE = 20_000  # characters: a longer .txt is cut, at line ends, into documents of about this size
 
 
 def source_rows(source: str, name: str, split: str) -> Iterator[tuple[dict, str]]:

@@ -239,6 +239,10 @@ def main(config: Config) -> None:
     (out_dir / "progress.json").unlink()
     for split, writer in writers.items():
         print(f"{split}: " + ", ".join(f"{value:,} {name}" for name, value in writer.totals.items()))
+        if not writer.totals["documents"]:
+            print(
+                f"no document is in {split}, pretraining needs both: delete {out_dir}, raise --val_fraction"
+            )
 
 
 if __name__ == "__main__":

