@@ -412,13 +412,22 @@ def newest_checkpoint(out_dir: str | Path) -> Path | None:
 
 
 def find_model(name: str) -> str | Path:
-    """The model that a user named: for a run's folder its newest whole checkpoint, else the name as it is."""
-    if Path(name).is_dir() and not (Path(name) / "config.json").exists():
-        checkpoint = newest_checkpoint(name)
-        if checkpoint is None:
-            raise InputError(f"{name} holds neither a model (config.json) nor a whole checkpoint (step_…)")
-        return checkpoint
-    return name
+    """The model that a user named: for a run's folder its newest whole checkpoint, else the name as it is.
+
+    Raises InputError for a folder with neither, and for a checkpoint whose weights or tokenizer were changed.
+    """
+    path = Path(name)
+    if not path.is_dir():
+        return name
+    if (path / "config.json").exists():
+        problem = damage(path) if (path / "checkpoint.json").exists() else None
+        if problem:
+            raise InputError(f"{name}: {problem}; delete checkpoint.json there to use it all the same")
+        return name
+    checkpoint = newest_checkpoint(name)
+    if checkpoint is None:
+        raise InputError(f"{name} holds neither a model (config.json) nor a whole checkpoint (step_…)")
+    return checkpoint
 
 
 def resume(out_dir: str | Path, choice: str, identity: dict) -> dict | None:

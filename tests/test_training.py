@@ -530,6 +530,16 @@ def test_a_fine_tuning_run_is_another_when_its_model_or_data_change(base_run, ch
         sft_gpt.main(sft_config(base, data, tmp_path / "run"))
 
 
+def test_a_checkpoint_with_another_tokenizer_than_its_own_is_refused(base_run, tmp_path):
+    path = tmp_path / "step_0000006"
+    shutil.copytree(base_run / "step_0000006", path)
+    (path / "tokenizer.json").write_text((path / "tokenizer.json").read_text() + "\n")
+    with pytest.raises(InputError, match=r"tokenizer\.json is not what was saved; delete checkpoint\.json"):
+        chat.load(str(path))
+    (path / "checkpoint.json").unlink()
+    assert chat.load(str(path))[0].num_parameters() == chat.load(str(base_run))[0].num_parameters()
+
+
 def test_a_model_that_does_not_know_chatml_is_told_apart(tmp_path, tokenizer):
     model = small_model(vocab_size=256)
     model.save_pretrained(tmp_path)
@@ -541,6 +551,7 @@ def test_a_model_that_does_not_know_chatml_is_told_apart(tmp_path, tokenizer):
 def test_a_model_is_found_by_its_runs_folder(base_run, tmp_path):
     assert training.find_model(str(base_run)) == base_run / "step_0000006"
     assert training.find_model("someone/model") == "someone/model"
+    assert training.find_model(str(base_run / "step_0000004")) == str(base_run / "step_0000004")
     with pytest.raises(InputError, match="holds neither a model"):
         training.find_model(str(tmp_path))
 
