@@ -298,20 +298,6 @@ def test_a_hub_that_fails_midway_is_told_and_the_same_command_continues_to_the_s
     assert shards(tmp_path / "data") == local()
 
 
-def test_a_connection_that_drops_once_changes_nothing(hub, run, local, tmp_path):
-    dropped = []
-
-    def once(path):
-        if "/resolve/" in path and path not in dropped:
-            dropped.append(path)
-            return "drop"
-
-    with hub.failing(once):
-        succeeded(run("prepare_data", *flags(preparation(tmp_path / "data"))))
-    assert shards(tmp_path / "data") == local()
-    assert {Path(path).name for path in dropped} >= {f"train-{k}.parquet" for k in range(3)}
-
-
 MISTAKES = {
     "configuration": ({"config": "nope"}, ["'nope' not found", "'all'", "'some'"]),
     "no configuration": ({"config": ""}, ["Config name is missing", "'all'", "'some'"]),
