@@ -20,6 +20,8 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention import varlen
+from torch.utils.checkpoint import checkpoint
 
 from rope import apply_rope, rope_cache
 
@@ -134,6 +136,21 @@ class KVCache:
         return self.keys[layer].scatter_(2, index, k), self.values[layer].scatter_(2, index, v)
 
 
+def varlen_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sequences: torch.Tensor
+) -> torch.Tensor:
+    """Causal attention (B, T, H, D) within each of the sequences that begin at these places of B x T tokens.
+
+    As a mask would do it, but nothing is computed across sequences. Flash attention's kernel, for CUDA only.
+    """
+    T, H = q.size(2), q.size(1)
+    q, k, v = (x.transpose(1, 2).flatten(0, 1).to(v.dtype) for x in (q, k, v))  # (B T, H or G, D)
+    y = varlen.varlen_attn(
+        q, k, v, sequences, sequences, T, T, window_size=(-1, 0), enable_gqa=k.size(1) != H
+    )
+    return y.view(-1, T, *y.shape[1:])
+
+
 class MultiHeadAttention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
@@ -147,7 +164,7 @@ class MultiHeadAttention(nn.Module):
         self.q_norm = nn.RMSNorm(D, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(D, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
-    def forward(self, x, rope, mask=None, cache=None, positions=None):
+    def forward(self, x, rope, mask=None, sequences=None, cache=None, positions=None):
         B, T, _ = x.shape
         q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B, H, T, D)
         k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B, G, T, D)
@@ -155,6 +172,9 @@ class MultiHeadAttention(nn.Module):
         q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         if cache is not None:
             k, v = cache.update(self.layer, k, v, positions)
+        if sequences is not None:
+            y = varlen_attention(q, k, v, sequences)
+            return self.o_proj(y.reshape(B, T, -1))
         if mask is not None and T > 1 and k.size(1) != q.size(1):  # no fused kernel takes a mask and groups
             k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
         y = F.scaled_dot_product_attention(
@@ -182,8 +202,8 @@ class TransformerBlock(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = FeedForward(config)
 
-    def forward(self, x, rope, mask=None, cache=None, positions=None):
-        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache, positions)
+    def forward(self, x, rope, mask=None, sequences=None, cache=None, positions=None):
+        x = x + self.self_attn(self.input_layernorm(x), rope, mask, sequences, cache, positions)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -241,6 +261,33 @@ def summed_loss(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) ->
         return SummedCrossEntropy.apply(x, weight, targets, chunk)
 
 
+@torch.compiler.disable
+def token_losses(
+    x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The fp32 cross-entropy (B, T) of each target, 0 for IGNORE, and whether it was the likeliest (B, T).
+
+    As frugal as summed_loss, but as losses may be weighted later, a chunk's logits are computed again for
+    their gradients.
+    """
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):
+        x = x.to(torch.get_autocast_dtype(kind))
+    y, rows = targets.flatten(), (targets.flatten() != IGNORE).nonzero()[:, 0]
+
+    def chunk(x, weight, y):
+        logits = (x @ weight.to(x.dtype).T).float()
+        return F.cross_entropy(logits, y, reduction="none"), logits.argmax(1) == y
+
+    losses = torch.zeros(y.shape, device=x.device)
+    right = torch.zeros(y.shape, dtype=torch.bool, device=x.device)
+    with torch.autocast(kind, enabled=False):
+        for part in rows.split(max(ROWS_AT_LEAST, LOGITS_AT_ONCE[kind] // len(weight))):
+            found = checkpoint(chunk, x.flatten(0, -2)[part], weight, y[part], use_reentrant=False)
+            losses, right[part] = losses.index_put((part,), found[0]), found[1]
+    return losses.view(targets.shape), right.view(targets.shape)
+
+
 class Decoder(nn.Module):
     """Embedding, blocks and final norm; named as Hugging Face's inner `model`."""
 
@@ -294,7 +341,7 @@ class GPTModel(nn.Module):
             else:
                 p.normal_(std=C**-0.5)
 
-    def hidden(self, input_ids, positions=None, mask=None, cache=None):
+    def hidden(self, input_ids, positions=None, mask=None, sequences=None, cache=None, noise=None):
         """Final hidden states (B, T, C)."""
         if input_ids.size(1) > self.config.max_position_embeddings:
             raise InputError(
@@ -305,8 +352,9 @@ class GPTModel(nn.Module):
         if positions is not None:
             cos, sin = self.rope_cos[positions][:, None], self.rope_sin[positions][:, None]  # (B, 1, T, D)
         x = self.model.embed_tokens(input_ids)
+        x = x if noise is None else x + noise
         for layer in self.model.layers:
-            x = layer(x, (cos, sin), mask, cache, positions)
+            x = layer(x, (cos, sin), mask, sequences, cache, positions)
         return self.model.norm(x)
 
     def forward(
@@ -315,14 +363,21 @@ class GPTModel(nn.Module):
         targets: torch.Tensor | None = None,
         positions: torch.Tensor | None = None,
         mask: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Logits (B, T, V), or with targets (B, T) their summed cross-entropy in nats, fp32, a scalar.
+        sequences: torch.Tensor | None = None,
+        noise: torch.Tensor | None = None,
+        per_token: bool = False,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Logits (B, T, V), or with targets (B, T) their summed cross-entropy in nats, fp32, a scalar; with
+        per_token that of each (B, T), and whether the target was the likeliest token (B, T).
 
         positions (B, T) default to 0 … T-1 and mask (B, 1, T, T), True where a query may see a key, to
-        causal; packed rows give both.
+        causal; packed rows give both, or on CUDA sequences instead of the mask: where in the B x T tokens
+        each begins, and the end. noise (B, T, C) is added to the embeddings.
         """
-        x = self.hidden(input_ids, positions, mask)
-        return self.lm_head(x) if targets is None else summed_loss(x, self.lm_head.weight, targets)
+        x = self.hidden(input_ids, positions, mask, sequences, noise=noise)
+        if targets is None:
+            return self.lm_head(x)
+        return (token_losses if per_token else summed_loss)(x, self.lm_head.weight, targets)
 
     def num_parameters(self) -> int:
         """How many numbers the model is made of; tied embeddings count once."""
@@ -393,7 +448,9 @@ class GPTModel(nn.Module):
         done = torch.zeros(B, dtype=torch.bool, device=device)
         stops = torch.tensor(list(stop_ids), dtype=torch.long, device=device)
         for _ in range(max_new_tokens):
-            x = self.hidden(ids, positions, slots <= positions[:, None, :, None], cache)  # mask (B, 1, T, S)
+            x = self.hidden(
+                ids, positions, slots <= positions[:, None, :, None], cache=cache
+            )  # mask (B, 1, T, S)
             last = (filled - 1 - positions[:, 0]).clamp(max=ids.size(1) - 1)
             next_ids = sample(
                 self.lm_head(x[torch.arange(B, device=device), last]), temperature, top_k, top_p, generator
@@ -407,19 +464,24 @@ class GPTModel(nn.Module):
 
     # -- loading and saving ----------------------------------------------------------------------------------
 
-    def save_pretrained(self, path: str | Path, tokenizer=None) -> None:
+    def stored_state(self) -> dict[str, torch.Tensor]:
+        """The weights as a file holds them: tied ones once."""
+        state = self.state_dict()
+        if self.config.tie_word_embeddings:
+            del state["lm_head.weight"]
+        return state
+
+    def save_pretrained(self, path: str | Path, tokenizer=None, state_dict: dict | None = None) -> None:
         """Write a Hugging Face model directory: config.json, safetensors (sharded above 5 GB), and with a
-        tokenizer its files and a generation_config.json whose stop ids are <|im_end|> and <|endoftext|>."""
+        tokenizer its files and a generation_config.json whose stop ids are <|im_end|> and <|endoftext|>.
+
+        state_dict is an earlier stored_state; without it the weights are as they are now.
+        """
         from huggingface_hub import save_torch_state_dict
 
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
-        state = {
-            k: v
-            for k, v in self.state_dict().items()
-            if not (self.config.tie_word_embeddings and k == "lm_head.weight")
-        }
-        save_torch_state_dict(state, path)
+        save_torch_state_dict(self.stored_state() if state_dict is None else state_dict, path)
         fields = self.config.to_hf()
         if tokenizer is not None:
             end, turn_end = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])

@@ -50,6 +50,8 @@ class Config:
     beta1: float = 0.9  # AdamW's averaging of gradients
     beta2: float = 0.95  # AdamW's averaging of squared gradients
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm; 0 for no limit
+    spike_sigma: float = 6.0  # a loss or norm so many deviations above the last 128 is skipped; 0 for none
+    max_bad_steps: int = 10  # steps skipped in a row that stop the run
     seed: int = 0  # of the initial weights and the data order
     # reporting
     log_every: int = 10  # steps between two lines
@@ -58,9 +60,12 @@ class Config:
     samples: bool = True  # continue a few prompts after each validation
     save_every: int = 500  # steps between two checkpoints
     keep_last: int = 3  # checkpoints that are kept; 0 for all
+    keep_every: int = 0  # steps between two that are kept for good; 0 for none
     wandb: str = "auto"  # auto (if a key is set up), online, offline or off
     # machine
     resume: str = "auto"  # auto (newest checkpoint in out_dir), none, or a checkpoint's path
+    force: bool = False  # go on although settings that change the result are others than before
+    timeout_minutes: float = 30.0  # a rank without progress for so long ends the run
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     compile: str = "auto"  # torch.compile: true, false, or auto for only on CUDA
 
@@ -116,6 +121,8 @@ def main(config: Config) -> None:
         "log_every",
         "eval_every",
         "save_every",
+        "max_bad_steps",
+        "timeout_minutes",
     )
     ranks = training.set_up(config.device)
     batch = config.batch_tokens // config.context_length  # windows in a step
@@ -134,15 +141,15 @@ def main(config: Config) -> None:
     # Model and optimizer, or those of an interrupted run
     shape = model_config(config, len(tokenizer))
     identity = {
-        "data": training.fingerprint(manifest["shards"]),
-        "tokenizer": tokenizer_fingerprint(tokenizer),
-        "seed": config.seed,
-        "optimizer": config.optimizer,
-        "batch": batch,
-        **asdict(shape),
+        "fixed": {
+            "tokenizer": tokenizer_fingerprint(tokenizer),
+            "optimizer": config.optimizer,
+            **asdict(shape),
+        },
+        "content": {"data": training.fingerprint(manifest["shards"])},
     }
     Path(config.out_dir).mkdir(parents=True, exist_ok=True)
-    state = training.resume(config.out_dir, config.resume, identity)
+    state = training.resume(config, identity, ranks)
     torch.manual_seed(config.seed)
     model = (GPTModel.from_pretrained(state["path"]) if state else GPTModel(shape)).to(ranks.device)
     optimizer = make_optimizer(model, config)
@@ -165,33 +172,39 @@ def main(config: Config) -> None:
     val_bytes = val.text_bytes(val_windows, tokenizer)
     origin = f"Pretrained on {manifest.get('source', config.data_dir)}."
     decay_steps = round(config.decay_fraction * config.max_steps)
+    history = training.StepHistory(config, state)
+    saves = training.Checkpoints(
+        config, model, tokenizer, optimizer, history, identity, origin, metrics, ranks
+    )
 
     signals = training.StopSignals(ranks)
+    ranks.watch(config.timeout_minutes)
     for step in range(start, config.max_steps + 1):  # so many optimizer steps are done
         last = step == config.max_steps
         if (step % config.eval_every == 0 or last) and not metrics.has(step, "val_loss"):
             batches = micro_batches(val, val_windows, config, shape, ranks)
-            nats, targets = training.evaluate(module, batches, ranks)
+            nats, _, targets = training.evaluate(module, batches, ranks)
             metrics.validated(step, val_loss=nats / targets, val_bpb=nats / math.log(2) / val_bytes)
             if config.samples and ranks.main:
                 metrics.say("\n".join(f"  | {text}" for text in sample_text(model, tokenizer, config.seed)))
         if last:
             break
+        ranks.at(f"step {step + 1}")
         began = time.monotonic()
         share = schedule(step, config.max_steps, config.warmup_steps, decay_steps)
         windows = batch_order(config.seed, step, batch, len(train))
         batches = list(micro_batches(train, windows, config, shape, ranks))
-        result = training.train_step(module, optimizer, batches, share, config.max_grad_norm, ranks)
+        result = training.train_step(module, optimizer, batches, share, config.max_grad_norm, history, ranks)
         step += 1
         metrics.step(step, result, time.monotonic() - began)
         stopped = signals.on_any_rank()
-        if stopped or step % config.save_every == 0 or step == config.max_steps:
-            training.save_checkpoint(
-                config, step, model, tokenizer, optimizer, identity, origin, metrics, ranks
-            )
+        if stopped or saves.due(step):
+            saves.save(step)
         if stopped:
+            saves.wait()
             metrics.close()
             training.leave(config, ranks)
+    saves.wait()
     signals.close()
     metrics.close()
 

@@ -85,19 +85,37 @@ def prompt_ids(messages: list[dict], tokenizer) -> list[int]:
     ]  # all before the empty answer's end
 
 
-def truncate(
-    ids: list[int], labels: list[int], max_length: int, turn_end: int
-) -> tuple[list[int], list[int]]:
-    """The whole turns that fit into max_length, up to the last trained one; if none is, the first max_length
-    tokens.
+OVERLONG = ("truncate", "split", "drop")
 
-    An answer that is cut keeps what it has, and nothing teaches the model to stop there.
+
+def fit(ids: list, labels: list, max_length: int, overlong: str, prefix: int, turns: tuple[int, int]) -> list:
+    """The pieces (ids, labels) of at most max_length tokens that a rendered conversation is trained in.
+
+    A longer one is dropped, or truncated: it keeps the whole turns up to the last answer that fits; or split:
+    its next turns then make another piece, behind its first `prefix` tokens (the system message), and so on.
+    An answer that alone is too long is cut, and nothing teaches the model to stop there. A piece without a
+    token to train on is left out. `turns` are the ids of <|im_start|> and <|im_end|>.
     """
+    start, end = turns
     if len(ids) <= max_length:
-        return ids, labels
-    ends = [i + 1 for i in range(max_length) if ids[i] == turn_end and labels[i] == turn_end]
-    cut = ends[-1] if ends else max_length
-    return ids[:cut], labels[:cut]
+        return [(ids, labels)]
+    if overlong == "drop":
+        return []
+    pieces, at, head = [], 0, 0
+    while at < len(ids):
+        room = max_length - head
+        stop = min(len(ids), at + room)
+        ends = [i + 1 for i in range(at, stop) if ids[i] == end and labels[i] == end]
+        cut = stop if stop == len(ids) or not ends else ends[-1]
+        if any(label != IGNORE for label in labels[at:cut]):
+            pieces.append((ids[:head] + ids[at:cut], labels[:head] + labels[at:cut]))
+        if overlong == "truncate" or prefix >= max_length:
+            break
+        if not ends:  # the rest of this answer has lost its beginning or its question
+            cut = next((i for i in range(cut, len(ids)) if ids[i] == end and labels[i] == end), len(ids))
+        at = next((i for i in range(cut, len(ids)) if ids[i] == start), len(ids))
+        head = prefix
+    return pieces
 
 
 class SFTDataset:
@@ -154,27 +172,30 @@ def prepare_conversations(
     tokenizer,
     max_length: int,
     val_fraction: float,
+    overlong: str = "truncate",
     batch: int = 1000,
 ) -> dict:
     """Render (messages, where it was found) into the datasets folder/train and folder/val, in one pass whose
     memory use does not grow; returns what is also in folder/report.json, which stands for a finished folder.
 
-    All conversations that begin with one question fall on one side, by its hash. What cannot be trained on is
-    skipped and counted, the first of each kind named. Raises InputError when a side is left empty.
+    All conversations that begin with one question fall on one side, by its hash. What is longer than
+    max_length is treated as `fit` says. What cannot be trained on is skipped and counted, the first of each
+    kind named. Raises InputError when a side is left empty.
     """
     folder = Path(folder)
     if (folder / "report.json").exists():
         return read_json(folder / "report.json")
     shutil.rmtree(folder, ignore_errors=True)
     writers = {split: Writer(folder / split) for split in ("train", "val")}
-    turn_end = tokenizer.convert_tokens_to_ids(TURN_END)
-    counts = Counter({"tokens": 0, "trained_tokens": 0, "truncated": 0})
+    turns = tokenizer.convert_tokens_to_ids([TURN_START, TURN_END])
+    counts = Counter({"tokens": 0, "trained_tokens": 0, "lost_tokens": 0, "cut": 0, "split": 0})
     skipped, first, questions = Counter(), {}, {}
 
     def skip(reason: str, where: str) -> None:
         skipped[reason] += 1
         first.setdefault(reason, where)
 
+    too_long = f"no answer {'ends' if overlong == 'drop' else 'begins'} within {max_length} tokens"
     source = iter(conversations)
     while rows := list(itertools.islice(source, batch)):
         usable = []
@@ -186,19 +207,23 @@ def prepare_conversations(
                 skip(reason, where)
         rendered = render_batch([messages for messages, _ in usable], tokenizer)
         for (messages, where), (ids, labels) in zip(usable, rendered):
-            kept, labels = (np.array(x) for x in truncate(ids, labels, max_length, turn_end))
-            trained = labels != IGNORE
-            if not trained.any():
-                skip(f"no answer begins within {max_length} tokens", where)
+            prefix = ids.index(turns[0], 1) if messages[0]["role"] == "system" else 0
+            pieces = fit(ids, labels, max_length, overlong, prefix, turns)
+            if not pieces:
+                skip(too_long, where)
                 continue
             question = first_question(messages)
             held_out = hash_fraction(question) < val_fraction
-            writers["val" if held_out else "train"].append(kept, trained)
             if held_out and len(questions) < QUESTIONS_KEPT:
                 questions[question] = None
-            counts.update(
-                tokens=len(kept), trained_tokens=int(trained.sum()), truncated=len(ids) > max_length
-            )
+            lost = sum(label != IGNORE for label in labels)
+            for piece in pieces:
+                kept = np.array(piece[0])
+                trained = np.array(piece[1]) != IGNORE
+                writers["val" if held_out else "train"].append(kept, trained)
+                counts.update(tokens=len(kept), trained_tokens=int(trained.sum()))
+                lost -= int(trained.sum())
+            counts.update(lost_tokens=lost, cut=lost > 0, split=len(pieces) > 1)
     for writer in writers.values():
         writer.close()
     reasons = [{"count": n, "reason": reason, "first": first[reason]} for reason, n in skipped.most_common()]
@@ -281,40 +306,61 @@ class PackedLoader:
         """Share of the rows' positions that hold a token."""
         return float(self.dataset.offsets[-1]) / (len(self.rows) * self.T)
 
-    def micro_batches(self, rows: Sequence[list[int]], size: int, ranks) -> Iterator[dict]:
+    def micro_batches(self, rows: Sequence[list[int]], size: int, ranks, noise=None) -> Iterator[dict]:
         """A rank's share of some rows, as the keyword arguments of the model's forward.
 
         A rank that gets none, at an epoch's end, gives one row of padding, so that all ranks take part in
-        every step.
+        every step. `noise`, if any, makes a row's (T, C) from its number and its conversations' lengths.
         """
-        own = rows[ranks.rank :: ranks.world] or [[]]
+        own = list(enumerate(rows))[ranks.rank :: ranks.world] or [(0, [])]
         for i in range(0, len(own), size):
-            batch = collate([[self.dataset[c] for c in row] for row in own[i : i + size]], self.T)
+            some = [(number, [self.dataset[c] for c in row]) for number, row in own[i : i + size]]
+            batch = collate([row for _, row in some], self.T, varlen=ranks.device.type == "cuda")
+            if noise:
+                lengths = [(number, [len(ids) for ids, _ in row]) for number, row in some]
+                batch["noise"] = torch.stack([noise(*pair) for pair in lengths])
             yield {name: tensor.to(ranks.device) for name, tensor in batch.items()}
 
 
-def collate(rows: Sequence[Sequence[tuple[np.ndarray, np.ndarray]]], T: int) -> dict[str, torch.Tensor]:
-    """Rows of conversations (ids, labels) as input_ids, targets and positions (B, T) and mask (B, 1, T, T).
+def neftune_noise(lengths: Sequence[int], T: int, C: int, alpha: float, seed: int) -> torch.Tensor:
+    """Noise (T, C) for the embeddings of a row of conversations: uniform in ± alpha / sqrt(L C) for one of L
+    tokens (Jain et al. 2023, https://arxiv.org/abs/2310.05914), the same wherever the row is trained."""
+    noise = torch.rand(T, C, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    scale = torch.zeros(T, 1)
+    scale[: sum(lengths), 0] = torch.tensor(
+        [(length * C) ** -0.5 for length in lengths for _ in range(length)]
+    )
+    return noise * (alpha * scale)
+
+
+def collate(
+    rows: Sequence[Sequence[tuple[np.ndarray, np.ndarray]]], T: int, varlen: bool = False
+) -> dict[str, torch.Tensor]:
+    """Rows of conversations (ids, labels) as input_ids, targets and positions (B, T) and mask (B, 1, T, T),
+    or, for variable-length attention, sequences: where in the B x T tokens each conversation begins.
 
     Positions restart in every conversation, the mask keeps it to itself, and its last token has no target, so
-    that the next one's first is never predicted. What is left of a row is padding: it sees only itself,
+    that the next one's first is never predicted. What is left of a row is padding: no conversation sees it,
     nothing is trained on it.
     """
     B = len(rows)
     input_ids, positions = np.zeros((B, T), np.int64), np.zeros((B, T), np.int64)
     targets, owner = np.full((B, T), IGNORE, np.int64), np.full((B, T), -1, np.int32)
+    starts = []
     for b, row in enumerate(rows):
         at = 0
         for n, (ids, labels) in enumerate(row):
             span = slice(at, at + len(ids))
             input_ids[b, span], positions[b, span], owner[b, span] = ids, np.arange(len(ids)), n
             targets[b, at : at + len(ids) - 1] = labels[1:]
+            starts.append(b * T + at)
             at += len(ids)
+        if at < T:
+            starts.append(b * T + at)
+    batch = {"input_ids": input_ids, "targets": targets, "positions": positions}
+    batch = {name: torch.from_numpy(array) for name, array in batch.items()}
+    if varlen:  # of few different lengths, as each is compiled anew; the last sequences are empty
+        length = 1 << len(starts).bit_length()
+        return batch | {"sequences": torch.tensor(starts + [B * T] * (length + 1 - len(starts))).int()}
     owner = torch.from_numpy(owner)
-    mask = (owner[:, :, None] == owner[:, None, :]).tril_()[:, None]
-    return {
-        "input_ids": torch.from_numpy(input_ids),
-        "targets": torch.from_numpy(targets),
-        "positions": torch.from_numpy(positions),
-        "mask": mask,
-    }
+    return batch | {"mask": (owner[:, :, None] == owner[:, None, :]).tril_()[:, None]}

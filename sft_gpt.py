@@ -13,7 +13,7 @@ import math
 import os
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from data import (
 )
 from gpt import GPTModel, InputError, model_directory
 from optim import load_state_by_name, make_optimizer, schedule
-from sft import SAMPLING, PackedLoader, SFTDataset, prepare_conversations, prompt_ids
+from sft import OVERLONG, SAMPLING, PackedLoader, SFTDataset, neftune_noise, prepare_conversations, prompt_ids
 
 
 @dataclass
@@ -46,7 +46,8 @@ class Config:
     val_fraction: float = 0.01  # share of the conversations held out, by a hash of their first question
     out_dir: str = "out/chat"  # folder for checkpoints, metrics.jsonl, loss.png and answers.jsonl
     # optimization
-    max_length: int = 0  # tokens in a row, longer conversations are cut; 0 for the model's context
+    max_length: int = 0  # tokens in a row; 0 for the model's context
+    overlong: str = "truncate"  # what happens to longer conversations: truncate, split or drop
     epochs: float = 2.0  # passes over the data
     max_steps: int = 0  # optimizer steps; 0 for as many as the epochs need
     batch_tokens: int = 65_536  # tokens in an optimizer step, over all ranks and micro-batches
@@ -59,17 +60,23 @@ class Config:
     beta1: float = 0.9  # AdamW's averaging of gradients
     beta2: float = 0.99  # AdamW's averaging of squared gradients
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm; 0 for no limit
+    neftune_alpha: float = 0.0  # noise on the embeddings in training, 5 in the paper; 0 for none
+    spike_sigma: float = 6.0  # a loss or norm so many deviations above the last 128 is skipped; 0 for none
+    max_bad_steps: int = 10  # steps skipped in a row that stop the run
     seed: int = 0  # of the data order
     # reporting
     log_every: int = 10  # steps between two lines
     eval_every: int = 250  # steps between two validations
-    eval_questions: int = 100  # held-out questions that are answered before and after; 0 for none
+    eval_questions: int = 100  # held-out questions that are answered each time; 0 for none
     max_new_tokens: int = 200  # of an answer in the evaluation
     save_every: int = 250  # steps between two checkpoints
     keep_last: int = 2  # checkpoints that are kept; 0 for all
+    keep_every: int = 0  # steps between two that are kept for good; 0 for none
     wandb: str = "auto"  # auto (if a key is set up), online, offline or off
     # machine
     resume: str = "auto"  # auto (newest checkpoint in out_dir), none, or a checkpoint's path
+    force: bool = False  # go on although settings that change the result are others than before
+    timeout_minutes: float = 30.0  # a rank without progress for so long ends the run
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     compile: str = "auto"  # torch.compile: true, false, or auto for only on CUDA
 
@@ -130,14 +137,19 @@ def answers(model: GPTModel, tokenizer, questions: list[str], max_new_tokens: in
     return results
 
 
-def ask(config: Config, step: int, model: GPTModel, tokenizer, questions: list[str]) -> float:
-    """Answer the fixed and the held-out questions into answers.jsonl; the share of the latter that stop."""
+def ask(
+    config: Config, step: int, model: GPTModel, tokenizer, questions: list[str]
+) -> tuple[float, list[str]]:
+    """Answer the held-out and the fixed questions into answers.jsonl; the share of the former that stop, and
+    a line for each of the latter."""
     path = Path(config.out_dir) / "answers.jsonl"
     held_out = answers(model, tokenizer, questions, config.max_new_tokens)
     fixed = answers(model, tokenizer, list(QUESTIONS), config.max_new_tokens)
     earlier = [row for row in training.read_jsonl(path) if row["step"] < step]
     training.write_jsonl(path, earlier + [{"step": step, **answer} for answer in held_out + fixed])
-    return sum(answer["stopped"] for answer in held_out) / len(held_out)
+    lines = [textwrap.shorten(f"{row['question']} {row['answer']}", 106) for row in fixed]
+    share = sum(answer["stopped"] for answer in held_out) / len(held_out)
+    return share, [f"  | {line}" for line in lines]
 
 
 def side_by_side(out_dir: str) -> str:
@@ -159,20 +171,36 @@ def side_by_side(out_dir: str) -> str:
     return "\n".join(lines)
 
 
+def step_noise(config: Config, step: int, T: int, C: int) -> Callable | None:
+    """What makes the noise on a row of a step's global batch; None if none is wanted."""
+    if not config.neftune_alpha:
+        return None
+    seed = int(training.fingerprint([config.seed, step]), 16) % 2**40
+    return lambda row, lengths: neftune_noise(lengths, T, C, config.neftune_alpha, seed + row)
+
+
 def main(config: Config) -> None:
     # Set-up: ranks, model or that of an interrupted run, data
     training.require_positive(
-        config, "micro_batch_size", "max_new_tokens", "log_every", "eval_every", "save_every"
+        config,
+        "micro_batch_size",
+        "max_new_tokens",
+        "log_every",
+        "eval_every",
+        "save_every",
+        "max_bad_steps",
+        "timeout_minutes",
     )
+    if config.overlong not in OVERLONG:
+        raise InputError(f"--overlong={config.overlong} is unknown; choose {', '.join(OVERLONG)}")
     ranks = training.set_up(config.device)
     Path(config.out_dir).mkdir(parents=True, exist_ok=True)
-    data = ("data", "data_config", "data_split", "column", "val_fraction")
-    named = {
-        name: getattr(config, name) for name in (*data, "max_length", "batch_tokens", "optimizer", "seed")
-    }
     hashes = local_hashes(config)
-    identity = {"model": os.path.normpath(config.model), **named, **hashes}
-    state = training.resume(config.out_dir, config.resume, identity)
+    identity = {
+        "fixed": {"optimizer": config.optimizer},
+        "content": {"model": os.path.normpath(config.model), **hashes},
+    }
+    state = training.resume(config, identity, ranks)
     with ranks.main_first():
         path = state["path"] if state else model_directory(training.find_model(config.model))
         model, tokenizer = GPTModel.from_pretrained(path), load_tokenizer(path)
@@ -188,11 +216,14 @@ def main(config: Config) -> None:
             f"batch_tokens {config.batch_tokens} are {batch} rows of {T}, fewer than the "
             f"{ranks.world} ranks; raise --batch_tokens or lower --max_length"
         )
-    source = [[named[name] for name in data], hashes["data_files"]]
-    key = training.fingerprint([source, T, tokenizer_fingerprint(tokenizer)])
+    source = [config.data, config.data_config, config.data_split, config.column, hashes["data_files"]]
+    settings = [config.val_fraction, T, config.overlong]
+    key = training.fingerprint([source, settings, tokenizer_fingerprint(tokenizer)])
     folder = Path(config.out_dir) / f"data-{key}"
     with ranks.main_first():
-        found = prepare_conversations(folder, conversations(config), tokenizer, T, config.val_fraction)
+        found = prepare_conversations(
+            folder, conversations(config), tokenizer, T, config.val_fraction, config.overlong
+        )
     train = PackedLoader(SFTDataset(folder / "train"), T, batch, config.seed)
     val = PackedLoader(SFTDataset(folder / "val"), T, batch, 0)
     questions = found["questions"][: config.eval_questions]
@@ -209,8 +240,11 @@ def main(config: Config) -> None:
         f"rows of {T} tokens, {100 * train.fill():.1f}% filled; {max_steps} steps of {batch * T:,} tokens, "
         f"{max_steps / train.steps_per_epoch:.2f} epochs; {ranks.world} x {ranks.device}"
     )
-    if found["truncated"]:
-        ranks.print(f"{found['truncated']} conversations were cut to {T} tokens")
+    if found["cut"] or found["split"]:
+        ranks.print(
+            f"of the conversations longer than {T} tokens {found['split']} were split and {found['cut']} "
+            f"cut; {found['lost_tokens']} tokens of answers lost"
+        )
     for skipped in found["skipped"]:
         ranks.print(
             f"{skipped['count']} conversations skipped: {skipped['reason']} (first: {skipped['first']})"
@@ -222,33 +256,41 @@ def main(config: Config) -> None:
     metrics = training.Metrics(config, start, max_steps, batch * T, ranks, state)
     origin = f"Fine-tuned from {config.model} on the conversations of {config.data}."
     warmup_steps = round(config.warmup_fraction * max_steps)
+    history = training.StepHistory(config, state)
+    saves = training.Checkpoints(
+        config, model, tokenizer, optimizer, history, identity, origin, metrics, ranks
+    )
 
     signals = training.StopSignals(ranks)
+    ranks.watch(config.timeout_minutes)
     for step in range(start, max_steps + 1):  # so many optimizer steps are done
         last = step == max_steps
         if (step % config.eval_every == 0 or last) and not metrics.has(step, "val_loss"):
             batches = val.micro_batches(val.rows, config.micro_batch_size, ranks)
-            nats, targets = training.evaluate(module, batches, ranks)
-            stopped = {}
-            if (step == 0 or last) and questions and ranks.main:
-                stopped = {"stopped": ask(config, step, model, tokenizer, questions)}
-            metrics.validated(step, val_loss=nats / targets, **stopped)
+            nats, right, targets = training.evaluate(module, batches, ranks)
+            numbers, samples = {"val_loss": nats / targets, "val_accuracy": right / targets}, []
+            if questions and ranks.main:
+                numbers["stopped"], samples = ask(config, step, model, tokenizer, questions)
+            metrics.validated(step, **numbers)
+            metrics.say("\n".join(samples))
         if last:
             break
+        ranks.at(f"step {step + 1}")
         began = time.monotonic()
         share = schedule(step, max_steps, warmup_steps, max_steps - warmup_steps)
-        batches = list(train.micro_batches(train.step_rows(step), config.micro_batch_size, ranks))
-        result = training.train_step(module, optimizer, batches, share, config.max_grad_norm, ranks)
+        rows, noise = train.step_rows(step), step_noise(config, step, T, model.config.hidden_size)
+        batches = list(train.micro_batches(rows, config.micro_batch_size, ranks, noise))
+        result = training.train_step(module, optimizer, batches, share, config.max_grad_norm, history, ranks)
         step += 1
         metrics.step(step, result, time.monotonic() - began)
         stopped = signals.on_any_rank()
-        if stopped or step % config.save_every == 0 or step == max_steps:
-            training.save_checkpoint(
-                config, step, model, tokenizer, optimizer, identity, origin, metrics, ranks
-            )
+        if stopped or saves.due(step):
+            saves.save(step)
         if stopped:
+            saves.wait()
             metrics.close()
             training.leave(config, ranks)
+    saves.wait()
     signals.close()
     metrics.close()
     if ranks.main and (Path(config.out_dir) / "answers.jsonl").exists():

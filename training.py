@@ -5,6 +5,7 @@ Command line, ranks and devices, one optimizer step, evaluation, checkpoints, me
 
 import dataclasses
 import errno
+import faulthandler
 import hashlib
 import inspect
 import json
@@ -14,12 +15,17 @@ import re
 import shutil
 import signal
 import sys
+import threading
+import time
 import typing
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
@@ -31,6 +37,13 @@ from gpt import IGNORE, GPTModel, InputError, read_json
 from optim import state_by_name
 
 RESUMABLE = 75  # the exit status of a run that was stopped and can go on; sysexits.h calls it EX_TEMPFAIL
+# Fields that a run may change when it goes on: they leave its numbers alone, or change their rounding only.
+# Of the paths and the model it is the content that counts, which `resume` compares.
+FREE_FIELDS = (
+    "data_dir tokenizer model out_dir log_every eval_every eval_tokens eval_questions samples max_new_tokens "
+    "save_every keep_last keep_every wandb micro_batch_size timeout_minutes resume force device "
+    "compile"
+).split()
 
 # -- command line --------------------------------------------------------------------------------------------
 
@@ -70,6 +83,8 @@ def parse_config(config_class: type, arguments: Sequence[str]):
     values = {}
     for argument in arguments:
         name, equals, text = argument.removeprefix("--").partition("=")
+        if not equals and kinds.get(name) is bool:
+            equals, text = "=", "true"
         if not argument.startswith("--") or not equals or name not in fields:
             raise InputError(
                 f"{argument} is not understood; write --field=value with one of these fields:\n{overview}"
@@ -118,6 +133,7 @@ class Ranks:
     rank: int
     world: int
     device: torch.device
+    watchdog: "Watchdog | None" = None
 
     @property
     def main(self) -> bool:
@@ -149,9 +165,51 @@ class Ranks:
         if self.world > 1:
             dist.barrier()
 
+    def gather(self, values: list) -> list:
+        """The lists of all ranks, one behind the other, on rank 0; empty on the others."""
+        if self.world == 1:
+            return values
+        lists = [None] * self.world if self.main else None
+        dist.gather_object(values, lists)
+        return [value for part in lists or [] for value in part]
+
+    def watch(self, minutes: float) -> None:
+        """From now on, end a rank among several that is not heard `at` a place for so long."""
+        if self.world > 1:
+            self.watchdog = Watchdog(f"rank {self.rank} of {self.world}", 60 * minutes)
+
+    def at(self, place: str) -> None:
+        """Note where this rank is, a sign of life."""
+        if self.watchdog:
+            self.watchdog.place, self.watchdog.since = place, time.monotonic()
+
     def autocast(self):
         """bf16 matrix products on CUDA, fp32 elsewhere."""
         return torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else nullcontext()
+
+
+class Watchdog:
+    """Ends the process when nothing has been heard of it for some seconds, and says where it stands.
+
+    A collective operation that one rank never enters keeps the others waiting; torchrun, which sees processes
+    end and not processes wait, then ends or restarts the whole job.
+    """
+
+    def __init__(self, name: str, seconds: float):
+        self.name, self.seconds = name, seconds
+        self.place, self.since = "the set-up", time.monotonic()
+        threading.Thread(target=self.watch, daemon=True).start()
+
+    def watch(self) -> None:
+        while (left := self.since + self.seconds - time.monotonic()) > 0:
+            time.sleep(left)
+        print(
+            f"error: {self.name} has made no progress for {self.seconds:.0f} s in {self.place}; it stands at",
+            file=sys.stderr,
+            flush=True,
+        )
+        faulthandler.dump_traceback()
+        os._exit(1)
 
 
 def set_up(device: str) -> Ranks:
@@ -223,6 +281,7 @@ class StopSignals:
 
 def leave(config, ranks: Ranks) -> None:
     """End a run that a signal stopped, after it is saved, with a status that says that it can go on."""
+    ranks.barrier()  # torchrun ends all ranks as soon as one has ended
     ranks.print(f"stopped by a signal; the same command continues from the checkpoint in {config.out_dir}")
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -232,22 +291,76 @@ def leave(config, ranks: Ranks) -> None:
 # -- one step ------------------------------------------------------------------------------------------------
 
 
+class StepHistory:
+    """The last losses and gradient norms, by which a step is judged; part of a run's state.
+
+    A step is bad if its loss or gradient norm is not finite, or is a spike: further above the mean of the
+    last 128 than 6 standard deviations. Both numbers, and that half of the 128 must be there, are those of
+    OLMo-core's SkipStepOptimizer (https://github.com/allenai/OLMo-core). `config` has out_dir, spike_sigma
+    (0: no step is a spike) and max_bad_steps.
+    """
+
+    LENGTH = 128
+
+    def __init__(self, config, state: dict | None):
+        self.config = config
+        saved = state["history"] if state else {"loss": [], "grad_norm": [], "bad_steps": 0}
+        self.values = {name: deque(saved[name], self.LENGTH) for name in ("loss", "grad_norm")}
+        self.bad_steps = saved["bad_steps"]  # in a row
+
+    def state(self) -> dict:
+        return {name: list(values) for name, values in self.values.items()} | {"bad_steps": self.bad_steps}
+
+    def problem(self, **measured: float) -> str | None:
+        """What is wrong with a step of this loss and grad_norm, or None.
+
+        Raises InputError, which names the last whole checkpoint, for the max_bad_steps-th bad step in a row.
+        """
+        problems = [text for text in (self.judge(*item) for item in measured.items()) if text]
+        self.bad_steps = self.bad_steps + 1 if problems else 0
+        if problems and self.bad_steps >= self.config.max_bad_steps:
+            good = newest_checkpoint(self.config.out_dir)
+            raise InputError(
+                f"{self.bad_steps} steps in a row were skipped, the last because {problems[0]}; "
+                + (f"the last good checkpoint is {good}" if good else "there is no checkpoint yet")
+                + "; lower the learning rate, or look at the data of these steps"
+            )
+        return problems[0] if problems else None
+
+    def judge(self, name: str, value: float) -> str | None:
+        if not math.isfinite(value):
+            return f"its {name} is {value}"
+        past, limit = self.values[name], math.inf
+        if self.config.spike_sigma and len(past) >= self.LENGTH // 2:
+            limit = np.mean(past) + self.config.spike_sigma * np.std(past, ddof=1)
+        past.append(value)
+        return f"its {name} of {value:.3f} is a spike, above {limit:.3f}" if value > limit else None
+
+
+def targets_in(batch: dict) -> torch.Tensor:
+    """How many of a micro-batch's targets are trained on."""
+    return (batch["targets"] != IGNORE).sum()
+
+
 def train_step(
     module: nn.Module,
     optimizer: torch.optim.Optimizer,
     micro_batches: Sequence[dict],
     lr_share: float,
     max_grad_norm: float,
+    history: StepHistory,
     ranks: Ranks,
-) -> dict[str, float]:
-    """One optimizer step over this rank's micro-batches, each the keyword arguments of the model's forward,
+    count: Callable[[dict], float | torch.Tensor] = targets_in,
+) -> dict[str, float | str]:
+    """One optimizer step over this rank's micro-batches, each the keyword arguments of the module's forward,
     at a share of the peak learning rates.
 
-    The loss is the sum over all targets of all micro-batches of all ranks, divided once by their number: any
-    split of the same global batch gives the same gradients up to rounding. Returns loss (nats per token),
-    grad_norm (before clipping), lr (AdamW's) and targets (how many).
+    The module gives a micro-batch's loss as a sum over what `count` counts. It is divided once, by the count
+    of all micro-batches of all ranks: any split of the same global batch gives the same gradients up to
+    rounding. Returns loss (per target, in nats), grad_norm (before clipping), lr (AdamW's) and targets (how
+    many); for a bad step, which changes nothing, also skipped (why): all ranks decide by the same sums.
     """
-    (targets,) = ranks.sum(sum((batch["targets"] != IGNORE).sum() for batch in micro_batches))
+    (targets,) = ranks.sum(sum(count(batch) for batch in micro_batches))
     assert targets > 0, "a global batch without targets; the loaders never give one"
     loss_sum = torch.zeros((), device=ranks.device)
     for i, batch in enumerate(micro_batches):
@@ -259,25 +372,34 @@ def train_step(
             share.backward()
         loss_sum += loss.detach()
     grad_norm = nn.utils.clip_grad_norm_(module.parameters(), max_grad_norm or math.inf)
+    loss_sum, grad_norm = ranks.sum(loss_sum, grad_norm / ranks.world)  # the norm is the same on all ranks
+    result = {"loss": loss_sum / targets, "grad_norm": grad_norm}
+    problem = history.problem(**result)
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * lr_share
-    optimizer.step()
+    if problem is None:
+        optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    (loss_sum,) = ranks.sum(loss_sum)
-    lr = optimizer.param_groups[-1]["lr"]
-    return {"loss": loss_sum / targets, "grad_norm": grad_norm.item(), "lr": lr, "targets": int(targets)}
+    result |= {"lr": optimizer.param_groups[-1]["lr"], "targets": int(targets)}
+    return result if problem is None else result | {"skipped": problem}
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, micro_batches: Iterable[dict], ranks: Ranks) -> tuple[float, int]:
-    """Summed loss in nats and number of targets, over this and all other ranks' micro-batches."""
-    loss, targets = torch.zeros((), dtype=torch.float64), 0
+def evaluate(model: nn.Module, micro_batches: Iterable[dict], ranks: Ranks) -> tuple[float, int, int]:
+    """Summed loss in nats, how many targets were the likeliest token, and the number of targets, over this
+    and all other ranks' micro-batches."""
+    loss, right, targets = 0.0, 0, 0
     for batch in micro_batches:
+        ranks.at("an evaluation")
         with ranks.autocast():
-            loss += model(**batch).cpu()
-        targets += int((batch["targets"] != IGNORE).sum())
-    loss, targets = ranks.sum(loss, targets)
-    return loss, int(targets)
+            losses, hits = model(**batch, per_token=True)
+        loss, right, targets = (
+            loss + losses.sum().item(),
+            right + int(hits.sum()),
+            targets + targets_in(batch),
+        )
+    loss, right, targets = ranks.sum(loss, right, targets)
+    return loss, int(right), int(targets)
 
 
 # -- checkpoints ---------------------------------------------------------------------------------------------
@@ -302,60 +424,107 @@ def require_space(folder: Path, needed: int) -> None:
         )
 
 
-def save_checkpoint(
-    config,
-    step: int,
-    model: GPTModel,
-    tokenizer,
-    optimizer: torch.optim.Optimizer,
-    identity: dict,
-    origin: str,
-    metrics: "Metrics",
-    ranks: Ranks,
-) -> None:
-    """Write out_dir/step_0000123, a Hugging Face model directory with `training_state.pt` beside the weights.
+class Checkpoints:
+    """Writes a run's checkpoints, out_dir/step_0000123 each, on rank 0 and while training goes on.
 
-    It is written under another name, flushed, given a manifest with each file's size and hash, and renamed:
-    at any moment a crash leaves the older checkpoints, and this one either whole or absent. Then all but the
-    newest keep_last are deleted (0 keeps all). Raises InputError, having written nothing, if the disk has too
-    little room. `config` has out_dir and keep_last; `origin` is a sentence for the model card. Rank 0 writes,
-    the others wait.
+    Each is a Hugging Face model directory with `training_state.pt` beside the weights. `save` copies weights
+    and optimizer state to host memory (12 bytes a parameter with AdamW) and returns; a thread writes them
+    under another name, flushes them to the disk, adds a manifest with each file's size and hash, and renames:
+    at any moment a crash leaves the older checkpoints, and this one either whole or absent. Only then are
+    all but the newest keep_last deleted (0 keeps all), and of those none whose step is a multiple of
+    keep_every. `config` has out_dir, save_every, keep_last and keep_every; `identity` is what `resume`
+    compares; `origin` is a sentence for the model card.
     """
-    if not ranks.main:
-        return ranks.barrier()
-    out_dir = Path(config.out_dir)
-    for leftover in out_dir.glob(".step_*.partial"):
-        shutil.rmtree(leftover)
-    final, partial = out_dir / f"step_{step:07d}", out_dir / f".step_{step:07d}.partial"
-    needed = 12 * model.num_parameters() + 50_000_000  # bytes: weights and two moments in fp32, the rest
-    require_space(out_dir, needed)
-    state = {
-        "step": step,
-        "identity": identity,
-        "config": dataclasses.asdict(config),
-        "wandb_id": metrics.wandb_id,
+
+    def __init__(self, config, model, tokenizer, optimizer, history, identity, origin, metrics, ranks):
+        if config.keep_every % config.save_every:
+            raise InputError(
+                f"--keep_every={config.keep_every} is no multiple of --save_every={config.save_every}; "
+                f"only a checkpoint that is saved can be kept"
+            )
+        self.config, self.model, self.tokenizer, self.optimizer = config, model, tokenizer, optimizer
+        self.history, self.identity, self.origin = history, identity, origin
+        self.metrics, self.ranks = metrics, ranks
+        self.out_dir = Path(config.out_dir)
+        self.thread, self.writing = ThreadPoolExecutor(1), Future()
+        self.writing.set_result(None)
+
+    def due(self, step: int) -> bool:
+        """Whether to save after this step; raises what went wrong in writing the checkpoint before."""
+        if self.writing.done():
+            self.wait()
+        return step % self.config.save_every == 0 or step == self.metrics.max_steps
+
+    def wait(self) -> None:
+        """Until the last checkpoint is on the disk; raises what went wrong."""
+        self.writing.result()
+
+    def save(self, step: int) -> None:
+        """Begin to write a checkpoint, when the one before is written.
+
+        Raises InputError, having written nothing, if the disk has too little room or if weights are not
+        finite.
+        """
+        began = time.monotonic()
+        self.wait()
+        if not self.ranks.main:
+            return
+        # bytes: weights and two moments in fp32, the rest
+        require_space(self.out_dir, 12 * self.model.num_parameters() + 50_000_000)
+        broken = [name for name, p in self.model.named_parameters() if not p.isfinite().all()]
+        if broken:
+            raise InputError(
+                f"after step {step} {len(broken)} weights are not finite, {broken[0]} among them; nothing "
+                f"was saved, the last good checkpoint is {newest_checkpoint(self.out_dir)}"
+            )
+        weights = on_host(self.model.stored_state())
+        state = {
+            "step": step,
+            **self.identity,
+            "config": dataclasses.asdict(self.config),
+            "history": self.history.state(),
+            "wandb_id": self.metrics.wandb_id,
+            "optimizer": on_host(state_by_name(self.model, self.optimizer)),
+        }
+        card = model_card(self.config, step, self.model, self.origin, self.metrics)
+        self.writing = self.thread.submit(self.write, step, weights, state, card)
+        self.metrics.log(step, save_seconds=round(time.monotonic() - began, 3))
+
+    def write(self, step: int, weights: dict, state: dict, card: str) -> None:
+        for leftover in self.out_dir.glob(".step_*.partial"):
+            shutil.rmtree(leftover)
+        final, partial = self.out_dir / f"step_{step:07d}", self.out_dir / f".step_{step:07d}.partial"
+        try:
+            self.model.save_pretrained(partial, self.tokenizer, weights)
+            (partial / "README.md").write_text(card)
+            torch.save(state, partial / "training_state.pt")
+        except (OSError, RuntimeError, SafetensorError):  # of which kinds a full disk is, by the library
+            shutil.rmtree(partial)
+            require_space(self.out_dir, 12 * self.model.num_parameters() + 50_000_000)
+            raise
+        found = sorted(partial.iterdir())
+        files = {f.name: {"bytes": f.stat().st_size, "sha256": file_sha256(f)} for f in found}
+        for name in files:
+            sync_to_disk(partial / name)
+        write_json(partial / "checkpoint.json", {"step": step, "files": files})
+        sync_to_disk(partial)
+        if final.exists():  # this step was saved before, by a run since taken back to an earlier one
+            shutil.rmtree(final)
+        partial.rename(final)
+        sync_to_disk(self.out_dir)
+        # a later one is damaged, or this run would not be here
+        earlier = [path for path in checkpoints(self.out_dir) if path.name <= final.name]
+        keep_last, keep_every = self.config.keep_last, self.config.keep_every
+        for old in earlier[:-keep_last] if keep_last else []:
+            if not keep_every or int(old.name.removeprefix("step_")) % keep_every:
+                shutil.rmtree(old)
+
+
+def on_host(state: dict) -> dict:
+    """A copy in host memory of a state whose values are tensors or such states."""
+    return {
+        k: on_host(v) if isinstance(v, dict) else v.detach().to("cpu", copy=True) for k, v in state.items()
     }
-    try:
-        model.save_pretrained(partial, tokenizer)
-        (partial / "README.md").write_text(model_card(config, step, model, origin, metrics))
-        torch.save(state | {"optimizer": state_by_name(model, optimizer)}, partial / "training_state.pt")
-    except (OSError, RuntimeError, SafetensorError):  # of which kinds a full disk is, by the library
-        shutil.rmtree(partial)
-        require_space(out_dir, needed)
-        raise
-    files = {f.name: {"bytes": f.stat().st_size, "sha256": file_sha256(f)} for f in sorted(partial.iterdir())}
-    for name in files:
-        sync_to_disk(partial / name)
-    write_json(partial / "checkpoint.json", {"step": step, "files": files})
-    sync_to_disk(partial)
-    if final.exists():  # this step was saved before, by a run since taken back to an earlier one
-        shutil.rmtree(final)
-    partial.rename(final)
-    sync_to_disk(out_dir)
-    earlier = [path for path in checkpoints(out_dir) if path.name <= final.name]  # a later one may be damaged
-    for old in earlier[: -config.keep_last] if config.keep_last else []:
-        shutil.rmtree(old)
-    ranks.barrier()
 
 
 def model_card(config, step: int, model: GPTModel, origin: str, metrics: "Metrics") -> str:
@@ -430,14 +599,16 @@ def find_model(name: str) -> str | Path:
     return checkpoint
 
 
-def resume(out_dir: str | Path, choice: str, identity: dict) -> dict | None:
+def resume(config, identity: dict[str, dict], ranks: Ranks) -> dict | None:
     """The training state to go on from, with its folder under "path", or None to start afresh.
 
-    choice is "auto" (the newest whole checkpoint in out_dir, if any), "none" or a checkpoint's path. identity
-    says what makes a run this run, None for what cannot be known any more. Raises InputError when out_dir
-    holds the checkpoints of another run, or any
-    that do not lead to the one chosen.
+    `config.resume` is "auto" (the newest whole checkpoint in out_dir, if any), "none" or a checkpoint's path.
+    `identity` has under "fixed" what a run can never change, under "content" what its data and starting point
+    hold, None for what cannot be known any more. Changed settings are listed; with another content or other
+    fields than FREE_FIELDS the run would end elsewhere than an undisturbed one, and needs `config.force`.
+    Raises InputError without it, and when out_dir holds checkpoints that do not lead to the one chosen.
     """
+    out_dir, choice = config.out_dir, config.resume
     existing = checkpoints(out_dir)
     if choice == "none" and existing:
         raise InputError(
@@ -460,16 +631,33 @@ def resume(out_dir: str | Path, choice: str, identity: dict) -> dict | None:
     if path is None:
         return None
     state = torch.load(path / "training_state.pt", map_location="cpu", weights_only=True)
-    differing = [
-        f"{name} {state['identity'].get(name)!r} there, {value!r} here"
-        for name, value in identity.items()
-        if value is not None and state["identity"].get(name) != value
-    ]
+    differing = differences(state["fixed"], identity["fixed"])
     if differing:
         raise InputError(
-            f"{path} belongs to another run ({'; '.join(differing)}); take another --out_dir or those values"
+            f"{path} belongs to another run ({', '.join(differing)}); take another --out_dir, or the old ones"
         )
+    defaults = {f.name: f.default for f in dataclasses.fields(config)}
+    changed = differences(defaults | state["config"], dataclasses.asdict(config))
+    breaking = differences(state["content"], identity["content"])
+    breaking += [text for text in changed if text.split()[0] not in FREE_FIELDS]
+    if breaking and not config.force:
+        raise InputError(
+            f"{path} was trained with other settings ({', '.join(breaking)}); take those, or another "
+            f"--out_dir, or --force to go on with the new ones, which ends elsewhere than an undisturbed run"
+        )
+    changed = breaking + [text for text in changed if text not in breaking]
+    if changed:
+        ranks.print(f"changed since {path}: {', '.join(changed)}")
     return state | {"path": path}
+
+
+def differences(old: dict, new: dict) -> list[str]:
+    """Each value that is known and was another, as "name old → new"."""
+    return [
+        f"{name} {old.get(name)!r} → {value!r}"
+        for name, value in new.items()
+        if value is not None and old.get(name) != value
+    ]
 
 
 def fingerprint(value) -> str:
@@ -516,8 +704,9 @@ class Metrics:
         """Whether a number was recorded under a step; all ranks ask together and get the same answer."""
         return self.ranks.sum(any(row["step"] == step and name in row for row in self.rows))[0] > 0
 
-    def log(self, step: int, **values: float) -> None:
-        """Record values under a step, one row for each."""
+    def log(self, step: int, **values: float | str) -> None:
+        """Record values under a step, one row for each; what is not finite as null, as JSON wants it."""
+        values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         if self.ranks.main:
             if self.rows and self.rows[-1]["step"] == step:
                 self.rows[-1] |= values
@@ -536,11 +725,15 @@ class Metrics:
             sys.stdout.flush()
 
     def step(self, step: int, result: dict[str, float], seconds: float) -> None:
-        """Count a finished step; record and print every log_every-th, with the speed since the one before."""
+        """Count a finished step; record and print every log_every-th, with the speed since the one before,
+        and each that was skipped."""
         self.seconds, self.steps = self.seconds + seconds, self.steps + 1
         speed = self.steps * self.step_tokens / self.seconds
         self.bar.set_postfix_str(f"loss {result['loss']:.3f}, {speed:,.0f} tok/s", refresh=False)
         self.bar.update(step - self.bar.n)
+        if "skipped" in result:
+            self.log(step, **result)
+            self.say(f"step {step:6d}/{self.max_steps}  skipped: {result['skipped']}")
         if step % self.log_every and step != self.max_steps:
             return
         left = tqdm.format_interval(self.seconds / self.steps * (self.max_steps - step))

@@ -15,7 +15,7 @@ import sft_gpt
 import training
 from data import END, SPECIALS, TURN_END, TURN_START
 from gpt import IGNORE, InputError
-from sft import PackedLoader, SFTDataset, collate, pack, problem, prompt_ids, render_chatml, truncate
+from sft import PackedLoader, SFTDataset, collate, fit, pack, problem, prompt_ids, render_chatml
 from training import Ranks
 
 
@@ -157,25 +157,79 @@ def test_an_interrupted_preparation_begins_anew_and_a_finished_one_is_read_again
 # -- length --------------------------------------------------------------------------------------------------
 
 
-def test_a_long_conversation_keeps_whole_turns(tokenizer):
-    ids, labels = render_chatml(turns("one", "two", "three", "four " * 50), tokenizer)
-    end = tokenizer.convert_tokens_to_ids(TURN_END)
-    kept = render_chatml(turns("one", "two"), tokenizer)
-    assert truncate(ids, labels, 40, end) == (kept[0][:-1], kept[1][:-1])  # all but the newline
+def pieces(messages, tokenizer, max_length: int, overlong: str) -> list[tuple[list[int], list[int]]]:
+    ids, labels = render_chatml(messages, tokenizer)
+    start, end = tokenizer.convert_tokens_to_ids([TURN_START, TURN_END])
+    prefix = ids.index(start, 1) if messages[0]["role"] == "system" else 0
+    return fit(ids, labels, max_length, overlong, prefix, (start, end))
+
+
+def rendered(messages, tokenizer) -> tuple[list[int], list[int]]:
+    """Without the newline at the end, which a cut leaves out."""
+    ids, labels = render_chatml(messages, tokenizer)
+    return ids[:-1], labels[:-1]
+
+
+def test_a_truncated_conversation_keeps_whole_turns(tokenizer):
+    long = turns("one", "two", "three", "four " * 50)
+    assert pieces(long, tokenizer, 40, "truncate") == [rendered(turns("one", "two"), tokenizer)]
+    assert pieces(long, tokenizer, 40, "drop") == []
+    assert pieces(long, tokenizer, 1000, "drop") == [render_chatml(long, tokenizer)]
 
 
 def test_a_cut_answer_never_teaches_to_stop(tokenizer):
     ids, labels = render_chatml(turns("one", "four " * 50), tokenizer)
-    end = tokenizer.convert_tokens_to_ids(TURN_END)
-    short, kept = truncate(ids, labels, 30, end)
-    assert short == ids[:30] and kept == labels[:30]
-    assert end not in kept and any(label != IGNORE for label in kept)
+    for overlong in ("truncate", "split"):
+        ((short, kept),) = pieces(turns("one", "four " * 50), tokenizer, 30, overlong)
+        assert short == ids[:30] and kept == labels[:30]
+        assert tokenizer.convert_tokens_to_ids(TURN_END) not in kept and any(x != IGNORE for x in kept)
+
+
+def test_a_split_conversation_is_trained_on_in_every_whole_answer_behind_its_system_message(tokenizer):
+    system = {"role": "system", "content": "be short"}
+    parts = [turns(f"question {i}", f"answer {i}") for i in range(5)]
+    long = [system, *(message for part in parts for message in part)]
+    length = len(render_chatml([system, *parts[0], *parts[1]], tokenizer)[0])
+    found = pieces(long, tokenizer, length, "split")
+    expected = [[system, *parts[0], *parts[1]], [system, *parts[2], *parts[3]], [system, *parts[4]]]
+    assert [ids for ids, _ in found[:2]] == [rendered(part, tokenizer)[0] for part in expected[:2]]
+    assert found[2] == render_chatml(expected[2], tokenizer)  # with the newline at its end
+
+
+def test_a_question_too_long_to_answer_takes_its_answer_with_it(tokenizer):
+    long = turns("one", "two", "three " * 50, "four", "five", "six")
+    found = pieces(long, tokenizer, 40, "split")
+    assert found[0] == rendered(turns("one", "two"), tokenizer)
+    assert found[1:] == [render_chatml(turns("five", "six"), tokenizer)]
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(sft.ROLES), st.integers(0, 40)), min_size=1, max_size=8),
+    st.integers(8, 200),
+    st.sampled_from(sft.OVERLONG),
+)
+@settings(max_examples=150, deadline=None)
+def test_no_piece_is_too_long_or_empty_and_every_trained_token_is_trained_at_most_once(
+    tokenizer, shape, max_length, overlong
+):
+    shape = [*shape, ("assistant", 3)]
+    messages = [{"role": role, "content": f"{i} " * size} for i, (role, size) in enumerate(shape)]
+    ids, labels = render_chatml(messages, tokenizer)
+    found = pieces(messages, tokenizer, max_length, overlong)
+    assert all(len(i) == len(kept) <= max_length for i, kept in found)
+    trained = [[label for label in kept if label != IGNORE] for _, kept in found]
+    assert all(trained)
+    rest = iter(label for label in labels if label != IGNORE)
+    assert all(label in rest for piece in trained for label in piece)  # in order, none twice
+    if len(ids) <= max_length:
+        assert found == [(ids, labels)]
 
 
 def test_conversations_with_no_answer_within_the_length_are_counted(tokenizer, tmp_path):
     rows = [(turns("one " * 100, "two"), "row 10"), (turns("one", "two " * 100), "row 11")]
     report = prepare([*GOOD, *rows], tokenizer, tmp_path / "data")
-    assert report["train"] + report["val"] == 11 and report["truncated"] == 1
+    assert report["train"] + report["val"] == 11 and report["cut"] == 1
+    assert 0 < report["lost_tokens"] < 400 and report["split"] == 0
     assert report["skipped"] == [
         {"count": 1, "reason": "no answer begins within 64 tokens", "first": "row 10"}
     ]
@@ -350,15 +404,18 @@ def test_embedded_conversations_are_usable_and_answer_in_whole_sentences(monkeyp
         assert article["title"] in messages[0]["content"]
 
 
-def test_a_fine_tuning_run_answers_before_and_after(base_run, chats, tmp_path, capsys):
+def test_a_fine_tuning_run_answers_before_during_and_after(base_run, chats, tmp_path, capsys):
     sft_gpt.main(sft_config(base_run, chats, tmp_path / "chat"))
     printed = capsys.readouterr().out
     assert "before" in printed and "python chat.py --model=" in printed and "What is water?" in printed
     rows = training.read_jsonl(tmp_path / "chat" / "answers.jsonl")
-    assert {row["step"] for row in rows} == {0, 4} and len(rows) == 2 * (4 + len(sft_gpt.QUESTIONS))
+    assert {row["step"] for row in rows} == {0, 2, 4} and len(rows) == 3 * (4 + len(sft_gpt.QUESTIONS))
     metrics = training.read_jsonl(tmp_path / "chat" / "metrics.jsonl")
-    losses = [row["val_loss"] for row in metrics if "val_loss" in row]
+    validations = [row for row in metrics if "val_loss" in row]
+    losses = [row["val_loss"] for row in validations]
     assert len(losses) == 3 and losses[-1] < losses[0]
+    assert all(0 <= row["val_accuracy"] < 1 and 0 <= row["stopped"] <= 1 for row in validations)
+    assert printed.count("  | What is water?") == 3
     assert all(row["targets"] > 0 for row in metrics if "targets" in row)
     sft_gpt.main(
         sft_config(base_run, chats, tmp_path / "chat")

@@ -18,7 +18,7 @@ import sft_gpt
 import training
 from gpt import IGNORE, InputError
 from optim import make_optimizer, orthogonalize, schedule
-from training import Ranks, parse_config, read_jsonl, train_step
+from training import Ranks, StepHistory, parse_config, read_jsonl, train_step
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 SCRIPTS = {script.__name__ + ".py": script.Config for script in (prepare_data, pretrain_gpt, sft_gpt, chat)}
@@ -187,7 +187,8 @@ def test_any_split_into_micro_batches_gives_the_same_gradients():
         batches = [
             {"input_ids": ids[i : i + size, :-1], "targets": targets[i : i + size]} for i in range(0, 8, size)
         ]
-        result = train_step(model, optimizer, batches, 1.0, 0.0, ALONE)
+        history = StepHistory(pretrain_gpt.Config(), None)
+        result = train_step(model, optimizer, batches, 1.0, 0.0, history, ALONE)
         expected = torch.nn.functional.cross_entropy(model(ids[:, :-1]).flatten(0, 1), targets.flatten())
         assert result["loss"] == pytest.approx(expected.item(), rel=1e-5)
         assert result["targets"] == (targets != IGNORE).sum()
@@ -280,7 +281,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(name, cut, ba
     assert training.newest_checkpoint(tmp_path / "run").name == "step_0000004"
     assert f"passing over {file.parent}: {name}" in capsys.readouterr().err
     with pytest.raises(InputError, match=f"cannot be resumed: {name}"):
-        training.resume(tmp_path / "run", str(file.parent), {})
+        training.resume(pretrain_config("", tmp_path / "run", resume=str(file.parent)), {}, ALONE)
 
 
 def test_a_crash_while_saving_leaves_the_checkpoint_before(data_dir, tmp_path, monkeypatch):
@@ -307,14 +308,15 @@ def test_a_damaged_newer_checkpoint_never_displaces_a_whole_one(data_dir, tmp_pa
     pretrain_gpt.main(pretrain_config(data_dir, tmp_path, keep_last=2))
     (tmp_path / "step_0000006" / "model.safetensors").write_bytes(b"")
     config = pretrain_config(data_dir, tmp_path, keep_last=1, save_every=1)
-    original = training.save_checkpoint
+    original = training.Checkpoints.save
 
-    def crash_after_step_5(config, step, *rest):
-        original(config, step, *rest)
+    def crash_after_step_5(saves, step):
+        original(saves, step)
+        saves.wait()
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(training, "save_checkpoint", crash_after_step_5)
+        patch.setattr(training.Checkpoints, "save", crash_after_step_5)
         pretrain_gpt.main(config)
     assert training.newest_checkpoint(tmp_path).name == "step_0000005"
     pretrain_gpt.main(config)
@@ -374,17 +376,36 @@ def test_a_disk_that_fills_up_while_writing_is_one_sentence(monkeypatch, capsys)
     assert "the disk is full" in message and "model.safetensors" in message and "it continues" in message
 
 
-@pytest.mark.parametrize(
-    "change", [{"seed": 1}, {"hidden_size": 64}, {"batch_tokens": 512}, {"qk_norm": False}]
-)
+@pytest.mark.parametrize("change", [{"hidden_size": 64}, {"qk_norm": False}, {"optimizer": "adamw"}])
 def test_a_folder_with_another_runs_checkpoints_is_refused(change, data_dir, base_run):
     before = sorted(base_run.rglob("*"))
-    name = "batch" if "batch_tokens" in change else next(iter(change))
-    with pytest.raises(InputError, match=rf"belongs to another run .*{name}"):
-        pretrain_gpt.main(pretrain_config(data_dir, base_run, context_length=64, **change))
+    (name,) = change
+    for force in (False, True):
+        with pytest.raises(InputError, match=rf"belongs to another run .*{name}"):
+            pretrain_gpt.main(pretrain_config(data_dir, base_run, context_length=64, force=force, **change))
     with pytest.raises(InputError, match="holds checkpoints already"):
         pretrain_gpt.main(pretrain_config(data_dir, base_run, context_length=64, resume="none"))
     assert sorted(base_run.rglob("*")) == before
+
+
+def test_changed_settings_are_listed_and_those_that_break_exactness_need_force(data_dir, tmp_path, capsys):
+    pretrain_gpt.main(pretrain_config(data_dir, tmp_path, max_steps=3))
+    free = {"micro_batch_size": 8, "log_every": 2}
+    with pytest.raises(InputError, match=r"other settings \(max_steps 3 → 5, lr 0.003 → 0.001\); take those"):
+        pretrain_gpt.main(pretrain_config(data_dir, tmp_path, max_steps=5, lr=1e-3, **free))
+    assert training.newest_checkpoint(tmp_path).name == "step_0000003"
+    capsys.readouterr()
+    pretrain_gpt.main(pretrain_config(data_dir, tmp_path, max_steps=5, lr=1e-3, force=True, **free))
+    printed = capsys.readouterr().out
+    assert f"changed since {tmp_path}/step_0000003: max_steps 3 → 5, lr 0.003 → 0.001, micro" in printed
+    assert "log_every 1 → 2" in printed and training.newest_checkpoint(tmp_path).name == "step_0000005"
+    pretrain_gpt.main(pretrain_config(data_dir, tmp_path, max_steps=5, lr=1e-3, keep_every=2))
+    assert "changed since" in (printed := capsys.readouterr().out) and "is finished" in printed
+
+
+def test_every_free_field_is_a_field_of_a_script():
+    known = {f.name for c in (pretrain_gpt.Config, sft_gpt.Config) for f in dataclasses.fields(c)}
+    assert set(training.FREE_FIELDS) <= known
 
 
 def test_shards_that_changed_since_the_run_began_are_refused(data_dir, base_run, tmp_path, tokenizer_dir):
@@ -396,7 +417,7 @@ def test_shards_that_changed_since_the_run_began_are_refused(data_dir, base_run,
         )
     )
     shutil.copy(data_dir / "val_000000.bin", tmp_path / "data")
-    with pytest.raises(InputError, match=r"belongs to another run .*data"):
+    with pytest.raises(InputError, match=r"with other settings \(data '.*--force to go on"):
         pretrain_gpt.main(pretrain_config(tmp_path / "data", base_run, context_length=64))
 
 
@@ -521,12 +542,12 @@ def test_a_fine_tuning_run_is_another_when_its_model_or_data_change(base_run, ch
     sft_gpt.main(sft_config(base, data, tmp_path / "run"))
     sft_gpt.main(sft_config(f"{base}/", data, tmp_path / "run"))  # the same, however it is spelled
     data.write_text("".join(data.read_text().splitlines(keepends=True)[1:]))
-    with pytest.raises(InputError, match=r"belongs to another run .*data_files"):
+    with pytest.raises(InputError, match=r"with other settings \(data_files"):
         sft_gpt.main(sft_config(base, data, tmp_path / "run"))
     shutil.copy(chats, data)
     shutil.rmtree(base)
     pretrain_gpt.main(pretrain_config(data_dir, base, context_length=64, seed=1))
-    with pytest.raises(InputError, match=r"belongs to another run .*weights"):
+    with pytest.raises(InputError, match=r"with other settings \(weights"):
         sft_gpt.main(sft_config(base, data, tmp_path / "run"))
 
 
