@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import pretrain_gpt
 import training
 from gpt import GPTConfig, GPTModel, InputError, summed_loss
 from optim import make_optimizer
@@ -132,6 +133,7 @@ def bench_step(config: Config, ranks: training.Ranks) -> None:
     B, T = config.micro_batch_size, config.context_length
     ids = torch.randint(config.vocab_size, (B, T + 1), device=ranks.device)
     optimizers = [make_optimizer(model, config) for model in (ours, theirs)]
+    history = training.StepHistory(pretrain_gpt.Config(), None)
 
     def their_step():
         with ranks.autocast():
@@ -143,7 +145,7 @@ def bench_step(config: Config, ranks: training.Ranks) -> None:
 
     def our_step(module):
         batch = {"input_ids": ids[:, :-1], "targets": ids[:, 1:]}
-        training.train_step(module, optimizers[0], [batch], 1.0, 1.0, ranks)
+        training.train_step(module, optimizers[0], [batch], 1.0, 1.0, history, ranks)
 
     for group in optimizers[1].param_groups:
         group["lr"] = group["peak_lr"]

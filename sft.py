@@ -1,5 +1,5 @@
-r"""Conversations as masked ChatML: rendering, the dataset on disk, packing, and the loader that fine-tuning
-reads.
+r"""Conversations as masked ChatML: rendering, the dataset on disk, packing, the loader that fine-tuning
+reads, and a model's own answers.
 
     <|im_start|>user\nWhat is water?<|im_end|>\n<|im_start|>assistant\nA liquid.<|im_end|>\n
 
@@ -11,20 +11,31 @@ B rows, T tokens in a row.
 
 import itertools
 import shutil
+import textwrap
 from array import array
 from bisect import bisect_left, insort
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from data import TURN_END, TURN_START, batch_order, encode, half_surrogate, hash_fraction, write_json
-from gpt import IGNORE, InputError, read_json
+from gpt import IGNORE, GPTModel, InputError, read_json
+from training import read_jsonl, write_jsonl
 
 ROLES = ("system", "user", "assistant")
 SAMPLING = {"temperature": 0.7, "top_k": 50, "top_p": 0.95}  # of an answer, in chat.py and in evaluations
+QUESTIONS = (  # that every evaluation asks
+    "Hello!",
+    "What is water?",
+    "What is the capital of France?",
+    "Who was Albert Einstein?",
+    "Tell me about the Moon.",
+    "What is mathematics?",
+)
 QUESTIONS_KEPT = 1000  # held-out questions that the report lists
 
 
@@ -150,8 +161,8 @@ class Writer:
         self.folder, self.offsets = folder, array("q", [0])
         self.files = [open(folder / name, "wb") for name in ("ids.bin", "trained.bin")]
 
-    def append(self, ids: np.ndarray, trained: np.ndarray) -> None:
-        for file, values in zip(self.files, (ids.astype(np.int32), trained)):
+    def append(self, ids: list[int], labels: list[int]) -> None:
+        for file, values in zip(self.files, (np.array(ids, np.int32), np.array(labels) != IGNORE)):
             file.write(values.tobytes())
         self.offsets.append(self.offsets[-1] + len(ids))
 
@@ -166,6 +177,18 @@ def first_question(messages: list[dict]) -> str:
     return next((m["content"] for m in messages if m["role"] == "user"), "")
 
 
+@dataclass
+class Example:
+    """What a row of the source gives: pieces (ids, labels) that stay on one side of the split, or a reason
+    why there are none."""
+
+    where: str
+    problem: str | None = None
+    question: str = ""  # its hash settles the side
+    pieces: Sequence[tuple[list[int], list[int]]] = ()
+    answer_tokens: int = 0  # before anything was cut
+
+
 def prepare_conversations(
     folder: str | Path,
     conversations: Iterable,
@@ -173,64 +196,77 @@ def prepare_conversations(
     max_length: int,
     val_fraction: float,
     overlong: str = "truncate",
-    batch: int = 1000,
 ) -> dict:
-    """Render (messages, where it was found) into the datasets folder/train and folder/val, in one pass whose
-    memory use does not grow; returns what is also in folder/report.json, which stands for a finished folder.
+    """Render (messages, where it was found) into the datasets of write_examples; what is longer than
+    max_length is treated as `fit` says."""
+    turns = tokenizer.convert_tokens_to_ids([TURN_START, TURN_END])
+    too_long = f"no answer {'ends' if overlong == 'drop' else 'begins'} within {max_length} tokens"
 
-    All conversations that begin with one question fall on one side, by its hash. What is longer than
-    max_length is treated as `fit` says. What cannot be trained on is skipped and counted, the first of each
-    kind named. Raises InputError when a side is left empty.
+    def examples() -> Iterator[Example]:
+        for rows in batched(conversations):
+            reasons = [problem(messages) for messages, _ in rows]
+            usable = [messages for (messages, _), reason in zip(rows, reasons) if reason is None]
+            rendered = iter(render_batch(usable, tokenizer))
+            for (messages, where), reason in zip(rows, reasons):
+                if reason:
+                    yield Example(where, reason)
+                    continue
+                ids, labels = next(rendered)
+                prefix = ids.index(turns[0], 1) if messages[0]["role"] == "system" else 0
+                pieces = fit(ids, labels, max_length, overlong, prefix, turns)
+                reason = None if pieces else too_long
+                yield Example(where, reason, first_question(messages), pieces, trained_tokens(labels))
+
+    return write_examples(folder, examples(), val_fraction)
+
+
+def batched(rows: Iterable, size: int = 1000) -> Iterator[list]:
+    """The rows in lists of `size`, the last one shorter."""
+    rows = iter(rows)
+    while batch := list(itertools.islice(rows, size)):
+        yield batch
+
+
+def trained_tokens(labels: Sequence[int]) -> int:
+    return sum(label != IGNORE for label in labels)
+
+
+def write_examples(folder: str | Path, examples: Iterable[Example], val_fraction: float) -> dict:
+    """Write the datasets folder/train and folder/val, in one pass whose memory use does not grow; returns
+    what is also in folder/report.json, which stands for a finished folder: then nothing is read.
+
+    All examples with one question fall on one side, by its hash. What has no pieces is counted, the first of
+    each kind named. Raises InputError when a side is left empty.
     """
     folder = Path(folder)
     if (folder / "report.json").exists():
         return read_json(folder / "report.json")
     shutil.rmtree(folder, ignore_errors=True)
     writers = {split: Writer(folder / split) for split in ("train", "val")}
-    turns = tokenizer.convert_tokens_to_ids([TURN_START, TURN_END])
     counts = Counter({"tokens": 0, "trained_tokens": 0, "lost_tokens": 0, "cut": 0, "split": 0})
     skipped, first, questions = Counter(), {}, {}
-
-    def skip(reason: str, where: str) -> None:
-        skipped[reason] += 1
-        first.setdefault(reason, where)
-
-    too_long = f"no answer {'ends' if overlong == 'drop' else 'begins'} within {max_length} tokens"
-    source = iter(conversations)
-    while rows := list(itertools.islice(source, batch)):
-        usable = []
-        for messages, where in rows:
-            reason = problem(messages)
-            if reason is None:
-                usable.append((messages, where))
-            else:
-                skip(reason, where)
-        rendered = render_batch([messages for messages, _ in usable], tokenizer)
-        for (messages, where), (ids, labels) in zip(usable, rendered):
-            prefix = ids.index(turns[0], 1) if messages[0]["role"] == "system" else 0
-            pieces = fit(ids, labels, max_length, overlong, prefix, turns)
-            if not pieces:
-                skip(too_long, where)
-                continue
-            question = first_question(messages)
-            held_out = hash_fraction(question) < val_fraction
-            if held_out and len(questions) < QUESTIONS_KEPT:
-                questions[question] = None
-            lost = sum(label != IGNORE for label in labels)
-            for piece in pieces:
-                kept = np.array(piece[0])
-                trained = np.array(piece[1]) != IGNORE
-                writers["val" if held_out else "train"].append(kept, trained)
-                counts.update(tokens=len(kept), trained_tokens=int(trained.sum()))
-                lost -= int(trained.sum())
-            counts.update(lost_tokens=lost, cut=lost > 0, split=len(pieces) > 1)
+    for example in examples:
+        if example.problem:
+            skipped[example.problem] += 1
+            first.setdefault(example.problem, example.where)
+            continue
+        held_out = hash_fraction(example.question) < val_fraction
+        if held_out and len(questions) < QUESTIONS_KEPT:
+            questions[example.question] = None
+        kept = 0
+        for ids, labels in example.pieces:
+            writers["val" if held_out else "train"].append(ids, labels)
+            kept += trained_tokens(labels)
+            counts["tokens"] += len(ids)
+        lost = max(0, example.answer_tokens - kept)
+        counts.update(trained_tokens=kept, lost_tokens=lost, cut=lost > 0, split=len(example.pieces) > 1)
     for writer in writers.values():
         writer.close()
     reasons = [{"count": n, "reason": reason, "first": first[reason]} for reason, n in skipped.most_common()]
     detail = "; ".join(f"{r['count']} skipped, {r['reason']} ({r['first']})" for r in reasons)
     sizes = {split: len(writer.offsets) - 1 for split, writer in writers.items()}
     if not sizes["train"]:
-        raise InputError(f"no conversation is left to train on ({detail or 'the source is empty'})")
+        raise InputError(f"nothing is left to train on ({detail or 'the source is empty'})")
     if not sizes["val"]:
         raise InputError(f"none of {sizes['train']} conversations is held out; raise --val_fraction")
     report = {**sizes, **counts, "skipped": reasons, "questions": [q for q in questions if q]}
@@ -364,3 +400,57 @@ def collate(
         return batch | {"sequences": torch.tensor(starts + [B * T] * (length + 1 - len(starts))).int()}
     owner = torch.from_numpy(owner)
     return batch | {"mask": (owner[:, :, None] == owner[:, None, :]).tril_()[:, None]}
+
+
+# -- answers -------------------------------------------------------------------------------------------------
+
+
+def user_turn(content: str) -> list[dict]:
+    return [{"role": "user", "content": content}]
+
+
+def answers(model: GPTModel, tokenizer, questions: list[str], max_new_tokens: int) -> list[dict]:
+    """Each question's answer, sampled as in chat.py but always the same, and whether it stopped by itself."""
+    stop, results = tokenizer.convert_tokens_to_ids(TURN_END), []
+    context = model.config.max_position_embeddings
+    questions = [q for q in questions if len(prompt_ids(user_turn(q), tokenizer)) < context]
+    for i in range(0, len(questions), 50):
+        asked = questions[i : i + 50]
+        prompts = [prompt_ids(user_turn(question), tokenizer) for question in asked]
+        steps = model.generate(prompts, max_new_tokens, **SAMPLING, seed=0, stop_ids=[stop])
+        for question, ids in zip(asked, zip(*steps)):
+            ids = [t for t in ids if t is not None]
+            text = tokenizer.decode(ids, skip_special_tokens=True).strip()
+            results.append({"question": question, "answer": text, "stopped": stop in ids})
+    return results
+
+
+def ask(
+    out_dir: str | Path, step: int, model: GPTModel, tokenizer, questions: list[str], max_new_tokens: int
+) -> tuple[float, list[str]]:
+    """Answer held-out questions and the fixed QUESTIONS into out_dir/answers.jsonl; returns the share of the
+    former whose answers stop by themselves, and a line for each of the latter."""
+    path = Path(out_dir) / "answers.jsonl"
+    held_out = answers(model, tokenizer, questions, max_new_tokens)
+    fixed = answers(model, tokenizer, list(QUESTIONS), max_new_tokens)
+    earlier = [row for row in read_jsonl(path) if row["step"] < step]
+    write_jsonl(path, earlier + [{"step": step, **answer} for answer in held_out + fixed])
+    lines = [textwrap.shorten(f"{row['question']} {row['answer']}", 106) for row in fixed]
+    share = sum(answer["stopped"] for answer in held_out) / len(held_out)
+    return share, [f"  | {line}" for line in lines]
+
+
+def side_by_side(out_dir: str | Path) -> str:
+    """The fixed questions with the first and the last answers that a run recorded, in two columns."""
+    rows = read_jsonl(Path(out_dir) / "answers.jsonl")
+    before, after = (
+        {row["question"]: row["answer"] for row in rows if row["step"] == rows[i]["step"]} for i in (0, -1)
+    )
+    lines = [f"  {'before':48} | after"]
+    for question in QUESTIONS:
+        columns = [
+            textwrap.wrap(side[question], 48, max_lines=6) or ["(nothing)"] for side in (before, after)
+        ]
+        pairs = itertools.zip_longest(*columns, fillvalue="")
+        lines += ["", question, *(f"  {a:48} | {b}" for a, b in pairs)]
+    return "\n".join(lines)

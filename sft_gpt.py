@@ -8,28 +8,18 @@ Every field of Config is a flag. The same command, started again, continues from
 B rows in a micro-batch, T tokens in a row.
 """
 
-import itertools
 import math
 import os
-import textwrap
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import training
-from data import (
-    TURN_END,
-    column_of,
-    file_sha256,
-    load_tokenizer,
-    source_files,
-    source_rows,
-    tokenizer_fingerprint,
-)
+from data import column_of, load_tokenizer, source_rows, tokenizer_fingerprint
 from gpt import GPTModel, InputError, model_directory
 from optim import load_state_by_name, make_optimizer, schedule
-from sft import OVERLONG, SAMPLING, PackedLoader, SFTDataset, neftune_noise, prepare_conversations, prompt_ids
+from sft import OVERLONG, PackedLoader, SFTDataset, ask, neftune_noise, prepare_conversations, side_by_side
 
 
 @dataclass
@@ -81,16 +71,6 @@ class Config:
     compile: str = "auto"  # torch.compile: true, false, or auto for only on CUDA
 
 
-QUESTIONS = (
-    "Hello!",
-    "What is water?",
-    "What is the capital of France?",
-    "Who was Albert Einstein?",
-    "Tell me about the Moon.",
-    "What is mathematics?",
-)
-
-
 def conversations(config: Config) -> Iterator[tuple[list[dict], str]]:
     """Messages of the source, each with the place it was found."""
     if config.data == "embedded":
@@ -101,74 +81,6 @@ def conversations(config: Config) -> Iterator[tuple[list[dict], str]]:
         return
     for row, where in source_rows(config.data, config.data_config, config.data_split):
         yield column_of(row, config.column, object, where), where
-
-
-def local_hashes(config: Config) -> dict[str, str | None]:
-    """Hashes of the local files of model and data, None for what is of a hub or a package, or gone."""
-    files = source_files(config.data) if config.data != "embedded" else None
-    data = training.fingerprint([[path.name, file_sha256(path)] for path in files]) if files else None
-    model = Path(training.find_model(config.model))
-    weights = [file_sha256(path) for path in sorted(model.glob("*.safetensors"))] if model.is_dir() else None
-    return {"data_files": data, "weights": training.fingerprint(weights) if weights else None}
-
-
-def user_turn(content: str) -> list[dict]:
-    return [{"role": "user", "content": content}]
-
-
-def answers(model: GPTModel, tokenizer, questions: list[str], max_new_tokens: int) -> list[dict]:
-    """Each question's answer, sampled as in chat.py but always the same, and whether it stopped by itself."""
-    stop, results = tokenizer.convert_tokens_to_ids(TURN_END), []
-    context = model.config.max_position_embeddings
-    questions = [q for q in questions if len(prompt_ids(user_turn(q), tokenizer)) < context]
-    for i in range(0, len(questions), 50):
-        asked = questions[i : i + 50]
-        prompts = [prompt_ids(user_turn(question), tokenizer) for question in asked]
-        steps = model.generate(prompts, max_new_tokens, **SAMPLING, seed=0, stop_ids=[stop])
-        for question, ids in zip(asked, zip(*steps)):
-            ids = [t for t in ids if t is not None]
-            results.append(
-                {
-                    "question": question,
-                    "answer": tokenizer.decode(ids, skip_special_tokens=True).strip(),
-                    "stopped": stop in ids,
-                }
-            )
-    return results
-
-
-def ask(
-    config: Config, step: int, model: GPTModel, tokenizer, questions: list[str]
-) -> tuple[float, list[str]]:
-    """Answer the held-out and the fixed questions into answers.jsonl; the share of the former that stop, and
-    a line for each of the latter."""
-    path = Path(config.out_dir) / "answers.jsonl"
-    held_out = answers(model, tokenizer, questions, config.max_new_tokens)
-    fixed = answers(model, tokenizer, list(QUESTIONS), config.max_new_tokens)
-    earlier = [row for row in training.read_jsonl(path) if row["step"] < step]
-    training.write_jsonl(path, earlier + [{"step": step, **answer} for answer in held_out + fixed])
-    lines = [textwrap.shorten(f"{row['question']} {row['answer']}", 106) for row in fixed]
-    share = sum(answer["stopped"] for answer in held_out) / len(held_out)
-    return share, [f"  | {line}" for line in lines]
-
-
-def side_by_side(out_dir: str) -> str:
-    """The fixed questions with the first and the last answers that the run recorded, in two columns."""
-    rows = training.read_jsonl(Path(out_dir) / "answers.jsonl")
-    before, after = (
-        {row["question"]: row["answer"] for row in rows if row["step"] == rows[i]["step"]} for i in (0, -1)
-    )
-    lines = [f"  {'before':48} | after"]
-    for question in QUESTIONS:
-        columns = [
-            textwrap.wrap(side[question], 48, max_lines=6) or ["(nothing)"] for side in (before, after)
-        ]
-        lines += [
-            "",
-            question,
-            *(f"  {a:48} | {b}" for a, b in itertools.zip_longest(*columns, fillvalue="")),
-        ]
-    return "\n".join(lines)
 
 
 def step_noise(config: Config, step: int, T: int, C: int) -> Callable | None:
@@ -195,7 +107,7 @@ def main(config: Config) -> None:
         raise InputError(f"--overlong={config.overlong} is unknown; choose {', '.join(OVERLONG)}")
     ranks = training.set_up(config.device)
     Path(config.out_dir).mkdir(parents=True, exist_ok=True)
-    hashes = local_hashes(config)
+    hashes = training.content_hashes(config.model, config.data)
     identity = {
         "fixed": {"optimizer": config.optimizer},
         "content": {"model": os.path.normpath(config.model), **hashes},
@@ -270,7 +182,9 @@ def main(config: Config) -> None:
             nats, right, targets = training.evaluate(module, batches, ranks)
             numbers, samples = {"val_loss": nats / targets, "val_accuracy": right / targets}, []
             if questions and ranks.main:
-                numbers["stopped"], samples = ask(config, step, model, tokenizer, questions)
+                numbers["stopped"], samples = ask(
+                    config.out_dir, step, model, tokenizer, questions, config.max_new_tokens
+                )
             metrics.validated(step, **numbers)
             metrics.say("\n".join(samples))
         if last:

@@ -32,7 +32,7 @@ from safetensors import SafetensorError
 from torch import nn
 from tqdm import tqdm
 
-from data import file_sha256, write_json
+from data import file_sha256, source_files, write_json
 from gpt import IGNORE, GPTModel, InputError, read_json
 from optim import state_by_name
 
@@ -164,14 +164,6 @@ class Ranks:
     def barrier(self) -> None:
         if self.world > 1:
             dist.barrier()
-
-    def gather(self, values: list) -> list:
-        """The lists of all ranks, one behind the other, on rank 0; empty on the others."""
-        if self.world == 1:
-            return values
-        lists = [None] * self.world if self.main else None
-        dist.gather_object(values, lists)
-        return [value for part in lists or [] for value in part]
 
     def watch(self, minutes: float) -> None:
         """From now on, end a rank among several that is not heard `at` a place for so long."""
@@ -658,6 +650,16 @@ def differences(old: dict, new: dict) -> list[str]:
         for name, value in new.items()
         if value is not None and old.get(name) != value
     ]
+
+
+def content_hashes(model: str, data: str) -> dict[str, str | None]:
+    """Hashes of the local files of a model and of a data source, None for what is of a hub or a package, or
+    gone."""
+    files = source_files(data) if data != "embedded" else None
+    found = fingerprint([[path.name, file_sha256(path)] for path in files]) if files else None
+    model = Path(find_model(model))
+    weights = [file_sha256(path) for path in sorted(model.glob("*.safetensors"))] if model.is_dir() else None
+    return {"data_files": found, "weights": fingerprint(weights) if weights else None}
 
 
 def fingerprint(value) -> str:

@@ -122,7 +122,7 @@ def test_unusable_conversations_are_counted_named_and_skipped(messages, reason, 
     report = prepare([*GOOD, (messages, "row 10"), (messages, "row 11")], tokenizer, tmp_path / "data")
     assert report["train"] + report["val"] == 10
     assert report["skipped"] == [{"count": 2, "reason": problem(messages), "first": "row 10"}]
-    with pytest.raises(InputError, match=r"no conversation is left to train on .*row 10"):
+    with pytest.raises(InputError, match=r"nothing is left to train on .*row 10"):
         prepare([(messages, "row 10")], tokenizer, tmp_path / "none")
 
 
@@ -409,7 +409,7 @@ def test_a_fine_tuning_run_answers_before_during_and_after(base_run, chats, tmp_
     printed = capsys.readouterr().out
     assert "before" in printed and "python chat.py --model=" in printed and "What is water?" in printed
     rows = training.read_jsonl(tmp_path / "chat" / "answers.jsonl")
-    assert {row["step"] for row in rows} == {0, 2, 4} and len(rows) == 3 * (4 + len(sft_gpt.QUESTIONS))
+    assert {row["step"] for row in rows} == {0, 2, 4} and len(rows) == 3 * (4 + len(sft.QUESTIONS))
     metrics = training.read_jsonl(tmp_path / "chat" / "metrics.jsonl")
     validations = [row for row in metrics if "val_loss" in row]
     losses = [row["val_loss"] for row in validations]
