@@ -162,12 +162,6 @@ def main(config: Config) -> None:
         f"{config.max_steps} steps of {batch * config.context_length:,} tokens, "
         f"{config.max_steps * batch / len(train):.2f} epochs; {ranks.world} x {ranks.device}"
     )
-    if state:
-        ranks.print(
-            f"{state['path']} is finished"
-            if start >= config.max_steps
-            else f"continuing from {state['path']}"
-        )
     metrics = training.Metrics(config, start, config.max_steps, batch * config.context_length, ranks, state)
     val_bytes = val.text_bytes(val_windows, tokenizer)
     origin = f"Pretrained on {manifest.get('source', config.data_dir)}."

@@ -243,7 +243,7 @@ def write_examples(folder: str | Path, examples: Iterable[Example], val_fraction
         return read_json(folder / "report.json")
     shutil.rmtree(folder, ignore_errors=True)
     writers = {split: Writer(folder / split) for split in ("train", "val")}
-    counts = Counter({"tokens": 0, "trained_tokens": 0, "lost_tokens": 0, "cut": 0, "split": 0})
+    counts = Counter({"examples": 0, "tokens": 0, "trained_tokens": 0, "lost_tokens": 0, "cut": 0})
     skipped, first, questions = Counter(), {}, {}
     for example in examples:
         if example.problem:
@@ -259,7 +259,7 @@ def write_examples(folder: str | Path, examples: Iterable[Example], val_fraction
             kept += trained_tokens(labels)
             counts["tokens"] += len(ids)
         lost = max(0, example.answer_tokens - kept)
-        counts.update(trained_tokens=kept, lost_tokens=lost, cut=lost > 0, split=len(example.pieces) > 1)
+        counts.update(examples=1, trained_tokens=kept, lost_tokens=lost, cut=lost > 0)
     for writer in writers.values():
         writer.close()
     reasons = [{"count": n, "reason": reason, "first": first[reason]} for reason, n in skipped.most_common()]
@@ -272,6 +272,18 @@ def write_examples(folder: str | Path, examples: Iterable[Example], val_fraction
     report = {**sizes, **counts, "skipped": reasons, "questions": [q for q in questions if q]}
     write_json(folder / "report.json", report)
     return report
+
+
+def preparation_notes(found: dict, max_length: int) -> list[str]:
+    """Lines that tell what of a prepared source was cut or skipped."""
+    lines = [f"{r['count']} rows skipped: {r['reason']} (first: {r['first']})" for r in found["skipped"]]
+    if found["cut"]:
+        lost, kept = found["lost_tokens"], found["trained_tokens"]
+        lines.append(
+            f"{found['cut']} of {found['examples']} rows are longer than {max_length} tokens and were cut; "
+            f"{lost} of {lost + kept} tokens of answers lost"
+        )
+    return lines
 
 
 # -- packing -------------------------------------------------------------------------------------------------

@@ -15,11 +15,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import sft
 import training
-from data import column_of, load_tokenizer, source_rows, tokenizer_fingerprint
-from gpt import GPTModel, InputError, model_directory
+from data import column_of, source_rows, tokenizer_fingerprint
+from gpt import InputError
 from optim import load_state_by_name, make_optimizer, schedule
-from sft import OVERLONG, PackedLoader, SFTDataset, ask, neftune_noise, prepare_conversations, side_by_side
 
 
 @dataclass
@@ -88,7 +88,7 @@ def step_noise(config: Config, step: int, T: int, C: int) -> Callable | None:
     if not config.neftune_alpha:
         return None
     seed = int(training.fingerprint([config.seed, step]), 16) % 2**40
-    return lambda row, lengths: neftune_noise(lengths, T, C, config.neftune_alpha, seed + row)
+    return lambda row, lengths: sft.neftune_noise(lengths, T, C, config.neftune_alpha, seed + row)
 
 
 def main(config: Config) -> None:
@@ -103,8 +103,8 @@ def main(config: Config) -> None:
         "max_bad_steps",
         "timeout_minutes",
     )
-    if config.overlong not in OVERLONG:
-        raise InputError(f"--overlong={config.overlong} is unknown; choose {', '.join(OVERLONG)}")
+    if config.overlong not in sft.OVERLONG:
+        raise InputError(f"--overlong={config.overlong} is unknown; choose {', '.join(sft.OVERLONG)}")
     ranks = training.set_up(config.device)
     Path(config.out_dir).mkdir(parents=True, exist_ok=True)
     hashes = training.content_hashes(config.model, config.data)
@@ -113,15 +113,8 @@ def main(config: Config) -> None:
         "content": {"model": os.path.normpath(config.model), **hashes},
     }
     state = training.resume(config, identity, ranks)
-    with ranks.main_first():
-        path = state["path"] if state else model_directory(training.find_model(config.model))
-        model, tokenizer = GPTModel.from_pretrained(path), load_tokenizer(path)
-    model.resize_vocabulary(len(tokenizer))
-    model.to(ranks.device)
-    context = model.config.max_position_embeddings
-    if config.max_length > context:
-        raise InputError(f"--max_length={config.max_length} is beyond the model's context of {context}")
-    T = config.max_length or context
+    model, tokenizer = training.open_model(state["path"] if state else config.model, ranks)
+    T = training.row_length(config, model)
     batch = config.batch_tokens // T  # rows in a step
     if batch < ranks.world:
         raise InputError(
@@ -133,11 +126,11 @@ def main(config: Config) -> None:
     key = training.fingerprint([source, settings, tokenizer_fingerprint(tokenizer)])
     folder = Path(config.out_dir) / f"data-{key}"
     with ranks.main_first():
-        found = prepare_conversations(
+        found = sft.prepare_conversations(
             folder, conversations(config), tokenizer, T, config.val_fraction, config.overlong
         )
-    train = PackedLoader(SFTDataset(folder / "train"), T, batch, config.seed)
-    val = PackedLoader(SFTDataset(folder / "val"), T, batch, 0)
+    train = sft.PackedLoader(sft.SFTDataset(folder / "train"), T, batch, config.seed)
+    val = sft.PackedLoader(sft.SFTDataset(folder / "val"), T, batch, 0)
     questions = found["questions"][: config.eval_questions]
     max_steps = config.max_steps or math.ceil(config.epochs * train.steps_per_epoch)
 
@@ -152,19 +145,8 @@ def main(config: Config) -> None:
         f"rows of {T} tokens, {100 * train.fill():.1f}% filled; {max_steps} steps of {batch * T:,} tokens, "
         f"{max_steps / train.steps_per_epoch:.2f} epochs; {ranks.world} x {ranks.device}"
     )
-    if found["cut"] or found["split"]:
-        ranks.print(
-            f"of the conversations longer than {T} tokens {found['split']} were split and {found['cut']} "
-            f"cut; {found['lost_tokens']} tokens of answers lost"
-        )
-    for skipped in found["skipped"]:
-        ranks.print(
-            f"{skipped['count']} conversations skipped: {skipped['reason']} (first: {skipped['first']})"
-        )
-    if state:
-        ranks.print(
-            f"{state['path']} is finished" if start >= max_steps else f"continuing from {state['path']}"
-        )
+    for note in sft.preparation_notes(found, T):
+        ranks.print(note)
     metrics = training.Metrics(config, start, max_steps, batch * T, ranks, state)
     origin = f"Fine-tuned from {config.model} on the conversations of {config.data}."
     warmup_steps = round(config.warmup_fraction * max_steps)
@@ -182,7 +164,7 @@ def main(config: Config) -> None:
             nats, right, targets = training.evaluate(module, batches, ranks)
             numbers, samples = {"val_loss": nats / targets, "val_accuracy": right / targets}, []
             if questions and ranks.main:
-                numbers["stopped"], samples = ask(
+                numbers["stopped"], samples = sft.ask(
                     config.out_dir, step, model, tokenizer, questions, config.max_new_tokens
                 )
             metrics.validated(step, **numbers)
@@ -208,7 +190,7 @@ def main(config: Config) -> None:
     signals.close()
     metrics.close()
     if ranks.main and (Path(config.out_dir) / "answers.jsonl").exists():
-        print(side_by_side(config.out_dir))
+        print(sft.side_by_side(config.out_dir))
     ranks.print(f"\nTalk to it: python chat.py --model={config.out_dir}")
 
 

@@ -32,8 +32,8 @@ from safetensors import SafetensorError
 from torch import nn
 from tqdm import tqdm
 
-from data import file_sha256, source_files, write_json
-from gpt import IGNORE, GPTModel, InputError, read_json
+from data import file_sha256, load_tokenizer, source_files, write_json
+from gpt import IGNORE, GPTModel, InputError, model_directory, read_json
 from optim import state_by_name
 
 RESUMABLE = 75  # the exit status of a run that was stopped and can go on; sysexits.h calls it EX_TEMPFAIL
@@ -377,19 +377,17 @@ def train_step(
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, micro_batches: Iterable[dict], ranks: Ranks) -> tuple[float, int, int]:
+def evaluate(
+    module: nn.Module, micro_batches: Iterable[dict], ranks: Ranks, count: Callable[[dict], int] = targets_in
+) -> tuple[float, int, int]:
     """Summed loss in nats, how many targets were the likeliest token, and the number of targets, over this
-    and all other ranks' micro-batches."""
+    and all other ranks' micro-batches; a module's own idea of the first two with a `count` to match."""
     loss, right, targets = 0.0, 0, 0
     for batch in micro_batches:
         ranks.at("an evaluation")
         with ranks.autocast():
-            losses, hits = model(**batch, per_token=True)
-        loss, right, targets = (
-            loss + losses.sum().item(),
-            right + int(hits.sum()),
-            targets + targets_in(batch),
-        )
+            losses, hits = module(**batch, per_token=True)
+        loss, right, targets = loss + losses.sum().item(), right + hits.sum().item(), targets + count(batch)
     loss, right, targets = ranks.sum(loss, right, targets)
     return loss, int(right), int(targets)
 
@@ -522,11 +520,7 @@ def on_host(state: dict) -> dict:
 def model_card(config, step: int, model: GPTModel, origin: str, metrics: "Metrics") -> str:
     """The README.md of a checkpoint: what it is, what it was made from, and the losses measured so far."""
     losses = []
-    for name, unit in (
-        ("loss", "nats per token"),
-        ("val_loss", "nats per token"),
-        ("val_bpb", "bits per byte"),
-    ):
+    for name, unit in (("loss", metrics.unit), ("val_loss", metrics.unit), ("val_bpb", "bits/byte")):
         for row in [row for row in metrics.rows if row.get(name) is not None][-1:]:
             losses.append(f"- step {row['step']}, {name.replace('_', ' ')}: {row[name]:.4f} {unit}\n")
     size = f"{model.num_parameters():,} parameters; {step * metrics.step_tokens:,} tokens in {step} steps"
@@ -652,6 +646,24 @@ def differences(old: dict, new: dict) -> list[str]:
     ]
 
 
+def open_model(name: str | Path, ranks: Ranks) -> tuple[GPTModel, object]:
+    """The model that a user named and its tokenizer, on this rank's device, with an embedding for each of the
+    tokenizer's tokens."""
+    with ranks.main_first():
+        path = model_directory(find_model(name))
+        model, tokenizer = GPTModel.from_pretrained(path), load_tokenizer(path)
+    model.resize_vocabulary(len(tokenizer))
+    return model.to(ranks.device), tokenizer
+
+
+def row_length(config, model: GPTModel) -> int:
+    """--max_length, or the model's context; InputError beyond it."""
+    context = model.config.max_position_embeddings
+    if config.max_length > context:
+        raise InputError(f"--max_length={config.max_length} is beyond the model's context of {context}")
+    return config.max_length or context
+
+
 def content_hashes(model: str, data: str) -> dict[str, str | None]:
     """Hashes of the local files of a model and of a data source, None for what is of a hub or a package, or
     gone."""
@@ -673,19 +685,23 @@ def fingerprint(value) -> str:
 class Metrics:
     """A run's numbers: `metrics.jsonl` always, `loss.png`, wandb if wanted, a progress bar on a terminal.
 
-    Rank 0 keeps them; steps count finished optimizer steps, of step_tokens tokens each. `config` has out_dir,
-    log_every and wandb; `state` is that of the checkpoint that the run goes on from, if any.
+    Rank 0 keeps them; steps count finished optimizer steps, of step_tokens tokens each; a loss is in `unit`.
+    `config` has out_dir, log_every and wandb; `state` is that of the checkpoint that the run goes on
+    from, if any.
     """
 
     def __init__(
-        self, config, start: int, max_steps: int, step_tokens: int, ranks: Ranks, state: dict | None
+        self,
+        config,
+        start: int,
+        max_steps: int,
+        step_tokens: int,
+        ranks: Ranks,
+        state: dict | None,
+        unit: str = "nats/token",
     ):
-        self.ranks, self.log_every, self.max_steps, self.step_tokens = (
-            ranks,
-            config.log_every,
-            max_steps,
-            step_tokens,
-        )
+        self.ranks, self.log_every, self.max_steps = ranks, config.log_every, max_steps
+        self.step_tokens, self.unit = step_tokens, unit
         self.path = Path(config.out_dir) / "metrics.jsonl"
         running = ranks.main and start < max_steps
         # None shows the bar on a terminal only
@@ -697,6 +713,9 @@ class Metrics:
             write_jsonl(self.path, self.rows)
         if running:
             self.run = start_wandb(config, state["wandb_id"] if state else None)
+        if state:
+            done = start >= max_steps
+            ranks.print(f"{state['path']} is finished" if done else f"continuing from {state['path']}")
 
     @property
     def wandb_id(self) -> str | None:
@@ -750,7 +769,7 @@ class Metrics:
         """Record and print a validation, and draw the curves."""
         self.log(step, val_loss=val_loss, **values)
         rest = "".join(f"  {name} {value:.4f}" for name, value in values.items())
-        self.say(f"step {step:6d}/{self.max_steps}  val_loss {val_loss:.4f} nats/token{rest}")
+        self.say(f"step {step:6d}/{self.max_steps}  val_loss {val_loss:.4f} {self.unit}{rest}")
         self.plot()
 
     def plot(self) -> None:
@@ -768,7 +787,7 @@ class Metrics:
             points = [(row["step"], row[name]) for row in self.rows if row.get(name) is not None]
             if points:
                 axes.plot(*zip(*points), label={"loss": "training", "val_loss": "validation"}[name], **style)
-        axes.set(xlabel="optimizer step", ylabel="loss (nats per token)", title=self.path.parent.name)
+        axes.set(xlabel="optimizer step", ylabel=f"loss ({self.unit})", title=self.path.parent.name)
         axes.grid(alpha=0.3)
         axes.legend()
         figure.savefig(self.path.with_name("loss.png"), dpi=120)

@@ -13,8 +13,9 @@ import torch
 os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="disabled", OMP_NUM_THREADS="1")
 torch.set_num_threads(1)
 
-import prepare_data  # noqa: E402 - the environment comes first
-import pretrain_gpt  # noqa: E402 - the environment comes first
+import dpo_gpt  # noqa: E402 - the environment comes first
+import prepare_data  # noqa: E402
+import pretrain_gpt  # noqa: E402
 import sft_gpt  # noqa: E402
 from data import train_tokenizer  # noqa: E402
 from gpt import GPTConfig, GPTModel  # noqa: E402
@@ -80,6 +81,20 @@ def chats(tmp_path_factory):
     return write_jsonl(tmp_path_factory.mktemp("chats") / "chats.jsonl", rows)
 
 
+def preference(i: int) -> dict:
+    """A row as ultrafeedback_binarized has them: the chosen answer is a sentence, the rejected a word."""
+    question = {"role": "user", "content": f"Say {sentence(i)[:20]}"}
+    answers = [{"role": "assistant", "content": text} for text in (sentence(i), "No" + "o" * (i % 5))]
+    sides = {name: [question, answer] for name, answer in zip(("chosen", "rejected"), answers)}
+    return {"prompt": question["content"], **sides}
+
+
+@pytest.fixture(scope="session")
+def preferences(tmp_path_factory):
+    """A .jsonl of 60 pairs."""
+    return write_jsonl(tmp_path_factory.mktemp("pairs") / "pairs.jsonl", map(preference, range(60)))
+
+
 def small_model(**changes) -> GPTModel:
     """A model with random weights everywhere, zero-initialized projections too, so that all of it matters."""
     fields = {"vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -113,6 +128,15 @@ def sft_config(model, data, out_dir, **changes) -> sft_gpt.Config:
         **changes,
     }
     return sft_gpt.Config(model=str(model), data=str(data), out_dir=str(out_dir), **fields)
+
+
+def dpo_config(model, data, out_dir, **changes) -> dpo_gpt.Config:
+    """A run of seconds, at a learning rate that shows."""
+    length = {"max_steps": 4, "batch_pairs": 8, "micro_batch_size": 2, "max_length": 64, "lr": 1e-3}
+    report = {"log_every": 1, "eval_every": 2, "eval_questions": 2, "max_new_tokens": 8, "save_every": 2}
+    fields = {**length, **report, "val_fraction": 0.1, "keep_last": 0, "wandb": "off", "device": "cpu"}
+    paths = {"model": str(model), "data": str(data), "out_dir": str(out_dir)}
+    return dpo_gpt.Config(**{**fields, **paths, **changes})
 
 
 @pytest.fixture(scope="session")

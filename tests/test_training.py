@@ -9,9 +9,10 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import flags, pretrain_config, run, sft_config, small_model
+from conftest import dpo_config, flags, pretrain_config, run, sft_config, small_model
 
 import chat
+import dpo_gpt
 import prepare_data
 import pretrain_gpt
 import sft_gpt
@@ -21,7 +22,9 @@ from optim import make_optimizer, orthogonalize, schedule
 from training import Ranks, StepHistory, parse_config, read_jsonl, train_step
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
-SCRIPTS = {script.__name__ + ".py": script.Config for script in (prepare_data, pretrain_gpt, sft_gpt, chat)}
+SCRIPTS = {
+    script.__name__ + ".py": script.Config for script in (prepare_data, pretrain_gpt, sft_gpt, dpo_gpt, chat)
+}
 
 
 def weights(out_dir, step: int) -> bytes:
@@ -197,14 +200,20 @@ def test_any_split_into_micro_batches_gives_the_same_gradients():
             assert (seen[name] - reference[name]).norm() <= 1e-6 * reference[name].norm()
 
 
-@pytest.mark.parametrize("script", ["pretrain_gpt.py", "sft_gpt.py"])
-def test_two_and_three_ranks_over_gloo_equal_one_process(script, data_dir, base_run, chats, tmp_path):
+@pytest.mark.parametrize("script", ["pretrain_gpt.py", "sft_gpt.py", "dpo_gpt.py"])
+def test_two_and_three_ranks_over_gloo_equal_one_process(
+    script, data_dir, base_run, chats, preferences, tmp_path
+):
     def config(name):
         if script == "pretrain_gpt.py":  # 7 windows: 3, 2 and 2 on three ranks
             return pretrain_config(data_dir, tmp_path / name, batch_tokens=7 * 32, max_steps=4)
+        if script == "dpo_gpt.py":
+            return dpo_config(base_run, preferences, tmp_path / name, batch_pairs=5)
         return sft_config(base_run, chats, tmp_path / name, batch_tokens=5 * 64)
 
-    (pretrain_gpt if script == "pretrain_gpt.py" else sft_gpt).main(config("one"))
+    {"pretrain_gpt.py": pretrain_gpt, "sft_gpt.py": sft_gpt, "dpo_gpt.py": dpo_gpt}[script].main(
+        config("one")
+    )
     ranks = 3 if script == "pretrain_gpt.py" else 2
     (data_dir / ".verified.json").unlink(missing_ok=True)  # rank 0 hashes the shards, the others see it
     result = run(script, *flags(config("two")), ranks=ranks)
@@ -426,9 +435,9 @@ def test_the_model_card_tells_origin_size_and_losses(base_run):
     rows = read_jsonl(base_run / "metrics.jsonl")
     assert card.startswith("---\nlibrary_name: transformers\n") and "texts.jsonl" in card
     assert "1,536 tokens in 6 steps" in card and "Qwen3ForCausalLM" in card and "max_steps: 6" in card
-    assert f"step 6, loss: {rows[6]['loss']:.4f} nats per token" in card
+    assert f"step 6, loss: {rows[6]['loss']:.4f} nats/token" in card
     assert (
-        f"step 3, val loss: {rows[3]['val_loss']:.4f} nats per token" in card
+        f"step 3, val loss: {rows[3]['val_loss']:.4f} nats/token" in card
     )  # saved before the last validation
 
 

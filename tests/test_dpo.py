@@ -1,0 +1,265 @@
+"""Preference pairs, their loss, and runs of dpo_gpt.py."""
+
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import dpo_config, preference, small_model, write_jsonl
+from test_training import losses, weights
+
+import dpo_gpt
+import sft
+import training
+from dpo_gpt import PreferenceModel, collate, deal, micro_batches, prepare_pairs
+from gpt import IGNORE, GPTModel, InputError
+from training import Ranks
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
+
+
+def pairs_of(rows, tokenizer, folder, max_length: int = 64, **changes):
+    """The prepared datasets of some rows and what was found."""
+    folder.mkdir(exist_ok=True)
+    source = write_jsonl(folder / "pairs.jsonl", rows)
+    config = dpo_config("", source, folder, val_fraction=0.5, **changes)
+    found = prepare_pairs(folder / "data", config, tokenizer, max_length)
+    return [sft.SFTDataset(folder / "data" / split) for split in ("train", "val")], found
+
+
+# -- pairs ---------------------------------------------------------------------------------------------------
+
+QUESTION = {"role": "user", "content": "Why?"}
+YES, NO = ({"role": "assistant", "content": text} for text in ("Yes.", "No."))
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "Why?", "chosen": [QUESTION, YES], "rejected": [QUESTION, NO]},
+        {"chosen": [QUESTION, YES], "rejected": [QUESTION, NO]},
+        {"prompt": "Why?", "chosen": [YES], "rejected": [NO]},
+        {"prompt": [QUESTION], "chosen": [YES], "rejected": [NO]},
+        {"prompt": "Why?", "chosen": "Yes.", "rejected": "No."},
+    ],
+    ids=["ultrafeedback", "no prompt", "text as prompt", "messages as prompt", "texts"],
+)
+def test_all_spellings_of_a_pair_are_the_same_conversations(row):
+    assert dpo_gpt.conversations(row) == [[QUESTION, YES], [QUESTION, NO]]
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"chosen": [QUESTION, YES]}, "in rejected, messages is no list of objects with role and content"),
+        ({"chosen": 1, "rejected": "No."}, "in chosen, messages is no list"),
+        ({"chosen": "Yes.", "rejected": "No."}, "chosen is not a question and"),
+        ({"chosen": [YES], "rejected": [NO]}, "chosen is not a question and an assistant's answer to it"),
+        ({"chosen": [QUESTION, YES, QUESTION], "rejected": [QUESTION, NO]}, "chosen is not a question and"),
+        ({"prompt": "", "chosen": [QUESTION, YES], "rejected": [NO, NO]}, "differ before the answer"),
+        ({"chosen": [QUESTION, YES], "rejected": [QUESTION, YES]}, "chosen and rejected are the same"),
+        ({"chosen": [QUESTION, YES], "rejected": [{**QUESTION, "role": "x"}, NO]}, "the role 'x' is none of"),
+        ({"prompt": 3, "chosen": [YES], "rejected": [NO]}, "chosen is not a question and"),
+    ],
+)
+def test_a_pair_that_cannot_be_compared_is_skipped_and_named(row, reason, tokenizer, tmp_path):
+    (train, val), found = pairs_of([*map(preference, range(20)), row], tokenizer, tmp_path)
+    assert len(train) + len(val) == 40 and found["examples"] == 20
+    (skipped,) = found["skipped"]
+    assert reason in skipped["reason"] and skipped["count"] == 1 and "21" in skipped["first"]
+
+
+def test_only_the_last_answers_count_and_both_follow_the_same_prompt(tokenizer, tmp_path):
+    rows = []
+    for i in range(20):
+        earlier = [{"role": "user", "content": f"Why {i}?"}, YES]
+        rows.append({name: [*earlier, *preference(i)[name]] for name in ("chosen", "rejected")})
+    (train, _), _ = pairs_of(rows, tokenizer, tmp_path, max_length=200)
+    end = tokenizer.convert_tokens_to_ids(dpo_gpt.TURN_END)
+    for a, b in zip(range(0, len(train), 2), range(1, len(train), 2)):
+        sides = [train[a], train[b]]
+        starts = [int(np.argmax(labels != IGNORE)) for _, labels in sides]
+        assert starts[0] == starts[1] and (sides[0][0][: starts[0]] == sides[1][0][: starts[0]]).all()
+        for (ids, labels), start in zip(sides, starts):
+            kept = labels != IGNORE
+            assert kept[start:-1].all() and not kept[-1]  # all but the newline after the turn
+            assert labels[-2] == end and (labels[kept] == ids[kept]).all()
+
+
+def test_a_longer_answer_is_cut_and_a_pair_without_answers_is_left_out(tokenizer, tmp_path):
+    def row(prompt: str, chosen: str, rejected: str) -> dict:
+        answers = {"chosen": chosen, "rejected": rejected}
+        return {"prompt": prompt} | {
+            name: [{"role": "assistant", "content": content}] for name, content in answers.items()
+        }
+
+    rows = [*map(preference, range(20)), row("Go on", "one " * 100, "two"), row("one " * 100, "a", "b")]
+    rows.append(row("Same", "one " * 100 + "a", "one " * 100 + "b"))
+    (train, val), found = pairs_of(rows, tokenizer, tmp_path)
+    assert found["examples"] == 21 and found["cut"] == 1 and found["lost_tokens"] > 20
+    assert max(train.lengths().max(), val.lengths().max()) == 64
+    assert {s["reason"] for s in found["skipped"]} == {
+        "no answer begins within 64 tokens",
+        "chosen and rejected are the same within 64 tokens",
+    }
+
+
+def test_every_pair_is_dealt_once_whatever_the_ranks(tokenizer, tmp_path):
+    (train, _), _ = pairs_of(map(preference, range(40)), tokenizer, tmp_path)
+    pairs = range(len(train) // 2)
+    for world, size in ((1, 4), (3, 2), (4, 3)):
+        dealt = [
+            answers
+            for rank in range(world)
+            for answers in deal(train, pairs, size, Ranks(rank, world, torch.device("cpu")))
+        ]
+        assert sorted(answer for part in dealt for answer in part) == list(range(len(train)))
+        assert all(a % 2 == 0 and b == a + 1 for part in dealt for a, b in zip(part[::2], part[1::2]))
+
+
+# -- the loss ------------------------------------------------------------------------------------------------
+
+
+def log_prob(model, ids, labels) -> torch.Tensor:
+    """Of one conversation's answer, from whole logits in fp64."""
+    logits = model(torch.from_numpy(ids.astype(np.int64))[None])[0].double().log_softmax(-1)
+    return sum(logits[i - 1, label] for i, label in enumerate(labels) if label != IGNORE)
+
+
+def test_the_loss_and_its_gradients_are_those_of_the_formula(tokenizer, tmp_path):
+    (train, _), _ = pairs_of(map(preference, range(12)), tokenizer, tmp_path)
+    model, beta = small_model().double(), 0.5
+    module = PreferenceModel(model, beta)
+    reference = np.linspace(-90, -30, len(train))
+    (batch,) = micro_batches(train, reference, range(len(train) // 2), 64, 100, ALONE)
+    loss = module(**batch)
+    ours = torch.autograd.grad(loss, list(model.parameters()))
+    expected = 0.0
+    for w in range(0, len(train), 2):
+        gains = [log_prob(model, *train[i]) - reference[i] for i in (w, w + 1)]
+        expected = expected - torch.log(1 / (1 + torch.exp(-beta * (gains[0] - gains[1]))))
+    theirs = torch.autograd.grad(expected, list(model.parameters()))
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    for a, b in zip(ours, theirs):
+        assert (a - b).norm() <= 1e-5 * b.norm()
+
+
+def test_any_split_of_a_batch_gives_the_same_gradients(tokenizer, tmp_path):
+    (train, _), _ = pairs_of(map(preference, range(24)), tokenizer, tmp_path)
+    model = small_model().double()
+    pairs, reference, seen = range(8), np.full(len(train), -50.0), []
+    for size in (8, 4, 1):
+        model.zero_grad()
+        for batch in micro_batches(train, reference, pairs, 64, size, ALONE):
+            (PreferenceModel(model, 0.5)(**batch) / len(pairs)).backward()
+        seen.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    for gradient in seen[1:]:
+        assert (gradient - seen[0]).norm() <= 1e-6 * seen[0].norm()
+
+
+def test_padding_changes_no_log_probability(tokenizer, tmp_path):
+    (train, _), _ = pairs_of(map(preference, range(12)), tokenizer, tmp_path)
+    module = PreferenceModel(small_model(), 0.5)
+    together = module(**collate(train, range(len(train)), 64, torch.device("cpu")))
+    for i, value in enumerate(together.tolist()):
+        assert value == pytest.approx(log_prob(module.policy, *train[i]).item(), abs=1e-3, rel=1e-5)
+
+
+# -- runs ----------------------------------------------------------------------------------------------------
+
+
+def test_a_run_begins_at_ln_2_and_learns_what_is_preferred(base_run, preferences, tmp_path):
+    dpo_gpt.main(dpo_config(base_run, preferences, tmp_path, max_steps=12, eval_every=6))
+    rows = {row["step"]: row for row in training.read_jsonl(tmp_path / "metrics.jsonl")}
+    assert rows[0]["val_loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert rows[12]["val_loss"] < 0.3 and rows[12]["val_accuracy"] == 1.0
+    assert rows[1]["targets"] == 8
+    card = (tmp_path / "step_0000012" / "README.md").read_text()
+    assert "Tuned from" in card and "nats/pair" in card
+
+
+def test_a_resumed_tuning_equals_an_undisturbed_one_bit_for_bit(base_run, preferences, tmp_path):
+    dpo_gpt.main(dpo_config(base_run, preferences, tmp_path / "straight"))
+    shutil.copytree(tmp_path / "straight", tmp_path / "twice")
+    for kept in (2, 0):
+        for step in (2, 4):
+            if step > kept:
+                shutil.rmtree(tmp_path / "twice" / f"step_{step:07d}")
+        dpo_gpt.main(dpo_config(base_run, preferences, tmp_path / "twice"))
+        for step in (2, 4):
+            assert weights(tmp_path / "twice", step) == weights(tmp_path / "straight", step)
+        assert losses(tmp_path / "twice") == losses(tmp_path / "straight")
+    answers = [(tmp_path / name / "answers.jsonl").read_text() for name in ("straight", "twice")]
+    assert answers[0] == answers[1]
+
+
+def test_the_reference_is_computed_once_and_always_by_the_starting_model(
+    base_run, preferences, tmp_path, capsys
+):
+    def go_on():
+        shutil.rmtree(tmp_path / "step_0000004")
+        dpo_gpt.main(dpo_config(base_run, preferences, tmp_path))
+        return "computing the reference" in capsys.readouterr().out
+
+    dpo_gpt.main(dpo_config(base_run, preferences, tmp_path))
+    assert capsys.readouterr().out.count("computing the reference") == 2  # of either split
+    straight = weights(tmp_path, 4)
+    assert not go_on() and weights(tmp_path, 4) == straight
+    for path in tmp_path.glob("data-*/reference-*.npy"):
+        path.unlink()
+    assert go_on() and weights(tmp_path, 4) == straight
+
+
+def test_mistakes_in_a_tuning_run_are_told(base_run, preferences, tmp_path):
+    empty = write_jsonl(tmp_path / "empty.jsonl", [{"chosen": 1, "rejected": 2}])
+    for change, message in (
+        ({"beta": 0.0}, "--beta=0.0: expected a number above zero"),
+        ({"max_length": 65}, "--max_length=65 is beyond the model's context of 64"),
+        ({"data": str(empty)}, "nothing is left to train on .1 skipped, in chosen, messages is no list"),
+        ({"val_fraction": 0.0}, "is held out; raise --val_fraction"),
+    ):
+        fields = {"model": base_run, "data": preferences, "out_dir": tmp_path / "run"}
+        with pytest.raises(InputError, match=message):
+            dpo_gpt.main(dpo_config(**{**fields, **change}))
+    assert json.loads(preferences.read_text().splitlines()[0])["chosen"]  # nothing was touched
+
+
+@pytest.mark.slow
+def test_the_loss_and_its_gradients_are_those_of_trl(base_run, tokenizer, tmp_path):
+    """TRL's DPOTrainer, with a reference model beside the policy, on the same tokens."""
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM
+    from trl import DPOConfig, DPOTrainer
+
+    (train, _), _ = pairs_of(map(preference, range(12)), tokenizer, tmp_path)
+    reference, policy = base_run / "step_0000006", tmp_path / "policy"
+    small_model().save_pretrained(policy, tokenizer)
+    options = {"output_dir": str(tmp_path / "trl"), "beta": 0.5, "report_to": "none", "use_cpu": True}
+    trainer = DPOTrainer(
+        AutoModelForCausalLM.from_pretrained(policy),
+        AutoModelForCausalLM.from_pretrained(reference),
+        DPOConfig(**options, bf16=False),
+        train_dataset=Dataset.from_list([preference(i) for i in range(12)]).remove_columns("prompt"),
+        processing_class=tokenizer,
+    )
+    order = [*range(0, len(train), 2), *range(1, len(train), 2)]  # first all chosen, then all rejected
+    rows = collate(train, order, 64, torch.device("cpu"))
+    lengths = torch.tensor([len(train[i][0]) for i in order])[:, None]
+    seen = torch.arange(rows["input_ids"].size(1)) < lengths
+    completion = torch.zeros_like(rows["targets"])
+    completion[:, 1:] = rows["targets"][:, :-1] != IGNORE
+    inputs = {"input_ids": rows["input_ids"], "attention_mask": seen.long(), "completion_mask": completion}
+    theirs = trainer.compute_loss(trainer.model, inputs)
+    theirs.backward()
+
+    judge, module = (PreferenceModel(GPTModel.from_pretrained(path), 0.5) for path in (reference, policy))
+    known = dpo_gpt.reference_log_probs(tmp_path / "reference.npy", judge, train, 64, 4, ALONE)
+    (batch,) = micro_batches(train, known, range(len(train) // 2), 64, 100, ALONE)
+    ours = module(**batch) / dpo_gpt.pairs_in(batch)
+    ours.backward()
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
+    gradients = dict(trainer.model.named_parameters())
+    for name, p in module.policy.named_parameters():
+        assert (p.grad - gradients[name].grad).norm() <= 1e-4 * p.grad.norm()
