@@ -144,11 +144,11 @@ def deal(dataset: sft.SFTDataset, pairs: Sequence[int], size: int, ranks) -> Ite
 
 
 def collate(dataset: sft.SFTDataset, answers: Sequence[int], T: int, device: torch.device) -> dict:
-    """Conversations as input_ids and targets, padded to one of eight lengths up to T; each length is compiled
+    """Conversations as input_ids and targets, padded to one of four lengths up to T; each length is compiled
     anew. Padding is on the right, where causality hides it."""
     rows = [dataset[answer] for answer in answers]
-    eighth, longest = -(-T // 8), max(len(ids) for ids, _ in rows)
-    width = min(T, -(-longest // eighth) * eighth)
+    quarter, longest = -(-T // 4), max(len(ids) for ids, _ in rows)
+    width = min(T, -(-longest // quarter) * quarter)
     input_ids = np.zeros((len(rows), width), np.int64)
     targets = np.full((len(rows), width), IGNORE, np.int64)
     for b, (ids, labels) in enumerate(rows):
@@ -311,7 +311,8 @@ def main(config: Config) -> None:
                     config.out_dir, step, model, tokenizer, questions, config.max_new_tokens
                 )
             metrics.validated(step, **numbers)
-            metrics.say("\n".join(samples))
+            for line in samples:
+                metrics.say(line)
         if last:
             break
         ranks.at(f"step {step + 1}")

@@ -168,7 +168,8 @@ def main(config: Config) -> None:
                     config.out_dir, step, model, tokenizer, questions, config.max_new_tokens
                 )
             metrics.validated(step, **numbers)
-            metrics.say("\n".join(samples))
+            for line in samples:
+                metrics.say(line)
         if last:
             break
         ranks.at(f"step {step + 1}")

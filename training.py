@@ -236,6 +236,7 @@ def wrap(model: GPTModel, ranks: Ranks, compile: str) -> nn.Module:
     if compile not in ("auto", "true", "false"):
         raise InputError(f"--compile={compile} is unknown; choose auto, true or false")
     wanted = compile == "true" or (compile == "auto" and ranks.device.type == "cuda")
+    torch._dynamo.config.recompile_limit = 32  # for rows of several lengths, in training and evaluation
     module = torch.compile(model, dynamic=False) if wanted else model
     if ranks.world > 1:
         ids = [ranks.device.index] if ranks.device.type == "cuda" else None
