@@ -505,10 +505,10 @@ class Checkpoints:
         partial.rename(final)
         sync_to_disk(self.out_dir)
         # a later one is damaged, or this run would not be here
-        earlier = [path for path in checkpoints(self.out_dir) if path.name <= final.name]
+        earlier = [path for path in checkpoints(self.out_dir) if step_of(path) <= step]
         keep_last, keep_every = self.config.keep_last, self.config.keep_every
         for old in earlier[:-keep_last] if keep_last else []:
-            if not keep_every or int(old.name.removeprefix("step_")) % keep_every:
+            if not keep_every or step_of(old) % keep_every:
                 shutil.rmtree(old)
 
 
@@ -542,7 +542,13 @@ def model_card(config, step: int, model: GPTModel, origin: str, metrics: "Metric
 
 def checkpoints(out_dir: str | Path) -> list[Path]:
     """A run's checkpoint folders, oldest first."""
-    return sorted(p for p in Path(out_dir).glob("step_*") if re.fullmatch(r"step_\d{7,}", p.name))
+    found = [p for p in Path(out_dir).glob("step_*") if re.fullmatch(r"step_\d{7,}", p.name)]
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in the name of a checkpoint's folder."""
+    return int(checkpoint.name.removeprefix("step_"))
 
 
 def damage(checkpoint: Path) -> str | None:
@@ -614,7 +620,7 @@ def resume(config, identity: dict[str, dict], ranks: Ranks) -> dict | None:
         if problem:
             raise InputError(f"{path} cannot be resumed: {problem}")
         inside = path.resolve().parent == Path(out_dir).resolve()
-        later = [p.name for p in existing if not inside or p.name > path.name]
+        later = [p.name for p in existing if not inside or step_of(p) > step_of(path)]
         if later:
             raise InputError(
                 f"{out_dir} holds other checkpoints ({', '.join(later)}); go on from the newest with "
