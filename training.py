@@ -556,15 +556,19 @@ def damage(checkpoint: Path) -> str | None:
     if not (checkpoint / "checkpoint.json").exists():
         return "checkpoint.json is missing"
     try:
-        files = read_json(checkpoint / "checkpoint.json")["files"]
-    except InputError:
-        return "checkpoint.json is cut short"
+        manifest = read_json(checkpoint / "checkpoint.json")
+        files = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
+    except (InputError, KeyError, TypeError, AttributeError):
+        return "checkpoint.json is cut short or not what was saved"
     for name, expected in files.items():
         path = checkpoint / name
-        if not path.exists():
-            return f"{name} is missing"
-        if path.stat().st_size != expected["bytes"] or file_sha256(path) != expected["sha256"]:
-            return f"{name} is not what was saved"
+        try:
+            if not path.exists():
+                return f"{name} is missing"
+            if (path.stat().st_size, file_sha256(path)) != expected:
+                return f"{name} is not what was saved"
+        except (OSError, ValueError) as error:  # a failing disk, or a name that no file can have
+            return f"{name} cannot be read ({error})"
     return None
 
 
@@ -615,6 +619,11 @@ def resume(config, identity: dict[str, dict], ranks: Ranks) -> dict | None:
         )
     if choice in ("none", "auto"):
         path = newest_checkpoint(out_dir)  # with "none" there is none
+        if path is None and existing:
+            raise InputError(
+                f"{out_dir} holds checkpoints up to {existing[-1].name}, but none is whole; bring one back, "
+                f"or delete them to start afresh"
+            )
     else:
         path, problem = Path(choice), damage(Path(choice))
         if problem:
