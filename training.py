@@ -6,6 +6,7 @@ Command line, ranks and devices, one optimizer step, evaluation, checkpoints, me
 import dataclasses
 import errno
 import faulthandler
+import fcntl
 import hashlib
 import inspect
 import json
@@ -14,6 +15,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import sys
 import threading
 import time
@@ -134,6 +136,7 @@ class Ranks:
     world: int
     device: torch.device
     watchdog: "Watchdog | None" = None
+    lock: typing.IO | None = None  # of the run's folder, held as long as this lives
 
     @property
     def main(self) -> bool:
@@ -601,6 +604,29 @@ def find_model(name: str) -> str | Path:
     return checkpoint
 
 
+def lock(out_dir: str | Path) -> typing.IO:
+    """A lock on a run's folder, which ends with the file returned or with the process, however that ends.
+
+    Raises InputError while another process holds it: two writers would mix their checkpoints.
+    """
+    file = open(Path(out_dir) / ".lock", "a+")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.seek(0)
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise InputError(
+                f"{out_dir} is in use by {file.read() or 'another process'}; wait for it or end it, or "
+                f"choose another --out_dir"
+            ) from None
+        print(f"warning: {out_dir} cannot be locked ({error}); start nothing else in it", file=sys.stderr)
+        return file
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    return file
+
+
 def resume(config, identity: dict[str, dict], ranks: Ranks) -> dict | None:
     """The training state to go on from, with its folder under "path", or None to start afresh.
 
@@ -608,10 +634,15 @@ def resume(config, identity: dict[str, dict], ranks: Ranks) -> dict | None:
     `identity` has under "fixed" what a run can never change, under "content" what its data and starting point
     hold, None for what cannot be known any more. Changed settings are listed; with another content or other
     fields than FREE_FIELDS the run would end elsewhere than an undisturbed one, and needs `config.force`.
-    Raises InputError without it, and when out_dir holds checkpoints that do not lead to the one chosen.
+    Raises InputError without it, when out_dir holds checkpoints that do not lead to the one chosen, and when
+    another process trains in out_dir. When torchrun restarts a run that has saved, that is what goes on.
     """
     out_dir, choice = config.out_dir, config.resume
+    if ranks.main:
+        ranks.lock = lock(out_dir)
     existing = checkpoints(out_dir)
+    if existing and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+        choice = "auto"
     if choice == "none" and existing:
         raise InputError(
             f"{out_dir} holds checkpoints already, up to {existing[-1].name}; choose another --out_dir "
@@ -628,16 +659,23 @@ def resume(config, identity: dict[str, dict], ranks: Ranks) -> dict | None:
         path, problem = Path(choice), damage(Path(choice))
         if problem:
             raise InputError(f"{path} cannot be resumed: {problem}")
+    state = torch.load(path / "training_state.pt", map_location="cpu", weights_only=True) if path else None
+    step = state["step"] if state else 0
+    if choice not in ("none", "auto"):
         inside = path.resolve().parent == Path(out_dir).resolve()
-        later = [p.name for p in existing if not inside or step_of(p) > step_of(path)]
+        later = [p.name for p in existing if not inside or step_of(p) > step]
         if later:
             raise InputError(
                 f"{out_dir} holds other checkpoints ({', '.join(later)}); go on from the newest with "
                 f"--resume=auto, delete them, or choose another --out_dir"
             )
-    if path is None:
+    if ranks.sum(step)[0] != step * ranks.world:
+        raise InputError(
+            f"rank {ranks.rank} would go on from {path or 'the beginning'}, and other ranks from elsewhere; "
+            f"{out_dir} has to be one folder that all machines share"
+        )
+    if state is None:
         return None
-    state = torch.load(path / "training_state.pt", map_location="cpu", weights_only=True)
     differing = differences(state["fixed"], identity["fixed"])
     if differing:
         raise InputError(
