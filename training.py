@@ -35,7 +35,7 @@ from torch import nn
 from tqdm import tqdm
 
 from data import file_sha256, source_files, write_json
-from gpt import IGNORE, GPTModel, InputError, read_json
+from gpt import IGNORE, GPTModel, InputError, one_line, read_json
 from optim import state_by_name
 
 RESUMABLE = 75  # the exit status of a run that was stopped and can go on; sysexits.h calls it EX_TEMPFAIL
@@ -409,14 +409,13 @@ def sync_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-def require_space(folder: Path, needed: int) -> None:
-    """InputError if the disk that holds the folder has fewer free bytes than a checkpoint needs."""
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise InputError(
-            f"a checkpoint needs {needed / 1e9:.2f} GB and {folder} has {free / 1e9:.2f} GB free; make room "
-            f"and run the same command again, it continues from the last checkpoint"
-        )
+def lacking_space(folder: Path, needed: int) -> InputError:
+    """What to tell when the disk that holds the folder has no room for a checkpoint of so many bytes."""
+    return InputError(
+        f"a checkpoint needs {needed / 1e9:.2f} GB and {folder} has "
+        f"{shutil.disk_usage(folder).free / 1e9:.2f} GB free; make room and run the same command again, it "
+        f"continues from the last checkpoint"
+    )
 
 
 class Checkpoints:
@@ -441,6 +440,7 @@ class Checkpoints:
         self.history, self.identity, self.origin = history, identity, origin
         self.metrics, self.ranks = metrics, ranks
         self.out_dir = Path(config.out_dir)
+        self.needed = 12 * model.num_parameters() + 50_000_000  # bytes: weights and moments in fp32, the rest
         self.thread, self.writing = ThreadPoolExecutor(1), Future()
         self.writing.set_result(None)
 
@@ -464,8 +464,10 @@ class Checkpoints:
         self.wait()
         if not self.ranks.main:
             return
-        # bytes: weights and two moments in fp32, the rest
-        require_space(self.out_dir, 12 * self.model.num_parameters() + 50_000_000)
+        for leftover in self.out_dir.glob(".step_*.partial"):  # of a run that was killed while writing
+            shutil.rmtree(leftover)
+        if shutil.disk_usage(self.out_dir).free < self.needed:
+            raise lacking_space(self.out_dir, self.needed)
         broken = [name for name, p in self.model.named_parameters() if not p.isfinite().all()]
         if broken:
             raise InputError(
@@ -486,24 +488,26 @@ class Checkpoints:
         self.metrics.log(step, save_seconds=round(time.monotonic() - began, 3))
 
     def write(self, step: int, weights: dict, state: dict, card: str) -> None:
-        for leftover in self.out_dir.glob(".step_*.partial"):
-            shutil.rmtree(leftover)
         final, partial = self.out_dir / f"step_{step:07d}", self.out_dir / f".step_{step:07d}.partial"
         try:
             self.model.save_pretrained(partial, self.tokenizer, weights)
             (partial / "README.md").write_text(card)
             torch.save(state, partial / "training_state.pt")
-        except (OSError, RuntimeError, SafetensorError):  # of which kinds a full disk is, by the library
-            shutil.rmtree(partial)
-            require_space(self.out_dir, 12 * self.model.num_parameters() + 50_000_000)
-            raise
-        found = sorted(partial.iterdir())
-        files = {f.name: {"bytes": f.stat().st_size, "sha256": file_sha256(f)} for f in found}
-        for name in files:
-            sync_to_disk(partial / name)
-        write_json(partial / "checkpoint.json", {"step": step, "files": files})
-        sync_to_disk(partial)
-        if final.exists():  # this step was saved before, by a run since taken back to an earlier one
+            found = sorted(partial.iterdir())
+            files = {f.name: {"bytes": f.stat().st_size, "sha256": file_sha256(f)} for f in found}
+            for name in files:
+                sync_to_disk(partial / name)
+            write_json(partial / "checkpoint.json", {"step": step, "files": files})
+            sync_to_disk(partial)
+        except (
+            OSError,
+            RuntimeError,
+            SafetensorError,
+        ) as error:  # a full disk is each of these, by the library
+            shutil.rmtree(partial, ignore_errors=True)
+            told = lacking_space(self.out_dir, self.needed)
+            raise InputError(f"step {step} could not be saved ({one_line(error)}); {told}") from error
+        if final.exists():  # damaged, so that the run went on from an earlier one
             shutil.rmtree(final)
         partial.rename(final)
         sync_to_disk(self.out_dir)
