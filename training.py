@@ -499,6 +499,7 @@ class Checkpoints:
                 sync_to_disk(partial / name)
             write_json(partial / "checkpoint.json", {"step": step, "files": files})
             sync_to_disk(partial)
+            sync_to_disk(self.metrics.path)  # whose rows up to this step no later run makes again
         except (
             OSError,
             RuntimeError,
@@ -748,16 +749,14 @@ class Metrics:
         # None shows the bar on a terminal only
         self.bar = tqdm(total=max_steps, initial=start, unit="step", disable=None if running else True)
         self.rows, self.run = [], None
+        self.wandb_id = state["wandb_id"] if state else None  # kept while wandb is off
         self.seconds, self.steps = 0.0, 0  # since the last report
         if ranks.main:  # rows of later steps are made again
             self.rows = [row for row in read_jsonl(self.path) if row["step"] <= start]
             write_jsonl(self.path, self.rows)
         if running:
-            self.run = start_wandb(config, state["wandb_id"] if state else None)
-
-    @property
-    def wandb_id(self) -> str | None:
-        return self.run.id if self.run else None
+            self.run = start_wandb(config, self.wandb_id)
+            self.wandb_id = self.run.id if self.run else self.wandb_id
 
     def has(self, step: int, name: str) -> bool:
         """Whether a number was recorded under a step; all ranks ask together and get the same answer."""
@@ -831,22 +830,33 @@ class Metrics:
         figure.savefig(self.path.with_name("loss.png"), dpi=120)
 
     def close(self) -> None:
+        self.plot()  # once more: a kill may have met the last one
         self.bar.close()
         if self.run:
             self.run.finish()
 
 
 def read_jsonl(path: Path) -> list[dict]:
-    """The rows of a metrics file, without a last line that a crash cut short; none if there is no file."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    """The rows of a metrics file, without a last line that a crash cut short; none if there is no file.
+
+    Other lines that are no JSON, as after a power failure, are named on stderr and left out.
+    """
+    rows = []
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True) if path.exists() else [], 1):
+        if not line.endswith(b"\n"):
+            break
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            print(f"warning: line {number} of {path} is damaged and left out", file=sys.stderr)
+    return rows
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> None:
     """Replace a metrics file in one step."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sync_to_disk(partial)
     partial.replace(path)
 
 
