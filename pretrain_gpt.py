@@ -146,7 +146,7 @@ def main(config: Config) -> None:
             "optimizer": config.optimizer,
             **asdict(shape),
         },
-        "content": {"data": training.fingerprint(manifest["shards"])},
+        "content": {"data": training.fingerprint(manifest["shards"]), "windows": len(train)},
     }
     Path(config.out_dir).mkdir(parents=True, exist_ok=True)
     state = training.resume(config, identity, ranks)

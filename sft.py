@@ -24,7 +24,7 @@ import torch
 
 from data import TURN_END, TURN_START, batch_order, encode, half_surrogate, hash_fraction, write_json
 from gpt import IGNORE, GPTModel, InputError, read_json
-from training import read_jsonl, write_jsonl
+from training import read_jsonl, sync_to_disk, write_jsonl
 
 ROLES = ("system", "user", "assistant")
 SAMPLING = {"temperature": 0.7, "top_k": 50, "top_p": 0.95}  # of an answer, in chat.py and in evaluations
@@ -167,9 +167,12 @@ class Writer:
         self.offsets.append(self.offsets[-1] + len(ids))
 
     def close(self) -> None:
+        """Complete the dataset, on the disk itself: the report that is written next vouches for it."""
+        np.save(self.folder / "offsets.npy", np.array(self.offsets, np.int64))
         for file in self.files:
             file.close()
-        np.save(self.folder / "offsets.npy", np.array(self.offsets, np.int64))
+        for path in (*self.folder.iterdir(), self.folder):
+            sync_to_disk(path)
 
 
 def first_question(messages: list[dict]) -> str:

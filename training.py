@@ -6,6 +6,7 @@ Command line, ranks and devices, one optimizer step, evaluation, checkpoints, me
 import dataclasses
 import errno
 import faulthandler
+import fcntl
 import hashlib
 import inspect
 import json
@@ -14,6 +15,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import sys
 import threading
 import time
@@ -33,7 +35,7 @@ from torch import nn
 from tqdm import tqdm
 
 from data import file_sha256, load_tokenizer, source_files, write_json
-from gpt import IGNORE, GPTModel, InputError, model_directory, read_json
+from gpt import IGNORE, GPTModel, InputError, model_directory, one_line, read_json
 from optim import state_by_name
 
 RESUMABLE = 75  # the exit status of a run that was stopped and can go on; sysexits.h calls it EX_TEMPFAIL
@@ -134,6 +136,7 @@ class Ranks:
     world: int
     device: torch.device
     watchdog: "Watchdog | None" = None
+    lock: typing.IO | None = None  # of the run's folder, held as long as this lives
 
     @property
     def main(self) -> bool:
@@ -405,14 +408,13 @@ def sync_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-def require_space(folder: Path, needed: int) -> None:
-    """InputError if the disk that holds the folder has fewer free bytes than a checkpoint needs."""
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise InputError(
-            f"a checkpoint needs {needed / 1e9:.2f} GB and {folder} has {free / 1e9:.2f} GB free; make room "
-            f"and run the same command again, it continues from the last checkpoint"
-        )
+def lacking_space(folder: Path, needed: int) -> InputError:
+    """What to tell when the disk that holds the folder has no room for a checkpoint of so many bytes."""
+    return InputError(
+        f"a checkpoint needs {needed / 1e9:.2f} GB and {folder} has "
+        f"{shutil.disk_usage(folder).free / 1e9:.2f} GB free; make room and run the same command again, it "
+        f"continues from the last checkpoint"
+    )
 
 
 class Checkpoints:
@@ -437,6 +439,7 @@ class Checkpoints:
         self.history, self.identity, self.origin = history, identity, origin
         self.metrics, self.ranks = metrics, ranks
         self.out_dir = Path(config.out_dir)
+        self.needed = 12 * model.num_parameters() + 50_000_000  # bytes: weights and moments in fp32, the rest
         self.thread, self.writing = ThreadPoolExecutor(1), Future()
         self.writing.set_result(None)
 
@@ -460,8 +463,10 @@ class Checkpoints:
         self.wait()
         if not self.ranks.main:
             return
-        # bytes: weights and two moments in fp32, the rest
-        require_space(self.out_dir, 12 * self.model.num_parameters() + 50_000_000)
+        for leftover in self.out_dir.glob(".step_*.partial"):  # of a run that was killed while writing
+            shutil.rmtree(leftover)
+        if shutil.disk_usage(self.out_dir).free < self.needed:
+            raise lacking_space(self.out_dir, self.needed)
         broken = [name for name, p in self.model.named_parameters() if not p.isfinite().all()]
         if broken:
             raise InputError(
@@ -482,32 +487,35 @@ class Checkpoints:
         self.metrics.log(step, save_seconds=round(time.monotonic() - began, 3))
 
     def write(self, step: int, weights: dict, state: dict, card: str) -> None:
-        for leftover in self.out_dir.glob(".step_*.partial"):
-            shutil.rmtree(leftover)
         final, partial = self.out_dir / f"step_{step:07d}", self.out_dir / f".step_{step:07d}.partial"
         try:
             self.model.save_pretrained(partial, self.tokenizer, weights)
             (partial / "README.md").write_text(card)
             torch.save(state, partial / "training_state.pt")
-        except (OSError, RuntimeError, SafetensorError):  # of which kinds a full disk is, by the library
-            shutil.rmtree(partial)
-            require_space(self.out_dir, 12 * self.model.num_parameters() + 50_000_000)
-            raise
-        found = sorted(partial.iterdir())
-        files = {f.name: {"bytes": f.stat().st_size, "sha256": file_sha256(f)} for f in found}
-        for name in files:
-            sync_to_disk(partial / name)
-        write_json(partial / "checkpoint.json", {"step": step, "files": files})
-        sync_to_disk(partial)
-        if final.exists():  # this step was saved before, by a run since taken back to an earlier one
+            found = sorted(partial.iterdir())
+            files = {f.name: {"bytes": f.stat().st_size, "sha256": file_sha256(f)} for f in found}
+            for name in files:
+                sync_to_disk(partial / name)
+            write_json(partial / "checkpoint.json", {"step": step, "files": files})
+            sync_to_disk(partial)
+            sync_to_disk(self.metrics.path)  # whose rows up to this step no later run makes again
+        except (
+            OSError,
+            RuntimeError,
+            SafetensorError,
+        ) as error:  # a full disk is each of these, by the library
+            shutil.rmtree(partial, ignore_errors=True)
+            told = lacking_space(self.out_dir, self.needed)
+            raise InputError(f"step {step} could not be saved ({one_line(error)}); {told}") from error
+        if final.exists():  # damaged, so that the run went on from an earlier one
             shutil.rmtree(final)
         partial.rename(final)
         sync_to_disk(self.out_dir)
         # a later one is damaged, or this run would not be here
-        earlier = [path for path in checkpoints(self.out_dir) if path.name <= final.name]
+        earlier = [path for path in checkpoints(self.out_dir) if step_of(path) <= step]
         keep_last, keep_every = self.config.keep_last, self.config.keep_every
         for old in earlier[:-keep_last] if keep_last else []:
-            if not keep_every or int(old.name.removeprefix("step_")) % keep_every:
+            if not keep_every or step_of(old) % keep_every:
                 shutil.rmtree(old)
 
 
@@ -537,7 +545,13 @@ def model_card(config, step: int, model: GPTModel, origin: str, metrics: "Metric
 
 def checkpoints(out_dir: str | Path) -> list[Path]:
     """A run's checkpoint folders, oldest first."""
-    return sorted(p for p in Path(out_dir).glob("step_*") if re.fullmatch(r"step_\d{7,}", p.name))
+    found = [p for p in Path(out_dir).glob("step_*") if re.fullmatch(r"step_\d{7,}", p.name)]
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in the name of a checkpoint's folder."""
+    return int(checkpoint.name.removeprefix("step_"))
 
 
 def damage(checkpoint: Path) -> str | None:
@@ -545,15 +559,19 @@ def damage(checkpoint: Path) -> str | None:
     if not (checkpoint / "checkpoint.json").exists():
         return "checkpoint.json is missing"
     try:
-        files = read_json(checkpoint / "checkpoint.json")["files"]
-    except InputError:
-        return "checkpoint.json is cut short"
+        manifest = read_json(checkpoint / "checkpoint.json")
+        files = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
+    except (InputError, KeyError, TypeError, AttributeError):
+        return "checkpoint.json is cut short or not what was saved"
     for name, expected in files.items():
         path = checkpoint / name
-        if not path.exists():
-            return f"{name} is missing"
-        if path.stat().st_size != expected["bytes"] or file_sha256(path) != expected["sha256"]:
-            return f"{name} is not what was saved"
+        try:
+            if not path.exists():
+                return f"{name} is missing"
+            if (path.stat().st_size, file_sha256(path)) != expected:
+                return f"{name} is not what was saved"
+        except (OSError, ValueError) as error:  # a failing disk, or a name that no file can have
+            return f"{name} cannot be read ({error})"
     return None
 
 
@@ -586,6 +604,29 @@ def find_model(name: str) -> str | Path:
     return checkpoint
 
 
+def lock(out_dir: str | Path) -> typing.IO:
+    """A lock on a run's folder, which ends with the file returned or with the process, however that ends.
+
+    Raises InputError while another process holds it: two writers would mix their checkpoints.
+    """
+    file = open(Path(out_dir) / ".lock", "a+")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.seek(0)
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise InputError(
+                f"{out_dir} is in use by {file.read() or 'another process'}; wait for it or end it, or "
+                f"choose another --out_dir"
+            ) from None
+        print(f"warning: {out_dir} cannot be locked ({error}); start nothing else in it", file=sys.stderr)
+        return file
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    return file
+
+
 def resume(config, identity: dict[str, dict], ranks: Ranks) -> dict | None:
     """The training state to go on from, with its folder under "path", or None to start afresh.
 
@@ -593,10 +634,15 @@ def resume(config, identity: dict[str, dict], ranks: Ranks) -> dict | None:
     `identity` has under "fixed" what a run can never change, under "content" what its data and starting point
     hold, None for what cannot be known any more. Changed settings are listed; with another content or other
     fields than FREE_FIELDS the run would end elsewhere than an undisturbed one, and needs `config.force`.
-    Raises InputError without it, and when out_dir holds checkpoints that do not lead to the one chosen.
+    Raises InputError without it, when out_dir holds checkpoints that do not lead to the one chosen, and when
+    another process trains in out_dir. When torchrun restarts a run that has saved, that is what goes on.
     """
     out_dir, choice = config.out_dir, config.resume
+    if ranks.main:
+        ranks.lock = lock(out_dir)
     existing = checkpoints(out_dir)
+    if existing and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+        choice = "auto"
     if choice == "none" and existing:
         raise InputError(
             f"{out_dir} holds checkpoints already, up to {existing[-1].name}; choose another --out_dir "
@@ -604,20 +650,32 @@ def resume(config, identity: dict[str, dict], ranks: Ranks) -> dict | None:
         )
     if choice in ("none", "auto"):
         path = newest_checkpoint(out_dir)  # with "none" there is none
+        if path is None and existing:
+            raise InputError(
+                f"{out_dir} holds checkpoints up to {existing[-1].name}, but none is whole; bring one back, "
+                f"or delete them to start afresh"
+            )
     else:
         path, problem = Path(choice), damage(Path(choice))
         if problem:
             raise InputError(f"{path} cannot be resumed: {problem}")
+    state = torch.load(path / "training_state.pt", map_location="cpu", weights_only=True) if path else None
+    step = state["step"] if state else 0
+    if choice not in ("none", "auto"):
         inside = path.resolve().parent == Path(out_dir).resolve()
-        later = [p.name for p in existing if not inside or p.name > path.name]
+        later = [p.name for p in existing if not inside or step_of(p) > step]
         if later:
             raise InputError(
                 f"{out_dir} holds other checkpoints ({', '.join(later)}); go on from the newest with "
                 f"--resume=auto, delete them, or choose another --out_dir"
             )
-    if path is None:
+    if ranks.sum(step)[0] != step * ranks.world:
+        raise InputError(
+            f"rank {ranks.rank} would go on from {path or 'the beginning'}, and other ranks from elsewhere; "
+            f"{out_dir} has to be one folder that all machines share"
+        )
+    if state is None:
         return None
-    state = torch.load(path / "training_state.pt", map_location="cpu", weights_only=True)
     differing = differences(state["fixed"], identity["fixed"])
     if differing:
         raise InputError(
@@ -708,19 +766,17 @@ class Metrics:
         # None shows the bar on a terminal only
         self.bar = tqdm(total=max_steps, initial=start, unit="step", disable=None if running else True)
         self.rows, self.run = [], None
+        self.wandb_id = state["wandb_id"] if state else None  # kept while wandb is off
         self.seconds, self.steps = 0.0, 0  # since the last report
         if ranks.main:  # rows of later steps are made again
             self.rows = [row for row in read_jsonl(self.path) if row["step"] <= start]
             write_jsonl(self.path, self.rows)
         if running:
-            self.run = start_wandb(config, state["wandb_id"] if state else None)
+            self.run = start_wandb(config, self.wandb_id)
+            self.wandb_id = self.run.id if self.run else self.wandb_id
         if state:
             done = start >= max_steps
             ranks.print(f"{state['path']} is finished" if done else f"continuing from {state['path']}")
-
-    @property
-    def wandb_id(self) -> str | None:
-        return self.run.id if self.run else None
 
     def has(self, step: int, name: str) -> bool:
         """Whether a number was recorded under a step; all ranks ask together and get the same answer."""
@@ -794,22 +850,33 @@ class Metrics:
         figure.savefig(self.path.with_name("loss.png"), dpi=120)
 
     def close(self) -> None:
+        self.plot()  # once more: a kill may have met the last one
         self.bar.close()
         if self.run:
             self.run.finish()
 
 
 def read_jsonl(path: Path) -> list[dict]:
-    """The rows of a metrics file, without a last line that a crash cut short; none if there is no file."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    """The rows of a metrics file, without a last line that a crash cut short; none if there is no file.
+
+    Other lines that are no JSON, as after a power failure, are named on stderr and left out.
+    """
+    rows = []
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True) if path.exists() else [], 1):
+        if not line.endswith(b"\n"):
+            break
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            print(f"warning: line {number} of {path} is damaged and left out", file=sys.stderr)
+    return rows
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> None:
     """Replace a metrics file in one step."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sync_to_disk(partial)
     partial.replace(path)
 
 
