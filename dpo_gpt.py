@@ -11,7 +11,6 @@ P pairs in a micro-batch, T tokens.
 """
 
 import math
-import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -230,33 +229,19 @@ def reference_log_probs(
 
 def main(config: Config) -> None:
     # Set-up: ranks, model or that of an interrupted run, data
-    training.require_positive(
-        config,
-        "beta",
-        "batch_pairs",
-        "micro_batch_size",
-        "max_new_tokens",
-        "log_every",
-        "eval_every",
-        "save_every",
-        "max_bad_steps",
-        "timeout_minutes",
-    )
+    training.require_positive(config, "beta", "batch_pairs", "max_new_tokens")
     ranks = training.set_up(config.device)
     if config.batch_pairs < ranks.world:
         raise InputError(
             f"--batch_pairs={config.batch_pairs} is fewer than the {ranks.world} ranks; each needs a pair"
         )
     Path(config.out_dir).mkdir(parents=True, exist_ok=True)
-    hashes = training.content_hashes(config.model, config.data)
-    identity = {
-        "fixed": {"optimizer": config.optimizer},
-        "content": {"model": os.path.normpath(config.model), **hashes},
-    }
+    identity = training.starting_point(config)
     state = training.resume(config, identity, ranks)
     model, tokenizer = training.open_model(state["path"] if state else config.model, ranks)
     T = training.row_length(config, model)
-    source = [config.data, config.data_config, config.data_split, hashes["data_files"]]
+    files = identity["content"]["data_files"]
+    source = [config.data, config.data_config, config.data_split, files]
     key = training.fingerprint([source, config.val_fraction, T, tokenizer_fingerprint(tokenizer)])
     folder = Path(config.out_dir) / f"data-{key}"
     with ranks.main_first():
@@ -279,7 +264,7 @@ def main(config: Config) -> None:
     )
     for note in sft.preparation_notes(found, T):
         ranks.print(note)
-    weights = hashes["weights"] or training.fingerprint(config.model)
+    weights = identity["content"]["weights"] or training.fingerprint(config.model)
     paths = [folder / f"reference-{split}-{weights}.npy" for split in ("train", "val")]
     judge = module
     if state and not ranks.sum(ranks.main and all(path.exists() for path in paths))[0]:
@@ -325,13 +310,7 @@ def main(config: Config) -> None:
         )
         step += 1
         metrics.step(step, result, time.monotonic() - began)
-        stopped = signals.on_any_rank()
-        if stopped or saves.due(step):
-            saves.save(step)
-        if stopped:
-            saves.wait()
-            metrics.close()
-            training.leave(config, ranks)
+        saves.after(step, signals.on_any_rank())
     saves.wait()
     signals.close()
     metrics.close()

@@ -111,18 +111,7 @@ def sample_text(model: GPTModel, tokenizer, seed: int) -> list[str]:
 def main(config: Config) -> None:
     # Set-up: ranks, data, tokenizer
     training.require_positive(
-        config,
-        "context_length",
-        "num_hidden_layers",
-        "hidden_size",
-        "num_attention_heads",
-        "max_steps",
-        "micro_batch_size",
-        "log_every",
-        "eval_every",
-        "save_every",
-        "max_bad_steps",
-        "timeout_minutes",
+        config, "context_length", "num_hidden_layers", "hidden_size", "num_attention_heads", "max_steps"
     )
     ranks = training.set_up(config.device)
     batch = config.batch_tokens // config.context_length  # windows in a step
@@ -191,13 +180,7 @@ def main(config: Config) -> None:
         result = training.train_step(module, optimizer, batches, share, config.max_grad_norm, history, ranks)
         step += 1
         metrics.step(step, result, time.monotonic() - began)
-        stopped = signals.on_any_rank()
-        if stopped or saves.due(step):
-            saves.save(step)
-        if stopped:
-            saves.wait()
-            metrics.close()
-            training.leave(config, ranks)
+        saves.after(step, signals.on_any_rank())
     saves.wait()
     signals.close()
     metrics.close()

@@ -9,7 +9,6 @@ B rows in a micro-batch, T tokens in a row.
 """
 
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -93,25 +92,12 @@ def step_noise(config: Config, step: int, T: int, C: int) -> Callable | None:
 
 def main(config: Config) -> None:
     # Set-up: ranks, model or that of an interrupted run, data
-    training.require_positive(
-        config,
-        "micro_batch_size",
-        "max_new_tokens",
-        "log_every",
-        "eval_every",
-        "save_every",
-        "max_bad_steps",
-        "timeout_minutes",
-    )
+    training.require_positive(config, "max_new_tokens")
     if config.overlong not in sft.OVERLONG:
         raise InputError(f"--overlong={config.overlong} is unknown; choose {', '.join(sft.OVERLONG)}")
     ranks = training.set_up(config.device)
     Path(config.out_dir).mkdir(parents=True, exist_ok=True)
-    hashes = training.content_hashes(config.model, config.data)
-    identity = {
-        "fixed": {"optimizer": config.optimizer},
-        "content": {"model": os.path.normpath(config.model), **hashes},
-    }
+    identity = training.starting_point(config)
     state = training.resume(config, identity, ranks)
     model, tokenizer = training.open_model(state["path"] if state else config.model, ranks)
     T = training.row_length(config, model)
@@ -121,7 +107,8 @@ def main(config: Config) -> None:
             f"batch_tokens {config.batch_tokens} are {batch} rows of {T}, fewer than the "
             f"{ranks.world} ranks; raise --batch_tokens or lower --max_length"
         )
-    source = [config.data, config.data_config, config.data_split, config.column, hashes["data_files"]]
+    files = identity["content"]["data_files"]
+    source = [config.data, config.data_config, config.data_split, config.column, files]
     settings = [config.val_fraction, T, config.overlong]
     key = training.fingerprint([source, settings, tokenizer_fingerprint(tokenizer)])
     folder = Path(config.out_dir) / f"data-{key}"
@@ -180,13 +167,7 @@ def main(config: Config) -> None:
         result = training.train_step(module, optimizer, batches, share, config.max_grad_norm, history, ranks)
         step += 1
         metrics.step(step, result, time.monotonic() - began)
-        stopped = signals.on_any_rank()
-        if stopped or saves.due(step):
-            saves.save(step)
-        if stopped:
-            saves.wait()
-            metrics.close()
-            training.leave(config, ranks)
+        saves.after(step, signals.on_any_rank())
     saves.wait()
     signals.close()
     metrics.close()

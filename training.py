@@ -119,8 +119,10 @@ def run_script(main: Callable, config_class: type) -> None:
 
 
 def require_positive(config, *names: str) -> None:
-    """InputError for the first of these fields that is not above zero."""
-    for name in names:
+    """InputError for the first of these fields, and of those that all training scripts have, that is not
+    above zero."""
+    shared = "micro_batch_size log_every eval_every save_every max_bad_steps timeout_minutes"
+    for name in (*names, *shared.split()):
         if getattr(config, name) <= 0:
             raise InputError(f"--{name}={getattr(config, name)}: expected a number above zero")
 
@@ -443,11 +445,19 @@ class Checkpoints:
         self.thread, self.writing = ThreadPoolExecutor(1), Future()
         self.writing.set_result(None)
 
-    def due(self, step: int) -> bool:
-        """Whether to save after this step; raises what went wrong in writing the checkpoint before."""
+    def after(self, step: int, stopped: bool) -> None:
+        """Save every save_every-th step, and the last. If a signal has stopped the run, save and end it.
+
+        Raises what went wrong in writing the checkpoint before.
+        """
         if self.writing.done():
             self.wait()
-        return step % self.config.save_every == 0 or step == self.metrics.max_steps
+        if stopped or step % self.config.save_every == 0 or step == self.metrics.max_steps:
+            self.save(step)
+        if stopped:
+            self.wait()
+            self.metrics.close()
+            leave(self.config, self.ranks)
 
     def wait(self) -> None:
         """Until the last checkpoint is on the disk; raises what went wrong."""
@@ -723,14 +733,18 @@ def row_length(config, model: GPTModel) -> int:
     return config.max_length or context
 
 
-def content_hashes(model: str, data: str) -> dict[str, str | None]:
-    """Hashes of the local files of a model and of a data source, None for what is of a hub or a package, or
-    gone."""
-    files = source_files(data) if data != "embedded" else None
+def starting_point(config) -> dict[str, dict]:
+    """The identity, for `resume`, of a run that starts from config.model and reads config.data: hashes of
+    local files, None for what is of a hub or a package, or gone."""
+    files = source_files(config.data) if config.data != "embedded" else None
     found = fingerprint([[path.name, file_sha256(path)] for path in files]) if files else None
-    model = Path(find_model(model))
+    model = Path(find_model(config.model))
     weights = [file_sha256(path) for path in sorted(model.glob("*.safetensors"))] if model.is_dir() else None
-    return {"data_files": found, "weights": fingerprint(weights) if weights else None}
+    content = {"data_files": found, "weights": fingerprint(weights) if weights else None}
+    return {
+        "fixed": {"optimizer": config.optimizer},
+        "content": {"model": os.path.normpath(config.model), **content},
+    }
 
 
 def fingerprint(value) -> str:
