@@ -861,10 +861,11 @@ class Metrics:
         axes.set(xlabel="optimizer step", ylabel=f"loss ({self.unit})", title=self.path.parent.name)
         axes.grid(alpha=0.3)
         axes.legend()
-        figure.savefig(self.path.with_name("loss.png"), dpi=120)
+        partial = self.path.with_name("loss.png.partial")
+        figure.savefig(partial, format="png", dpi=120)
+        partial.replace(self.path.with_name("loss.png"))
 
     def close(self) -> None:
-        self.plot()  # once more: a kill may have met the last one
         self.bar.close()
         if self.run:
             self.run.finish()

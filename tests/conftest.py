@@ -1,11 +1,15 @@
 """Small things that many tests need; everything is made here, nothing is downloaded."""
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,6 +23,7 @@ import pretrain_gpt  # noqa: E402
 import sft_gpt  # noqa: E402
 from data import train_tokenizer  # noqa: E402
 from gpt import GPTConfig, GPTModel  # noqa: E402
+from training import newest_checkpoint, read_jsonl  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 WORDS = "the a river stone old runs under small bridge and green hill sees bright water in light".split()
@@ -164,3 +169,64 @@ def run(script: str, *arguments: str, ranks: int = 1, **options) -> subprocess.C
         timeout=300,
         **options,
     )
+
+
+# -- faults --------------------------------------------------------------------------------------------------
+
+COUNTS = Counter()  # of faults injected, runs compared, runs recovered and bytes lost
+
+
+def differing(a: bytes, b: bytes) -> int:
+    """How many bytes of two strings differ or are in one alone."""
+    n = min(len(a), len(b))
+    same = np.frombuffer(a[:n], np.uint8) == np.frombuffer(b[:n], np.uint8)
+    return max(len(a), len(b)) - int(same.sum())
+
+
+def result_of(out_dir: Path) -> dict[str, bytes]:
+    """All that a run leaves, but for speeds and paths: weights, resume state and metrics."""
+    path = newest_checkpoint(out_dir)
+    state = torch.load(path / "training_state.pt", weights_only=True)
+    moments = {
+        f"{name} {key}": value.numpy().tobytes()
+        for name, entries in state.pop("optimizer").items()
+        for key, value in entries.items()
+    }
+    state["config"] = {k: v for k, v in state["config"].items() if k not in ("out_dir", "resume")}
+    rows = [
+        {k: v for k, v in row.items() if k not in ("tokens_per_second", "save_seconds")}
+        for row in read_jsonl(out_dir / "metrics.jsonl")
+    ]
+    texts = {"state": state, "metrics": [row for row in rows if len(row) > 1]}
+    return {
+        "weights": (path / "model.safetensors").read_bytes(),
+        **moments,
+        **{name: json.dumps(value, sort_keys=True).encode() for name, value in texts.items()},
+    }
+
+
+def assert_recovered(out_dir: Path, undisturbed: Path, faults: int) -> None:
+    """A run that so many faults met ends in the same bytes as one that none met; both are counted."""
+    ours, theirs = result_of(out_dir), result_of(undisturbed)
+    lost = {
+        name: differing(ours.get(name, b""), theirs.get(name, b"")) for name in ours.keys() | theirs.keys()
+    }
+    COUNTS.update(
+        {"faults": faults, "runs": 1, "recovered": not any(lost.values()), "lost": sum(lost.values())}
+    )
+    assert not any(lost.values()), {name: count for name, count in lost.items() if count}
+
+
+def pytest_terminal_summary(terminalreporter):
+    if COUNTS["runs"]:
+        terminalreporter.write_line(
+            f"{COUNTS['faults']} faults injected, {COUNTS['recovered']} of {COUNTS['runs']} runs recovered, "
+            f"{COUNTS['lost']} bytes lost"
+        )
+
+
+@pytest.fixture(scope="session")
+def fresh():
+    """A process that has imported everything and started no thread, so that it may fork runs."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield pool

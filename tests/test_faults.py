@@ -1,20 +1,21 @@
 """Runs that are stopped, killed or damaged go on as if nothing had happened."""
 
-import multiprocessing
 import os
 import random
 import shutil
 import signal
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
+from collections import Counter
+from pathlib import Path
 
+import planted
 import pytest
-from conftest import flags, pretrain_config, run, sft_config
+import torch
+from conftest import assert_recovered, flags, pretrain_config, run, sft_config
 from test_training import losses, weights
 
 import pretrain_gpt
-import sft_gpt
 import training
 
 
@@ -86,50 +87,41 @@ def test_a_signal_to_one_rank_stops_both(data_dir, tmp_path):
     assert training.newest_checkpoint(tmp_path / "run").name == "step_0000003"
 
 
-def killed_at_random(script: str, config, kills: int, longest: float) -> int:
-    """Run a script in children that SIGKILL ends at random moments, until one finishes; how many were killed.
-
-    For a process that has imported everything and started no thread, so that it may fork.
-    """
-    main, moments, done = sys.modules[script].main, random.Random(0), 0
-    while True:
-        child = os.fork()
-        if child == 0:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            main(config)
-            os._exit(0)
-        if done < kills:
-            time.sleep(moments.uniform(0, longest))
-            os.kill(child, signal.SIGKILL)
-        _, status = os.waitpid(child, 0)
-        if os.WIFEXITED(status):
-            assert os.WEXITSTATUS(status) == 0
-            return done
-        done += 1
+def killed_at_random(script: str, config, world: int, kills: int, longest: float) -> Counter:
+    """Run a script in forked ranks, of which SIGKILL ends one or all at random moments; after so many kills
+    let it finish. How many kills met the run, and how many of them a checkpoint half written."""
+    torch.set_num_threads(1)
+    moments, counts = random.Random(0), Counter()
+    for _ in range(kills):
+        pids = planted.launch(script, config, world)
+        time.sleep(moments.uniform(0, longest))
+        alone = world > 1 and moments.random() < 0.5
+        for pid in [moments.choice(pids)] if alone else pids:
+            os.kill(pid, signal.SIGKILL)
+        codes = planted.finish(pids, 60, grace=moments.uniform(0, 0.5))
+        counts["kills"] += -signal.SIGKILL in codes
+        counts["saving"] += any(Path(config.out_dir).glob(".step_*.partial"))
+    counts["failed"] = any(planted.finish(planted.launch(script, config, world), 60))
+    return counts
 
 
+@pytest.mark.parametrize("world", [1, 2], ids=["one rank", "two ranks"])
 @pytest.mark.parametrize("script", ["pretrain_gpt", "sft_gpt"])
 def test_a_run_killed_at_twenty_moments_equals_an_undisturbed_one(
-    script, data_dir, base_run, chats, tmp_path
+    script, world, data_dir, base_run, chats, tmp_path, fresh
 ):
     def config(name: str):
+        changes = {"save_every": 1, "keep_last": 2, "eval_every": 7}
         if script == "pretrain_gpt":
-            return pretrain_config(
-                data_dir, tmp_path / name, max_steps=60, save_every=1, keep_last=2, eval_every=5
-            )
-        return sft_config(
-            base_run, chats, tmp_path / name, max_steps=40, save_every=1, keep_last=2, eval_every=5
-        )
+            return pretrain_config(data_dir, tmp_path / name, max_steps=40, **changes)
+        return sft_config(base_run, chats, tmp_path / name, max_steps=30, **changes)
 
-    main = {"pretrain_gpt": pretrain_gpt, "sft_gpt": sft_gpt}[script].main
-    began = time.monotonic()
-    main(config("straight"))
-    duration = time.monotonic() - began
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
-        kills = fresh.submit(killed_at_random, script, config("killed"), 20, duration / 3).result(timeout=120)
-    last = 60 if script == "pretrain_gpt" else 40
-    assert kills >= 10, "too few of the kills met the run"
-    assert weights(tmp_path / "killed", last) == weights(tmp_path / "straight", last)
-    assert losses(tmp_path / "killed") == losses(tmp_path / "straight")
-    print(f"{script}: {kills} kills, {kills} recovered, 0 bytes lost")
+    codes, log, duration = fresh.submit(planted.forked, script, config("straight"), world).result(90)
+    assert not any(codes), log
+    # so many kills leave no time to finish before the last one
+    job = fresh.submit(killed_at_random, script, config("killed"), world, 20, duration / 4)
+    counts = job.result(timeout=180)
+    print(script, world, f"{duration:.1f} s", dict(counts))
+    assert not counts["failed"] and counts["kills"] >= 18, counts
+    assert_recovered(tmp_path / "killed", tmp_path / "straight", counts["kills"])
     shutil.rmtree(tmp_path)
