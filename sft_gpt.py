@@ -23,8 +23,10 @@ from optim import load_state_by_name, make_optimizer, schedule
 
 @dataclass
 class Config:
-    # Recipes of SmolLM2 (Allal et al. 2025): for up to 360M parameters smol-smoltalk, lr 1e-3, 2 epochs;
-    # for 1.7B smoltalk, lr 3e-4, 2 epochs.
+    # Recipes of SmolLM2 (Allal et al. 2025), 2 epochs each:
+    #     up to 360M parameters  --data=HuggingFaceTB/smol-smoltalk --lr=1e-3
+    #     1.7B                   --data=HuggingFaceTB/smoltalk --data_config=all --lr=3e-4
+    # With Muon, as the quick start does: --optimizer=muon --lr=3e-3 --matrix_lr=0.01
 
     # data
     model: str = "out/base"  # a run's folder (its newest checkpoint), a model directory, or a hub id
