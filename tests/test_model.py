@@ -3,11 +3,15 @@
 import itertools
 import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import small_model
+from conftest import ROOT, small_model
+from huggingface_hub import save_torch_state_dict
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
@@ -354,6 +358,48 @@ def test_half_precision_and_sharded_weights_of_others_are_read(dtype, tmp_path):
     torch.testing.assert_close(
         GPTModel.from_pretrained(tmp_path)(ids), theirs.float()(ids).logits, atol=1e-5, rtol=1e-5
     )
+
+
+PEAK = """
+import re, sys, threading, time
+from pathlib import Path
+import safetensors, torch
+from gpt import GPTConfig, GPTModel
+
+def anonymous() -> int:  # bytes of memory that are no file's pages
+    return 1024 * int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+
+def watch():
+    while True:
+        seen.append(anonymous())
+        time.sleep(0.001)
+
+GPTModel(GPTConfig(vocab_size=64, hidden_size=64, num_hidden_layers=1))  # what torch loads at first use
+seen = [anonymous()]
+threading.Thread(target=watch, daemon=True).start()
+model = GPTModel.from_pretrained(sys.argv[1])
+print((max(*seen, anonymous()) - seen[0]) / (4 * model.num_parameters()), len(seen))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's count of memory")
+@pytest.mark.parametrize(
+    ("dtype", "shard"), [(torch.float32, "5GB"), (torch.float16, "60MB"), (torch.bfloat16, "60MB")]
+)
+def test_loading_takes_the_memory_of_one_copy_of_the_weights(dtype, shard, tmp_path):
+    config = GPTConfig(vocab_size=4096, hidden_size=1024, num_hidden_layers=6)
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in GPTModel(config).stored_state().items()}
+    state = {name: torch.ones(shape, dtype=dtype) for name, shape in shapes.items()}
+    assert 4 * sum(t.numel() for t in state.values()) > 300e6
+    save_torch_state_dict(state, tmp_path, max_shard_size=shard)
+    assert (tmp_path / "model.safetensors.index.json").exists() == (shard == "60MB")
+    (tmp_path / "config.json").write_text(json.dumps(config.to_hf()))
+    result = subprocess.run(
+        [sys.executable, "-c", PEAK, str(tmp_path)], capture_output=True, text=True, cwd=ROOT
+    )
+    copies, samples = map(float, result.stdout.split())
+    assert samples > 20 and 0.99 <= copies <= 1.1, result
 
 
 YARN = {"rope_type": "yarn", "factor": 2.0}
