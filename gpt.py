@@ -561,7 +561,7 @@ class GPTModel(nn.Module):
             ):
                 continue  # old files store what follows from config.json
             if key not in missing or missing[key].shape != tensor.shape:
-                expected = f"of shape {tuple(missing[key].shape)}" if key in missing else "no such tensor"
+                expected = f"shape {tuple(missing[key].shape)}" if key in missing else "no such tensor"
                 raise InputError(
                     f"{path} holds {key} of shape {tuple(tensor.shape)}; its config.json asks for {expected}"
                 )

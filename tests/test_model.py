@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, small_model
+from conftest import ROOT, run, small_model
 from huggingface_hub import save_torch_state_dict
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
@@ -526,13 +526,41 @@ def test_a_damaged_model_directory_is_one_sentence(tmp_path):
         GPTModel.from_pretrained(tmp_path)
     small_model(hidden_size=64).save_pretrained(tmp_path / "wide")
     (tmp_path / "model.safetensors").write_bytes((tmp_path / "wide" / "model.safetensors").read_bytes())
-    with pytest.raises(InputError, match=r"of shape .*64.*of shape .*32"):
+    with pytest.raises(InputError, match=r"of shape .*64.*asks for shape .*32"):
         GPTModel.from_pretrained(tmp_path)
     (tmp_path / "config.json").unlink()
     with pytest.raises(InputError, match=r"config\.json cannot be read"):
         GPTModel.from_pretrained(tmp_path)
     with pytest.raises(InputError, match="no directory nowhere"):
         GPTModel.from_pretrained("nowhere")
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def change_config(**fields):
+    return lambda path: path.write_text(json.dumps(gpt.read_json(path) | fields))
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "words"),
+    [
+        ("config.json", Path.unlink, "holds neither a model (config.json) nor a whole checkpoint"),
+        ("config.json", change_config(num_experts=8), "config.json has num_experts=8"),
+        ("config.json", change_config(intermediate_size=64), "asks for shape (32, 64)"),
+        ("model.safetensors", Path.unlink, "model.safetensors cannot be read"),
+        ("model.safetensors", cut, "model.safetensors cannot be read"),
+        ("tokenizer.json", Path.unlink, "holds no tokenizer; expected a tokenizer.json"),
+        ("tokenizer.json", cut, "no tokenizer could be loaded"),
+    ],
+)
+def test_chat_tells_a_bad_directory_in_one_sentence_with_status_1(file, damage, words, tmp_path, tokenizer):
+    small_model().save_pretrained(tmp_path, tokenizer)
+    damage(tmp_path / file)
+    result = run("chat.py", f"--model={tmp_path}", "--prompt=What is water?")
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1 and words in result.stderr
 
 
 def test_fields_that_a_config_leaves_out_mean_what_transformers_takes_them_for():
