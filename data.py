@@ -201,6 +201,9 @@ def load_tokenizer(name: str | Path):
     from huggingface_hub.utils import httpx
     from transformers import AutoTokenizer
 
+    files = [Path(name) / file for file in ("tokenizer.json", "tokenizer.model", "vocab.json")]
+    if Path(name).is_dir() and not any(file.exists() for file in files):  # else an empty one would be made up
+        raise InputError(f"{name} holds no tokenizer; expected a tokenizer.json")
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(name))
     except (OSError, ValueError, KeyError, httpx.HTTPError) as error:

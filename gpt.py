@@ -33,10 +33,48 @@ DEFAULTS = {  # what transformers takes for fields that a config.json leaves out
     "llama": {"max_position_embeddings": 2048},
     "qwen3": {"max_position_embeddings": 32768, "head_dim": 128, "num_key_value_heads": 32},
 }
+SUPPORTED = {  # fields of config.json and of its rope_scaling whose value this model must agree with
+    "model_type": ("llama", "qwen3"),
+    "quantization_config": ("null",),
+    "hidden_act": ("silu",),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "use_sliding_window": (False,),
+    "layer_type": ("full_attention",),
+    "rope_type": ("default", "llama3"),
+    "rope_interleaved": (False,),  # nanotron's; True mixes the halves of a head otherwise
+    "partial_rotary_factor": (1,),
+    "pretraining_tp": (1,),
+    "is_encoder_decoder": (False,),
+    "add_cross_attention": (False,),
+    "tie_encoder_decoder": (False,),
+}
+NEUTRAL = set(  # fields that leave the logits alone, by why they do
+    "architectures transformers_version _name_or_path _model_name_or_path is_llama_config "  # names
+    "transformers.js_config finetuning_task task_specific_params problem_type id2label label2id "
+    "bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id decoder_start_token_id "  # tokens
+    "tokenizer_class prefix dtype torch_dtype use_bfloat16 torchscript chunk_size_feed_forward "  # storage
+    "is_decoder pruned_heads tf_legacy_loss "  # for other kinds of models
+    "use_cache return_dict output_attentions output_hidden_states output_scores "  # what a call returns
+    "initializer_range attention_dropout "  # the start of training, and training
+    "sliding_window max_window_layers layer_types "  # nothing without use_sliding_window; types are looked at
+    "max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature "
+    "top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size bad_words_ids "
+    "encoder_no_repeat_ngram_size num_return_sequences return_dict_in_generate forced_bos_token_id "
+    "forced_eos_token_id remove_invalid_values exponential_decay_length_penalty suppress_tokens "
+    "begin_suppress_tokens "  # generation, as transformers 4 wrote it into every full config
+    "rope_theta rope_scaling rope_parameters".split()  # read
+)
+ROPE = ("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
 class InputError(ValueError):
     """A mistake in what the user gave, told in one sentence; scripts print it and exit with status 1."""
+
+
+def refuse(name: str, value, supported: str):
+    """InputError for a field of config.json."""
+    raise InputError(f"config.json has {name}={value!r}; supported: {supported}")
 
 
 @dataclass
@@ -79,33 +117,39 @@ class GPTConfig:
 
     @classmethod
     def from_hf(cls, fields: dict) -> "GPTConfig":
-        """From the fields of a config.json; raises InputError for what this model cannot represent."""
-        fields = DEFAULTS.get(fields.get("model_type"), {}) | {
-            k: v for k, v in fields.items() if v is not None
-        }
+        """From the fields of a config.json, of which null means what a missing one does.
+
+        Raises InputError, which names field and value, for what this model cannot represent or does not know.
+        """
+        fields = {name: value for name, value in fields.items() if value is not None}
         rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
-        rope_type = rope.get("rope_type", rope.get("type", "default"))
-        for name, value, supported in (
-            ("model_type", fields.get("model_type"), ("llama", "qwen3")),
-            ("hidden_act", fields.get("hidden_act", "silu"), ("silu",)),
-            ("attention_bias", fields.get("attention_bias", False), (False,)),
-            ("mlp_bias", fields.get("mlp_bias", False), (False,)),
-            ("use_sliding_window", fields.get("use_sliding_window", False), (False,)),
-            ("rope_type", rope_type, ("default", "llama3")),
-            ("quantization_config", fields.get("quantization_config"), (None,)),
-        ):
-            if value not in supported:
-                raise InputError(
-                    f"config.json has {name}={value!r}; supported: {', '.join(map(repr, supported))}"
-                )
+        if not isinstance(rope, dict):
+            refuse("rope_scaling", rope, "an object")
+        rope = {{"type": "rope_type"}.get(k, k): v for k, v in rope.items()}
+        names = cls.__dataclass_fields__.keys() - {"qk_norm"}
+        types = [("layer_type", kind) for kind in fields.get("layer_types", [])]
+        for name, value in [("model_type", fields.get("model_type")), *fields.items(), *rope.items(), *types]:
+            if name not in SUPPORTED.keys() | NEUTRAL | names | set(ROPE):
+                refuse(name, value, "the fields of Llama and Qwen3")
+            if name in SUPPORTED and value not in SUPPORTED[name]:
+                refuse(name, value, " or ".join(map(str, SUPPORTED[name])))
+        fields = DEFAULTS[fields["model_type"]] | fields
+        llama3 = rope.get("rope_type") == "llama3"
+        rope.setdefault("original_max_position_embeddings", fields.get("max_position_embeddings"))
         lacking = [name for name in REQUIRED if name not in fields]
+        lacking += [f"rope_scaling's {name}" for name in ROPE[1:] if llama3 and name not in rope]
         if lacking:
             raise InputError(f"config.json lacks {', '.join(lacking)}")
-        own = {name: fields[name] for name in cls.__dataclass_fields__ if name in fields}
-        context = {"original_max_position_embeddings": fields["max_position_embeddings"]}
-        own["rope_scaling"] = context | rope if rope_type == "llama3" else None
-        own["rope_theta"] = rope.get("rope_theta", fields.get("rope_theta", 10000.0))
-        return cls(**own, qk_norm=fields["model_type"] == "qwen3")
+        fields["rope_theta"] = rope.get("rope_theta", fields.get("rope_theta", 10000.0))
+        own = {name: value for name, value in fields.items() if name in names and name != "rope_scaling"}
+        for name, value in own.items():
+            if name == "tie_word_embeddings" and not isinstance(value, bool):
+                refuse(name, value, "true or false")
+            kind = float | int if name in ("rope_theta", "rms_norm_eps") else int
+            if not isinstance(value, kind) or (name != "tie_word_embeddings" and value <= 0):
+                refuse(name, value, "a number above zero")
+        scaling = {name: value for name, value in rope.items() if name != "rope_theta"} if llama3 else None
+        return cls(**own, rope_scaling=scaling, qk_norm=fields["model_type"] == "qwen3")
 
     def to_hf(self) -> dict:
         """The fields of config.json, readable by transformers 4 and 5 and by what reads their files."""
@@ -305,12 +349,14 @@ class GPTModel(nn.Module):
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie_weights()
-        cos, sin = rope_cache(
-            config.head_dim, config.max_position_embeddings, config.rope_theta, config.rope_scaling
-        )
+        self.init_rope()
+        self.init_weights()
+
+    def init_rope(self):
+        c = self.config
+        cos, sin = rope_cache(c.head_dim, c.max_position_embeddings, c.rope_theta, c.rope_scaling)
         self.register_buffer("rope_cos", cos, persistent=False)
         self.register_buffer("rope_sin", sin, persistent=False)
-        self.init_weights()
 
     def tie_weights(self):
         if self.config.tie_word_embeddings:
@@ -504,27 +550,34 @@ class GPTModel(nn.Module):
         Raises InputError for what is missing, damaged, or of a kind this model cannot represent.
         """
         path = model_directory(name)
-        model = cls(GPTConfig.from_hf(read_json(path / "config.json")))
-        missing = {
-            k: p
-            for k, p in model.state_dict().items()
-            if not (model.config.tie_word_embeddings and k == "lm_head.weight")
-        }
+        config = GPTConfig.from_hf(read_json(path / "config.json"))
+        with torch.device("meta"):  # no memory yet
+            model = cls(config)
+        model.init_rope()
+        missing = model.stored_state()
         for key, tensor in stored_tensors(path):
             if key.endswith("rotary_emb.inv_freq") or (
-                key == "lm_head.weight" and model.config.tie_word_embeddings
+                key == "lm_head.weight" and config.tie_word_embeddings
             ):
                 continue  # old files store what follows from config.json
             if key not in missing or missing[key].shape != tensor.shape:
-                expected = f"of shape {tuple(missing[key].shape)}" if key in missing else "no such tensor"
+                expected = f"shape {tuple(missing[key].shape)}" if key in missing else "no such tensor"
                 raise InputError(
                     f"{path} holds {key} of shape {tuple(tensor.shape)}; its config.json asks for {expected}"
                 )
-            missing.pop(key).copy_(tensor)
+            if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+                raise InputError(
+                    f"{path} holds {key} as {tensor.dtype}; supported: float32, bfloat16 and float16"
+                )
+            module, _, attribute = key.rpartition(".")
+            tensor = nn.Parameter(tensor.to(torch.float32, copy=True))  # the file's pages are not kept
+            setattr(model.get_submodule(module), attribute, tensor)
+            del missing[key]
         if missing:
             raise InputError(
                 f"{path} lacks {len(missing)} tensors that config.json asks for: {', '.join(missing)[:200]}"
             )
+        model.tie_weights()
         return model
 
 
@@ -536,11 +589,11 @@ def model_directory(name: str | Path) -> Path:
     from huggingface_hub.utils import httpx
 
     try:
-        return Path(
-            snapshot_download(
-                str(name), allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
-            )
-        )
+        path = Path(snapshot_download(str(name), allow_patterns=["*.json", "*.jinja", "*.model", "*.txt"]))
+        GPTConfig.from_hf(read_json(path / "config.json"))  # before gigabytes are downloaded
+        return Path(snapshot_download(str(name), allow_patterns=["*.safetensors"]))
+    except InputError:
+        raise
     except (OSError, ValueError, httpx.HTTPError) as error:  # of which kinds the hub's are
         raise InputError(
             f"no directory {name}, and no model of that name could be had from the hub: {one_line(error)}"
@@ -553,21 +606,27 @@ def one_line(error: Exception) -> str:
 
 
 def read_json(path: Path) -> dict:
-    """The object in a JSON file; InputError if it is missing or cut short."""
+    """The object in a JSON file; InputError if it is missing, cut short or something else."""
     try:
-        return json.loads(path.read_text())
+        found = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read ({error}); expected a JSON object") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{path} holds a JSON {type(found).__name__}; expected a JSON object")
+    return found
 
 
 def stored_tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """Each name and tensor in a directory's safetensors, one file or several with an index, memory-mapped."""
     from safetensors import SafetensorError, safe_open
 
-    index = path / "model.safetensors.index.json"
-    for file in (
-        sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
-    ):
+    index, files = path / "model.safetensors.index.json", ["model.safetensors"]
+    if index.exists():
+        places = read_json(index).get("weight_map")
+        if not isinstance(places, dict):
+            raise InputError(f"{index} has no weight_map; copy or download it again")
+        files = sorted(set(places.values()))
+    for file in files:
         try:
             with safe_open(path / file, "pt") as tensors:
                 for key in tensors.keys():  # noqa: SIM118 - it is no dict

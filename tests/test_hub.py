@@ -349,6 +349,18 @@ def test_a_model_that_the_hub_does_not_have_or_does_not_give_is_one_sentence(hub
         refused(run(*chat("someone/gated")), "someone/gated", "gated repo")
 
 
+def test_a_hub_model_of_another_kind_is_refused_before_its_weights_are_downloaded(hub, run):
+    config = json.loads((hub.folder / "models/someone/model/config.json").read_text())
+    other = hub.folder / "models/someone/other"
+    other.mkdir()
+    (other / "config.json").write_text(json.dumps(config | {"num_experts": 8}))
+    (other / "model.safetensors").write_bytes(b"")
+    hub.log.clear()
+    refused(run(*chat("someone/other")), "num_experts=8")
+    assert any("other/resolve" in path for path in hub.log)
+    assert not any("safetensors" in path for path in hub.log)
+
+
 def test_a_model_whose_download_breaks_off_is_one_sentence(hub, run):
     with hub.failing(lambda path: "drop" if path.endswith("model.safetensors") else None):
         refused(run(*chat("someone/new-model")), "someone/new-model")

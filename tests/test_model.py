@@ -1,13 +1,18 @@
 """gpt.py and rope.py: against Hugging Face's models, against plain formulas, and against themselves."""
 
 import itertools
+import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import small_model
-from transformers import AutoModelForCausalLM, LlamaConfig
+from conftest import ROOT, run, small_model
+from huggingface_hub import save_torch_state_dict
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 import gpt
@@ -329,8 +334,9 @@ def test_sample_draws_each_id_as_often_as_its_probability_says():
 # -- loading and saving --------------------------------------------------------------------------------------
 
 
-def test_save_load_save_gives_the_same_bytes(tmp_path, tokenizer):
-    small_model().save_pretrained(tmp_path / "a", tokenizer)
+@pytest.mark.parametrize("switches", SWITCHES, ids=str)
+def test_save_load_save_gives_the_same_bytes(switches, tmp_path, tokenizer):
+    small_model(**switches).save_pretrained(tmp_path / "a", tokenizer)
     GPTModel.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b", tokenizer)
     names = sorted(path.name for path in (tmp_path / "a").iterdir())
     assert {"config.json", "model.safetensors", "generation_config.json", "tokenizer.json"} <= set(names)
@@ -354,23 +360,159 @@ def test_half_precision_and_sharded_weights_of_others_are_read(dtype, tmp_path):
     )
 
 
+PEAK = """
+import re, sys, threading, time
+from pathlib import Path
+import safetensors, torch
+from gpt import GPTConfig, GPTModel
+
+def anonymous() -> int:  # bytes of memory that are no file's pages
+    return 1024 * int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+
+def watch():
+    while True:
+        seen.append(anonymous())
+        time.sleep(0.001)
+
+GPTModel(GPTConfig(vocab_size=64, hidden_size=64, num_hidden_layers=1))  # what torch loads at first use
+seen = [anonymous()]
+threading.Thread(target=watch, daemon=True).start()
+model = GPTModel.from_pretrained(sys.argv[1])
+print((max(*seen, anonymous()) - seen[0]) / (4 * model.num_parameters()), len(seen))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's count of memory")
 @pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("model_type", "gpt2"),
-        ("hidden_act", "gelu"),
-        ("attention_bias", True),
-        ("use_sliding_window", True),
-        ("quantization_config", {"bits": 4}),
-        ("rope_scaling", {"rope_type": "yarn", "factor": 2.0}),
-    ],
+    ("dtype", "shard"), [(torch.float32, "5GB"), (torch.float16, "60MB"), (torch.bfloat16, "60MB")]
 )
-def test_what_cannot_be_represented_is_refused_by_name(field, value, tmp_path):
-    small_model().save_pretrained(tmp_path)
-    config = gpt.read_json(tmp_path / "config.json")
-    (tmp_path / "config.json").write_text(gpt.json.dumps(config | {field: value}))
-    with pytest.raises(InputError, match="rope_type" if field == "rope_scaling" else field):
+def test_loading_takes_the_memory_of_one_copy_of_the_weights(dtype, shard, tmp_path):
+    config = GPTConfig(vocab_size=4096, hidden_size=1024, num_hidden_layers=6)
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in GPTModel(config).stored_state().items()}
+    state = {name: torch.ones(shape, dtype=dtype) for name, shape in shapes.items()}
+    assert 4 * sum(t.numel() for t in state.values()) > 300e6
+    save_torch_state_dict(state, tmp_path, max_shard_size=shard)
+    assert (tmp_path / "model.safetensors.index.json").exists() == (shard == "60MB")
+    (tmp_path / "config.json").write_text(json.dumps(config.to_hf()))
+    result = subprocess.run(
+        [sys.executable, "-c", PEAK, str(tmp_path)], capture_output=True, text=True, cwd=ROOT
+    )
+    copies, samples = map(float, result.stdout.split())
+    assert samples > 20 and 0.99 <= copies <= 1.1, result
+
+
+YARN = {"rope_type": "yarn", "factor": 2.0}
+REFUSED = [  # fields of a config.json, what the sentence says of them, and what it says is supported
+    ({"model_type": "gpt2"}, "model_type='gpt2'", "llama or qwen3"),
+    ({"model_type": "qwen3_moe", "num_experts": 8}, "model_type='qwen3_moe'", "llama or qwen3"),
+    ({"num_experts": 8}, "num_experts=8", "the fields of Llama and Qwen3"),
+    ({"use_qk_norm": True}, "use_qk_norm=True", "the fields of Llama and Qwen3"),
+    ({"qk_norm": True}, "qk_norm=True", "the fields of Llama and Qwen3"),
+    ({"logit_scale": 0.5}, "logit_scale=0.5", "the fields of Llama and Qwen3"),
+    ({"hidden_act": "gelu"}, "hidden_act='gelu'", "silu"),
+    ({"attention_bias": True}, "attention_bias=True", "False"),
+    ({"mlp_bias": True}, "mlp_bias=True", "False"),
+    ({"use_sliding_window": True}, "use_sliding_window=True", "False"),
+    ({"layer_types": ["full_attention", "sliding_attention"]}, "'sliding_attention'", "full_attention"),
+    ({"rope_interleaved": True}, "rope_interleaved=True", "False"),
+    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5", "1"),
+    ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5", "1"),
+    ({"rope_scaling": YARN}, "rope_type='yarn'", "default or llama3"),
+    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type='linear'", "default or llama3"),
+    ({"rope_scaling": {"rope_type": "default", "mrope_section": [1]}}, r"mrope_section=\[1\]", "the fields"),
+    ({"rope_scaling": "linear"}, "rope_scaling='linear'", "an object"),
+    ({"pretraining_tp": 2}, "pretraining_tp=2", "1"),
+    ({"quantization_config": {"bits": 4}}, "quantization_config={'bits': 4}", "null"),
+    ({"is_encoder_decoder": True}, "is_encoder_decoder=True", "False"),
+    ({"hidden_size": "32"}, "hidden_size='32'", "a number above zero"),
+    ({"num_hidden_layers": 0}, "num_hidden_layers=0", "a number above zero"),
+    ({"vocab_size": 320.5}, "vocab_size=320.5", "a number above zero"),
+    ({"tie_word_embeddings": "yes"}, "tie_word_embeddings='yes'", "true or false"),
+]
+
+
+@pytest.mark.parametrize(("fields", "found", "supported"), REFUSED, ids=[r[1] for r in REFUSED])
+def test_what_cannot_be_represented_is_refused_by_name_before_weights_are_read(
+    fields, found, supported, tmp_path
+):
+    config = small_model(qk_norm=False).config.to_hf() | fields
+    (tmp_path / "config.json").write_text(json.dumps(config))  # and no weights
+    with pytest.raises(InputError, match=f"config.json has .*{found}; supported: {supported}"):
         GPTModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("config_class", [LlamaConfig, Qwen3Config])
+def test_every_field_that_transformers_writes_is_known(config_class):
+    ours = small_model(qk_norm=config_class is Qwen3Config, num_key_value_heads=2, head_dim=8).config
+    theirs = config_class(**ours.to_hf())
+    written = theirs.to_dict()
+    assert GPTConfig.from_hf(written) == GPTConfig.from_hf(theirs.to_diff_dict()) == ours
+    assert GPTConfig.from_hf(written | TRANSFORMERS_4) == ours
+
+
+# What transformers 4.57 writes beyond the fields that 5 does, with a full config.
+TRANSFORMERS_4 = {
+    **dict.fromkeys("add_cross_attention do_sample early_stopping is_decoder output_scores".split(), False),
+    **dict.fromkeys(
+        "remove_invalid_values return_dict_in_generate tf_legacy_loss torchscript".split(), False
+    ),
+    **dict.fromkeys("tie_encoder_decoder use_bfloat16 use_sliding_window".split(), False),
+    **dict.fromkeys(
+        "bad_words_ids begin_suppress_tokens cross_attention_hidden_size finetuning_task".split()
+    ),
+    **dict.fromkeys("forced_bos_token_id forced_eos_token_id prefix sep_token_id suppress_tokens".split()),
+    **dict.fromkeys("exponential_decay_length_penalty task_specific_params tokenizer_class".split()),
+    **{"diversity_penalty": 0.0, "length_penalty": 1.0, "repetition_penalty": 1.0, "temperature": 1.0},
+    **{"encoder_no_repeat_ngram_size": 0, "max_length": 20, "min_length": 0, "no_repeat_ngram_size": 0},
+    **{"num_beam_groups": 1, "num_beams": 1, "num_return_sequences": 1, "pruned_heads": {}, "top_k": 50},
+    **{"top_p": 1.0, "typical_p": 1.0, "transformers_version": "4.57.6", "rope_theta": 10000.0},
+}
+
+
+def test_the_config_of_smollm2_opens():
+    """As HuggingFaceTB/SmolLM2-135M-Instruct has it."""
+    config = GPTConfig.from_hf(
+        {
+            "architectures": ["LlamaForCausalLM"],
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "hidden_act": "silu",
+            "hidden_size": 576,
+            "initializer_range": 0.041666666666666664,
+            "intermediate_size": 1536,
+            "is_llama_config": True,
+            "max_position_embeddings": 8192,
+            "mlp_bias": False,
+            "model_type": "llama",
+            "num_attention_heads": 9,
+            "num_hidden_layers": 30,
+            "num_key_value_heads": 3,
+            "pad_token_id": 2,
+            "pretraining_tp": 1,
+            "rms_norm_eps": 1e-05,
+            "rope_interleaved": False,
+            "rope_scaling": None,
+            "rope_theta": 100000,
+            "tie_word_embeddings": True,
+            "torch_dtype": "bfloat16",
+            "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16", "fp16": "float16"}},
+            "transformers_version": "4.42.3",
+            "use_cache": True,
+            "vocab_size": 49152,
+        }
+    )
+    assert (config.head_dim, config.rope_theta, config.qk_norm, config.rms_norm_eps) == (64, 1e5, False, 1e-5)
+    assert config.tie_word_embeddings and config.num_key_value_heads == 3 and config.rope_scaling is None
+
+
+def test_llama_3_scaling_without_one_of_its_numbers_is_refused_by_name():
+    fields = small_model(qk_norm=False).config.to_hf()
+    scaling = {name: value for name, value in LLAMA3.items() if name != "low_freq_factor"}
+    with pytest.raises(InputError, match=r"config\.json lacks rope_scaling's low_freq_factor"):
+        GPTConfig.from_hf(fields | {"rope_scaling": scaling})
 
 
 def test_a_damaged_model_directory_is_one_sentence(tmp_path):
@@ -384,13 +526,41 @@ def test_a_damaged_model_directory_is_one_sentence(tmp_path):
         GPTModel.from_pretrained(tmp_path)
     small_model(hidden_size=64).save_pretrained(tmp_path / "wide")
     (tmp_path / "model.safetensors").write_bytes((tmp_path / "wide" / "model.safetensors").read_bytes())
-    with pytest.raises(InputError, match=r"of shape .*64.*of shape .*32"):
+    with pytest.raises(InputError, match=r"of shape .*64.*asks for shape .*32"):
         GPTModel.from_pretrained(tmp_path)
     (tmp_path / "config.json").unlink()
     with pytest.raises(InputError, match=r"config\.json cannot be read"):
         GPTModel.from_pretrained(tmp_path)
     with pytest.raises(InputError, match="no directory nowhere"):
         GPTModel.from_pretrained("nowhere")
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def change_config(**fields):
+    return lambda path: path.write_text(json.dumps(gpt.read_json(path) | fields))
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "words"),
+    [
+        ("config.json", Path.unlink, "holds neither a model (config.json) nor a whole checkpoint"),
+        ("config.json", change_config(num_experts=8), "config.json has num_experts=8"),
+        ("config.json", change_config(intermediate_size=64), "asks for shape (32, 64)"),
+        ("model.safetensors", Path.unlink, "model.safetensors cannot be read"),
+        ("model.safetensors", cut, "model.safetensors cannot be read"),
+        ("tokenizer.json", Path.unlink, "holds no tokenizer; expected a tokenizer.json"),
+        ("tokenizer.json", cut, "no tokenizer could be loaded"),
+    ],
+)
+def test_chat_tells_a_bad_directory_in_one_sentence_with_status_1(file, damage, words, tmp_path, tokenizer):
+    small_model().save_pretrained(tmp_path, tokenizer)
+    damage(tmp_path / file)
+    result = run("chat.py", f"--model={tmp_path}", "--prompt=What is water?")
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1 and words in result.stderr
 
 
 def test_fields_that_a_config_leaves_out_mean_what_transformers_takes_them_for():
