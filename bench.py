@@ -48,7 +48,9 @@ class Config:
     data: str = "embedded"  # of sft: conversations as in sft_gpt.py
     conversations: int = 3000  # of sft: so many of them, an epoch
     batch_tokens: int = 4096  # of sft: tokens in an optimizer step
-    their_batch_size: int = 8  # of sft: conversations that TRL pads to one length and gives to its model at once
+    their_batch_size: int = (
+        8  # of sft: conversations that TRL pads to one length and gives to its model at once
+    )
     device: str = "auto"  # auto, cpu, cuda
 
 
@@ -234,10 +236,14 @@ def trl_trainer(folder: Path, rows: list, steps: int, recipe: sft_gpt.Config, co
     try:
         from trl import SFTConfig, SFTTrainer
     except ImportError as error:
-        raise InputError(f"--only=sft compares with TRL, which is missing ({error}); pip install trl") from None
-    from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+        raise InputError(
+            f"--only=sft compares with TRL, which is missing ({error}); pip install trl"
+        ) from None
+    import datasets
+    import transformers
 
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
     at_once = min(config.their_batch_size, max(1, round(len(rows) / steps)))
     options = {
         "per_device_train_batch_size": at_once,
@@ -260,10 +266,10 @@ def trl_trainer(folder: Path, rows: list, steps: int, recipe: sft_gpt.Config, co
     }
     quiet = {"save_strategy": "no", "logging_strategy": "no", "report_to": "none", "disable_tqdm": True}
     return SFTTrainer(
-        model=AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+        model=transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
         args=SFTConfig(output_dir=str(folder / "trl"), **options, **quiet),
-        train_dataset=Dataset.from_list([{"messages": messages} for messages in rows]),
-        processing_class=AutoTokenizer.from_pretrained(folder),
+        train_dataset=datasets.Dataset.from_list([{"messages": messages} for messages in rows]),
+        processing_class=transformers.AutoTokenizer.from_pretrained(folder),
     )
 
 
