@@ -13,7 +13,8 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -306,7 +307,7 @@ def bench_sft(config: Config, ranks: training.Ranks) -> None:
         padded = {"TRL, padded": "random", "TRL, padded, grouped by length": "group_by_length"}
         for _ in range(config.rounds):
             ours = GPTModel.from_pretrained(folder).to(ranks.device)
-            run("sft_gpt.py, packed", lambda: fine_tune(ours, train, recipe, ranks), ours)
+            run("sft_gpt.py, packed", partial(fine_tune, ours, train, recipe, ranks), ours)
             for name, order in padded.items():
                 changes = {"train_sampling_strategy": order}
                 trainer = trl_trainer(folder, theirs, train.steps_per_epoch, recipe, config, **changes)
