@@ -7,24 +7,32 @@
 Each comparison runs its candidates in turn, `rounds` times, and prints the median; a warm-up comes first.
 """
 
+import itertools
+import math
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pretrain_gpt
+import sft_gpt
 import training
+from data import hash_fraction, train_tokenizer
 from gpt import GPTConfig, GPTModel, InputError, summed_loss
-from optim import make_optimizer
+from optim import make_optimizer, schedule
+from sft import PackedLoader, SFTDataset, first_question, prepare_conversations, problem, render_batch
 
 
 @dataclass
 class Config:
-    only: str = "all"  # loss, step, optimizer, generate or all
+    only: str = "all"  # loss, step, optimizer, generate, sft or all
     rounds: int = 7  # times that each candidate runs
     vocab_size: int = 4096  # V
     hidden_size: int = 256  # C
@@ -38,6 +46,12 @@ class Config:
     beta1: float = 0.9  # of AdamW
     beta2: float = 0.95  # of AdamW
     weight_decay: float = 0.1  # on matrices
+    data: str = "embedded"  # of sft: conversations as in sft_gpt.py
+    conversations: int = 3000  # of sft: so many of them, an epoch
+    batch_tokens: int = 4096  # of sft: tokens in an optimizer step
+    their_batch_size: int = (
+        8  # of sft: conversations that TRL pads to one length and gives to its model at once
+    )
     device: str = "auto"  # auto, cpu, cuda
 
 
@@ -181,8 +195,6 @@ def bench_optimizer(config: Config, ranks: training.Ranks) -> None:
 
 def bench_generate(config: Config, ranks: training.Ranks) -> None:
     """Greedy generation of half a context, alone and in a batch, against transformers' generate."""
-    import tempfile
-
     from transformers import AutoModelForCausalLM
 
     ours = model_of(config, ranks.device)
@@ -205,11 +217,123 @@ def bench_generate(config: Config, ranks: training.Ranks) -> None:
         )
 
 
+WARMUP = 0.1  # of the steps of a fine-tuning run
+VAL_FRACTION = 0.05  # of the conversations, held out
+
+
+def fine_tune(model: GPTModel, train: PackedLoader, recipe: sft_gpt.Config, ranks: training.Ranks) -> None:
+    """An epoch, as sft_gpt.py runs it."""
+    steps, history = train.steps_per_epoch, training.StepHistory(recipe, None)
+    warmup, optimizer = math.ceil(WARMUP * steps), make_optimizer(model, recipe)
+    for step in range(steps):
+        batches = list(train.micro_batches(train.step_rows(step), recipe.micro_batch_size, ranks))
+        share = schedule(step, steps, warmup, steps - warmup)
+        training.train_step(model, optimizer, batches, share, recipe.max_grad_norm, history, ranks)
+
+
+def trl_trainer(folder: Path, rows: list, steps: int, recipe: sft_gpt.Config, config: Config, **changes):
+    """TRL's SFTTrainer for the model in a folder, an epoch of as many steps with the same recipe; padded to
+    the longest conversation, because on a CPU it cannot keep packed ones apart."""
+    try:
+        from trl import SFTConfig, SFTTrainer
+    except ImportError as error:
+        raise InputError(
+            f"--only=sft compares with TRL, which is missing ({error}); pip install trl"
+        ) from None
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    at_once = min(config.their_batch_size, max(1, round(len(rows) / steps)))
+    options = {
+        "per_device_train_batch_size": at_once,
+        "gradient_accumulation_steps": max(1, round(len(rows) / steps / at_once)),
+        "num_train_epochs": 1,
+        "assistant_only_loss": True,
+        "max_length": None,  # none is longer than a row of ours
+        "learning_rate": recipe.lr,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": math.ceil(WARMUP * steps),
+        "optim": "adamw_torch_fused",
+        "adam_beta1": recipe.beta1,
+        "adam_beta2": recipe.beta2,
+        "weight_decay": recipe.weight_decay,
+        "max_grad_norm": recipe.max_grad_norm,
+        "gradient_checkpointing": False,
+        "bf16": config.device != "cpu" and torch.cuda.is_available(),
+        "use_cpu": config.device == "cpu" or not torch.cuda.is_available(),
+        **changes,
+    }
+    quiet = {"save_strategy": "no", "logging_strategy": "no", "report_to": "none", "disable_tqdm": True}
+    return SFTTrainer(
+        model=transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+        args=SFTConfig(output_dir=str(folder / "trl"), **options, **quiet),
+        train_dataset=datasets.Dataset.from_list([{"messages": messages} for messages in rows]),
+        processing_class=transformers.AutoTokenizer.from_pretrained(folder),
+    )
+
+
+def bench_sft(config: Config, ranks: training.Ranks) -> None:
+    """Fine-tuning for an epoch, against TRL's SFTTrainer: the same model, conversations and recipe."""
+    T = config.context_length
+    source = (messages for messages, _ in sft_gpt.conversations(sft_gpt.Config(data=config.data)))
+    rows = list(itertools.islice((m for m in source if problem(m) is None), config.conversations))
+    tokenizer = train_tokenizer((m["content"] for messages in rows for m in messages), config.vocab_size)
+    rows = [m for m, (ids, _) in zip(rows, render_batch(rows, tokenizer)) if len(ids) <= T]
+    recipe = sft_gpt.Config(micro_batch_size=config.micro_batch_size, warmup_fraction=WARMUP)
+    seconds, losses = {}, {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        prepare_conversations(folder / "data", ((m, "") for m in rows), tokenizer, T, VAL_FRACTION)
+        model = model_of(config, ranks.device)
+        model.save_pretrained(folder, tokenizer)
+        batch = config.batch_tokens // T
+        train = PackedLoader(SFTDataset(folder / "data" / "train"), T, batch, seed=0)
+        val = PackedLoader(SFTDataset(folder / "data" / "val"), T, batch, seed=0)
+        theirs = [messages for messages in rows if hash_fraction(first_question(messages)) >= VAL_FRACTION]
+        assert len(theirs) == len(train.dataset)
+
+        def run(name: str, tune: Callable, trained) -> None:
+            began = time.perf_counter()
+            tune()
+            if ranks.device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds.setdefault(name, []).append(time.perf_counter() - began)
+            model.load_state_dict(trained.state_dict())
+            nats, _, targets = training.evaluate(model, val.micro_batches(val.rows, batch, ranks), ranks)
+            losses[name] = nats / targets
+
+        padded = {"TRL, padded": "random", "TRL, padded, grouped by length": "group_by_length"}
+        for _ in range(config.rounds):
+            ours = GPTModel.from_pretrained(folder).to(ranks.device)
+            run("sft_gpt.py, packed", partial(fine_tune, ours, train, recipe, ranks), ours)
+            for name, order in padded.items():
+                changes = {"train_sampling_strategy": order}
+                trainer = trl_trainer(folder, theirs, train.steps_per_epoch, recipe, config, **changes)
+                run(name, trainer.train, trainer.model)
+    targets = int(train.dataset.trained.sum())
+    print(
+        f"\n{config.data}: {len(theirs)} conversations of {train.dataset.lengths().mean():.0f} tokens, "
+        f"{targets} supervised; packed into {len(train.rows)} rows of {T}, {100 * train.fill():.1f}% filled, "
+        f"{train.steps_per_epoch} steps"
+    )
+    report(
+        f"fine-tuning of {model.num_parameters():,} parameters for an epoch",
+        {name: statistics.median(values) for name, values in seconds.items()},
+        targets,
+        "supervised tok/s",
+    )
+    for name, loss in losses.items():
+        print(f"  {name:44} {loss:9.4f} nats/token of validation loss")
+
+
 BENCHMARKS = {
     "loss": bench_loss,
     "step": bench_step,
     "optimizer": bench_optimizer,
     "generate": bench_generate,
+    "sft": bench_sft,
 }
 
 

@@ -162,8 +162,9 @@ class Writer:
         self.files = [open(folder / name, "wb") for name in ("ids.bin", "trained.bin")]
 
     def append(self, ids: list[int], labels: list[int]) -> None:
-        for file, values in zip(self.files, (np.array(ids, np.int32), np.array(labels) != IGNORE)):
-            file.write(values.tobytes())
+        ids, labels = (np.frombuffer(array("i", values), np.int32) for values in (ids, labels))
+        for file, values in zip(self.files, (ids, labels != IGNORE)):
+            file.write(values)
         self.offsets.append(self.offsets[-1] + len(ids))
 
     def close(self) -> None:
@@ -231,7 +232,7 @@ def batched(rows: Iterable, size: int = 1000) -> Iterator[list]:
 
 
 def trained_tokens(labels: Sequence[int]) -> int:
-    return sum(label != IGNORE for label in labels)
+    return len(labels) - labels.count(IGNORE)
 
 
 def write_examples(folder: str | Path, examples: Iterable[Example], val_fraction: float) -> dict:
