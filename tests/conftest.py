@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import threading
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -201,9 +202,11 @@ def pytest_terminal_summary(terminalreporter):
 
 def import_all() -> None:
     """What the scripts import only when they need it, and Python's only thread stays alone."""
+    from tqdm import tqdm
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     assert AutoTokenizer and PreTrainedTokenizerFast
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore that a killed process leaves behind
     torch.set_num_threads(1)
 
 
