@@ -16,7 +16,7 @@ from pathlib import Path
 
 import planted
 import pytest
-from conftest import assert_recovered, flags, pretrain_config, sft_config
+from conftest import ROOT, assert_recovered, flags, pretrain_config, sft_config
 from test_training import losses, weights
 
 import training
@@ -210,7 +210,7 @@ def test_a_hung_rank_is_reported_with_the_rank_and_the_step(name, data_dir, tmp_
     codes, log, seconds = forked([f"{name}:3:1"]).result(90)
     assert codes[0] == 1 and codes[1] != 0 and seconds < 30, log
     assert "error: rank 0 of 2 has made no progress for 3 s in step 3; it stands at" in log
-    assert "all_reduce" in log  # what it waits for
+    assert "in train_step" in log  # where it waits
     codes, log, _ = forked().result(90)
     assert not any(codes), log
     assert_recovered(tmp_path / "run", undisturbed(2, timeout_minutes=0.05), 1)
@@ -284,12 +284,9 @@ def test_a_bad_micro_batch_on_one_rank_skips_the_step_on_both(kind, step, proble
     assert first == second and len(first) == step + 2
     assert first[step - 1] == first[step - 2]  # unchanged by the bad step, by all others changed
     assert len(set(first)) == step + 1
-    skipped = {
-        row["step"]: row["skipped"]
-        for row in training.read_jsonl(tmp_path / "metrics.jsonl")
-        if "skipped" in row
-    }
-    assert list(skipped) == [step] and re.match(problem, skipped[step])
+    rows = training.read_jsonl(tmp_path / "metrics.jsonl")
+    ((skipped, reason),) = [(row["step"], row["skipped"]) for row in rows if "skipped" in row]
+    assert skipped == step and re.match(problem, reason)
     assert re.search(rf"step +{step}/{step + 2}  skipped: {problem}", log)
 
 
@@ -297,8 +294,6 @@ def test_bad_steps_in_a_row_end_the_run_and_name_the_last_good_checkpoint(data_d
     config = pretrain_config(data_dir, tmp_path, **SMALL | {"max_steps": 12}, max_bad_steps=3)
     codes, log, _ = fresh.submit(planted.forked, "pretrain_gpt", config, 2, ["nan:5-9:1"]).result(90)
     assert codes == [1, 1] and log.count("skipped: its loss is nan") == 2, log
-    assert (
-        f"3 steps in a row were skipped, the last because its loss is nan; the last good checkpoint is {tmp_path}/step_0000006"
-        in log
-    )
+    assert "3 steps in a row were skipped, the last because its loss is nan" in log
+    assert f"the last good checkpoint is {tmp_path}/step_0000006" in log
     assert weights(tmp_path, 6) == weights(tmp_path, 4)  # steps 5 and 6 changed nothing
