@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import threading
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -211,9 +212,7 @@ def assert_recovered(out_dir: Path, undisturbed: Path, faults: int) -> None:
     lost = {
         name: differing(ours.get(name, b""), theirs.get(name, b"")) for name in ours.keys() | theirs.keys()
     }
-    COUNTS.update(
-        {"faults": faults, "runs": 1, "recovered": not any(lost.values()), "lost": sum(lost.values())}
-    )
+    COUNTS.update(faults=faults, runs=1, recovered=int(not any(lost.values())), lost=sum(lost.values()))
     assert not any(lost.values()), {name: count for name, count in lost.items() if count}
 
 
@@ -225,8 +224,19 @@ def pytest_terminal_summary(terminalreporter):
         )
 
 
+def import_all() -> None:
+    """What the scripts import only when they need it, and Python's only thread stays alone."""
+    from tqdm import tqdm
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    assert AutoTokenizer and PreTrainedTokenizerFast
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore that a killed process leaves behind
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def fresh():
     """A process that has imported everything and started no thread, so that it may fork runs."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn, initializer=import_all) as pool:
         yield pool

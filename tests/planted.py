@@ -16,8 +16,6 @@ import time
 import traceback
 from pathlib import Path
 
-import torch
-
 import pretrain_gpt
 import sft_gpt
 import training
@@ -38,6 +36,7 @@ def send(*numbers: int):
 ACTIONS = {
     "raise": fail,
     "sleep": lambda: time.sleep(600),
+    "slow": lambda: time.sleep(0.5),
     "twice": lambda: send(signal.SIGINT, signal.SIGINT),
     **{name: lambda name=name: send(signal.Signals[name]) for name in ("SIGKILL", "SIGSTOP")},
     **{name: lambda name=name: send(signal.Signals[name]) for name in ("SIGTERM", "SIGINT", "SIGUSR1")},
@@ -145,13 +144,24 @@ def finish(pids: list[int], seconds: float, grace: float = 2.0) -> list[int]:
     return [codes[pid] for pid in pids]
 
 
-def forked(script: str, config, world: int = 1, faults=(), prepare=None, seconds: float = 60) -> tuple:
+def wait_for_rows(metrics: Path, steps: int, seconds: float = 30) -> None:
+    """Until a run that was just started has recorded so many more steps than there were."""
+    until, first = time.monotonic() + seconds, None
+    while time.monotonic() < until:
+        rows = training.read_jsonl(metrics)
+        now = rows[-1]["step"] if rows else 0
+        first = min(now, now if first is None else first)  # rows beyond the checkpoint are dropped
+        if now >= first + steps:
+            return
+        time.sleep(0.005)
+
+
+def forked(script: str, config, world: int = 1, faults=(), prepare=None, grace: float = 2) -> tuple:
     """Run a script to its end; the statuses of its ranks, what they printed, and how long it took."""
-    torch.set_num_threads(1)
     Path(config.out_dir).mkdir(parents=True, exist_ok=True)
     path = Path(config.out_dir) / "log.txt"
     log, began = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), time.monotonic()
-    codes = finish(launch(script, config, world, faults, log, prepare), seconds)
+    codes = finish(launch(script, config, world, faults, log, prepare), 60, grace)
     os.close(log)
     return codes, path.read_text(), time.monotonic() - began
 

@@ -1,100 +1,60 @@
 """Runs that are stopped, killed or damaged go on as if nothing had happened."""
 
+import dataclasses
 import os
 import random
+import re
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import planted
 import pytest
-import torch
-from conftest import assert_recovered, flags, pretrain_config, run, sft_config
+from conftest import ROOT, assert_recovered, flags, pretrain_config, sft_config
 from test_training import losses, weights
 
-import pretrain_gpt
 import training
 
-
-def raise_at(monkeypatch, module, step: int, *numbers: int) -> None:
-    """Have the process get signals in the middle of a step."""
-    original = training.train_step
-    calls = []
-
-    def step_with_signals(*arguments):
-        calls.append(arguments)
-        if len(calls) == step:
-            for number in numbers:
-                signal.raise_signal(number)
-        return original(*arguments)
-
-    monkeypatch.setattr(module.training, "train_step", step_with_signals)
+SMALL = {"max_steps": 6, "micro_batch_size": 2}  # two micro-batches in a step on each of two ranks
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_a_signal_ends_the_step_saves_and_says_resumable(number, data_dir, tmp_path, monkeypatch, capsys):
-    handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
-    pretrain_gpt.main(pretrain_config(data_dir, tmp_path / "straight"))
-    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)] == handlers
-    raise_at(monkeypatch, pretrain_gpt, 3, number)
-    try:
-        with pytest.raises(SystemExit) as stop:
-            pretrain_gpt.main(pretrain_config(data_dir, tmp_path / "run", save_every=100))
-    finally:
-        for n, handler in zip((signal.SIGTERM, signal.SIGINT, signal.SIGUSR1), handlers):
-            signal.signal(n, handler)
-    assert stop.value.code == training.RESUMABLE == 75
-    assert "stopped by a signal; the same command continues" in capsys.readouterr().out
-    assert training.newest_checkpoint(tmp_path / "run").name == "step_0000003"
-    pretrain_gpt.main(pretrain_config(data_dir, tmp_path / "run"))
-    assert weights(tmp_path / "run", 6) == weights(tmp_path / "straight", 6)
-    assert losses(tmp_path / "run") == losses(tmp_path / "straight")
+@pytest.fixture(scope="session")
+def undisturbed(data_dir, tmp_path_factory, fresh):
+    """The folder of a pretraining run of so many ranks that no fault met."""
+    done = {}
+
+    def out_dir(world: int, **changes) -> Path:
+        key = (world, *changes.items())
+        if key not in done:
+            done[key] = tmp_path_factory.mktemp("undisturbed")
+            config = pretrain_config(data_dir, done[key], **SMALL, **changes)
+            codes, log, _ = fresh.submit(planted.forked, "pretrain_gpt", config, world).result(90)
+            assert not any(codes), log
+        return done[key]
+
+    return out_dir
 
 
-def test_a_second_ctrl_c_quits_at_once(data_dir, tmp_path, monkeypatch):
-    handler = signal.getsignal(signal.SIGINT)
-    raise_at(monkeypatch, pretrain_gpt, 3, signal.SIGINT, signal.SIGINT)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            pretrain_gpt.main(pretrain_config(data_dir, tmp_path, save_every=100))
-    finally:
-        signal.signal(signal.SIGINT, handler)
-    assert not training.checkpoints(tmp_path)
+# -- kills ---------------------------------------------------------------------------------------------------
 
 
-def test_a_signal_to_one_rank_stops_both(data_dir, tmp_path):
-    """Rank 1 alone gets SIGUSR1; both save after the same step, and the run goes on."""
-    script = tmp_path / "driver.py"
-    script.write_text(
-        "import os, signal, sys\n"
-        f"sys.path[:0] = {[str(p) for p in sys.path if p]!r}\n"
-        "import pretrain_gpt, training\n"
-        "original, calls = training.train_step, []\n"
-        "def step(*arguments):\n"
-        "    calls.append(1)\n"
-        "    if len(calls) == 3 and os.environ['RANK'] == '1':\n"
-        "        signal.raise_signal(signal.SIGUSR1)\n"
-        "    return original(*arguments)\n"
-        "training.train_step = step\n"
-        "training.run_script(pretrain_gpt.main, pretrain_gpt.Config)\n"
-    )
-    config = pretrain_config(data_dir, tmp_path / "run", save_every=100)
-    result = run(str(script), *flags(config), ranks=2)
-    assert result.returncode != 0 and "exitcode  : 75" in result.stderr, result.stderr
-    assert training.newest_checkpoint(tmp_path / "run").name == "step_0000003"
-
-
-def killed_at_random(script: str, config, world: int, kills: int, longest: float) -> Counter:
-    """Run a script in forked ranks, of which SIGKILL ends one or all at random moments; after so many kills
-    let it finish. How many kills met the run, and how many of them a checkpoint half written."""
-    torch.set_num_threads(1)
-    moments, counts = random.Random(0), Counter()
+def killed_at_random(script: str, config, world: int, kills: int, step_seconds: float) -> Counter:
+    """Run a script in forked ranks, of which SIGKILL ends one or all at a random moment of the start or the
+    first steps; after so many kills let it finish. How many kills met the run, and how many of them a
+    checkpoint half written."""
+    moments, counts, metrics = random.Random(0), Counter(), Path(config.out_dir) / "metrics.jsonl"
     for _ in range(kills):
         pids = planted.launch(script, config, world)
-        time.sleep(moments.uniform(0, longest))
+        steps = moments.choice([0, 1, 1, 2])
+        if steps:
+            planted.wait_for_rows(metrics, steps)
+        time.sleep(moments.uniform(0, 2 * step_seconds if steps else 0.3))
         alone = world > 1 and moments.random() < 0.5
         for pid in [moments.choice(pids)] if alone else pids:
             os.kill(pid, signal.SIGKILL)
@@ -111,17 +71,229 @@ def test_a_run_killed_at_twenty_moments_equals_an_undisturbed_one(
     script, world, data_dir, base_run, chats, tmp_path, fresh
 ):
     def config(name: str):
-        changes = {"save_every": 1, "keep_last": 2, "eval_every": 7}
+        changes = {"max_steps": 60, "save_every": 1, "keep_last": 2, "eval_every": 20}
         if script == "pretrain_gpt":
-            return pretrain_config(data_dir, tmp_path / name, max_steps=40, **changes)
-        return sft_config(base_run, chats, tmp_path / name, max_steps=30, **changes)
+            return pretrain_config(data_dir, tmp_path / name, **changes)
+        return sft_config(base_run, chats, tmp_path / name, **changes)
 
     codes, log, duration = fresh.submit(planted.forked, script, config("straight"), world).result(90)
     assert not any(codes), log
-    # so many kills leave no time to finish before the last one
-    job = fresh.submit(killed_at_random, script, config("killed"), world, 20, duration / 4)
-    counts = job.result(timeout=180)
-    print(script, world, f"{duration:.1f} s", dict(counts))
+    counts = fresh.submit(killed_at_random, script, config("killed"), world, 20, duration / 60).result(180)
+    print(f"{script}, {world} ranks, {duration:.1f} s undisturbed: {dict(counts)}")
     assert not counts["failed"] and counts["kills"] >= 18, counts
     assert_recovered(tmp_path / "killed", tmp_path / "straight", counts["kills"])
     shutil.rmtree(tmp_path)
+
+
+# -- signals -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+@pytest.mark.parametrize("world", [1, 2], ids=["one rank", "two ranks"])
+def test_a_signal_amid_accumulation_finishes_the_step_saves_and_says_resumable(
+    name, world, data_dir, tmp_path, fresh, undisturbed
+):
+    """The last rank alone gets it, between two micro-batches of step 3; all save after that step."""
+    config = pretrain_config(data_dir, tmp_path / "run", **SMALL, save_every=100)
+    fault = f"{name}:3:{world - 1}"
+    codes, log, _ = fresh.submit(planted.forked, "pretrain_gpt", config, world, [fault]).result(90)
+    assert codes == [training.RESUMABLE] * world == [75] * world, log
+    assert log.count("stopped by a signal; the same command continues") == 1
+    assert training.newest_checkpoint(tmp_path / "run").name == "step_0000003"
+    codes, log, _ = fresh.submit(planted.forked, "pretrain_gpt", config, world).result(90)
+    assert not any(codes) and f"continuing from {tmp_path}/run/step_0000003" in log, log
+    shutil.rmtree(tmp_path / "run" / "step_0000003")
+    assert_recovered(tmp_path / "run", undisturbed(world, save_every=100), 1)
+
+
+def test_a_second_ctrl_c_quits_at_once(data_dir, tmp_path, fresh):
+    config = pretrain_config(data_dir, tmp_path, **SMALL, save_every=100)
+    codes, log, _ = fresh.submit(planted.forked, "pretrain_gpt", config, 1, ["twice:3:0"]).result(90)
+    assert codes != [0] and codes != [75] and "KeyboardInterrupt" in log
+    assert not training.checkpoints(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["SIGUSR1", "SIGINT"])
+def test_torchrun_hands_a_signal_on_and_the_run_saves(name, data_dir, tmp_path, fresh, undisturbed):
+    config = pretrain_config(data_dir, tmp_path / "run", **SMALL, save_every=100)
+    options = ["--signals_to_handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]
+    slow = "slow:1-6:0,slow:1-6:1"
+    with torchrun(slow, config, *options) as job:
+        planted.wait_for_rows(tmp_path / "run" / "metrics.jsonl", 2, 120)
+        job.send_signal(signal.Signals[name])
+        _, errors = job.communicate(timeout=60)
+    assert job.returncode != 0
+    stopped = training.newest_checkpoint(tmp_path / "run")
+    assert stopped and 2 <= training.step_of(stopped) <= 5, errors
+    codes, log, _ = fresh.submit(planted.forked, "pretrain_gpt", config, 2).result(90)
+    assert not any(codes) and f"continuing from {stopped}" in log, log
+    assert_recovered(tmp_path / "run", undisturbed(2, save_every=100), 1)
+
+
+# -- ranks that fail -----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def torchrun(faults: str, config, *options: str):
+    """Two ranks under torchrun with planted faults; nothing of them is left behind."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *options]
+    job = subprocess.Popen(
+        [*command, str(ROOT / "tests" / "planted.py"), faults, "pretrain_gpt", *flags(config)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"},
+    )
+    try:
+        yield job
+    finally:
+        if job.poll() is None:
+            job.terminate()
+            job.communicate(timeout=60)
+
+
+def ranks_alive(out_dir) -> list[int]:
+    """The processes that still train into a folder."""
+    return [
+        int(path.parent.name)
+        for path in Path("/proc").glob("[0-9]*/cmdline")
+        if path.parent.name != str(os.getpid()) and f"--out_dir={out_dir}" in readable(path)
+    ]
+
+
+def readable(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:  # the process has ended
+        return ""
+
+
+def test_a_rank_that_raises_ends_all_with_its_error(data_dir, tmp_path):
+    config = pretrain_config(data_dir, tmp_path / "run", **SMALL)
+    with torchrun("raise:3:1", config) as job:
+        planted.wait_for_rows(tmp_path / "run" / "metrics.jsonl", 2, 120)
+        began = time.monotonic()
+        _, errors = job.communicate(timeout=60)
+    assert job.returncode == 1 and time.monotonic() - began < 30
+    assert "RuntimeError: planted in rank 1" in errors and not ranks_alive(tmp_path / "run")
+    assert training.newest_checkpoint(tmp_path / "run").name == "step_0000002"
+
+
+def test_torchrun_brings_a_job_back_whose_ranks_raise_and_are_killed(data_dir, tmp_path, undisturbed):
+    """Rank 1 raises in step 3; after the restart rank 0 is killed in step 6; after another the run ends, and
+    as if nothing had been. That --resume=none was said at first does not stop the restarts."""
+    config = pretrain_config(data_dir, tmp_path / "run", **SMALL, resume="none")
+    with torchrun("raise:3:1,SIGKILL:6:0:1", config, "--max_restarts=2", "--shutdown_timeout=5") as job:
+        printed, errors = job.communicate(timeout=200)
+    assert job.returncode == 0, errors
+    assert "RuntimeError: planted in rank 1" in errors and "Signal 9 (SIGKILL)" in errors
+    assert all(f"continuing from {tmp_path}/run/step_000000{step}" in printed for step in (2, 4))
+    assert_recovered(tmp_path / "run", undisturbed(2), 2)
+
+
+@pytest.mark.parametrize("name", ["raise", "SIGKILL"])
+def test_the_other_rank_ends_by_itself_within_seconds(name, data_dir, tmp_path, fresh, undisturbed):
+    """On CPUs it notices that the connection broke, whether torchrun ends it or not."""
+    config = pretrain_config(data_dir, tmp_path / "run", **SMALL)
+    forked = partial(fresh.submit, planted.forked, "pretrain_gpt", config, 2)
+    codes, log, seconds = forked([f"{name}:3:1"], grace=30).result(90)
+    assert codes == [1, -9 if name == "SIGKILL" else 1] and seconds < 20, log
+    codes, log, _ = forked().result(90)
+    assert not any(codes), log
+    assert_recovered(tmp_path / "run", undisturbed(2), 1)
+
+
+@pytest.mark.parametrize("name", ["sleep", "SIGSTOP"])
+def test_a_hung_rank_is_reported_with_the_rank_and_the_step(name, data_dir, tmp_path, fresh, undisturbed):
+    config = pretrain_config(data_dir, tmp_path / "run", **SMALL, timeout_minutes=0.05)
+    forked = partial(fresh.submit, planted.forked, "pretrain_gpt", config, 2)
+    codes, log, seconds = forked([f"{name}:3:1"]).result(90)
+    assert codes[0] == 1 and codes[1] != 0 and seconds < 30, log
+    assert "error: rank 0 of 2 has made no progress for 3 s in step 3; it stands at" in log
+    assert "in train_step" in log  # where it waits
+    codes, log, _ = forked().result(90)
+    assert not any(codes), log
+    assert_recovered(tmp_path / "run", undisturbed(2, timeout_minutes=0.05), 1)
+
+
+def test_a_run_resumed_on_other_ranks_continues_the_same_batches(data_dir, tmp_path, fresh):
+    """Steps 1–2 on one rank, 3–4 on two, 5 on three, 6 on one, with other micro-batches each time."""
+    straight = pretrain_config(data_dir, tmp_path / "straight", **SMALL)
+    elastic = pretrain_config(data_dir, tmp_path / "elastic", **SMALL)
+    fresh.submit(planted.forked, "pretrain_gpt", straight).result(90)
+    for world, size, stop in ((1, 8, 2), (2, 1, 4), (3, 3, 5), (1, 2, None)):
+        config = dataclasses.replace(elastic, micro_batch_size=size, save_every=100)
+        prepare = partial(stop_after, stop) if stop else None
+        codes, log, _ = fresh.submit(planted.forked, "pretrain_gpt", config, world, (), prepare).result(90)
+        assert set(codes) == {75 if stop else 0}, log
+    for a, b in zip(losses(tmp_path / "straight"), losses(tmp_path / "elastic"), strict=True):
+        for x, y in zip(a, b):
+            assert x == y or abs(x - y) <= 1e-5 * max(1, abs(x)), (a, b)
+
+
+def stop_after(step: int, _) -> None:
+    """Send this process SIGTERM when it has done a step."""
+    original = training.Metrics.step
+
+    def noted(self, done, *arguments):
+        original(self, done, *arguments)
+        if done == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    training.Metrics.step = noted
+
+
+def test_ranks_that_find_different_checkpoints_do_not_train(data_dir, tmp_path, fresh):
+    """As on two machines with a folder of their own each."""
+    config = pretrain_config(data_dir, tmp_path / "run", **SMALL)
+    assert not any(fresh.submit(planted.forked, "pretrain_gpt", config, 2).result(90)[0])
+    prepare = partial(elsewhere, tmp_path / "other")
+    codes, log, _ = fresh.submit(planted.forked, "pretrain_gpt", config, 2, (), prepare).result(90)
+    assert codes == [1, 1] and "has to be one folder that all machines share" in log, log
+
+
+def elsewhere(folder: Path, _) -> None:
+    """Have rank 1 look for checkpoints in another folder."""
+    if os.environ["RANK"] == "1":
+        original = training.checkpoints
+        training.checkpoints = lambda out_dir: original(folder)
+
+
+# -- bad steps -----------------------------------------------------------------------------------------------
+
+
+def hashes(out_dir) -> list[list[str]]:
+    """Of each rank's weights after each step."""
+    return [(out_dir / f"weights-{rank}.txt").read_text().split() for rank in (0, 1)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "step", "problem"),
+    [("nan", 3, "its loss is nan"), ("spike", 70, r"its loss of .* is a spike, above")],
+)
+def test_a_bad_micro_batch_on_one_rank_skips_the_step_on_both(kind, step, problem, data_dir, tmp_path, fresh):
+    config = pretrain_config(
+        data_dir, tmp_path, **SMALL | {"max_steps": step + 2, "eval_every": 100}, save_every=100
+    )
+    job = fresh.submit(
+        planted.forked, "pretrain_gpt", config, 2, [f"{kind}:{step}:1"], planted.record_weights
+    )
+    codes, log, _ = job.result(90)
+    assert not any(codes), log
+    first, second = hashes(tmp_path)
+    assert first == second and len(first) == step + 2
+    assert first[step - 1] == first[step - 2]  # unchanged by the bad step, by all others changed
+    assert len(set(first)) == step + 1
+    rows = training.read_jsonl(tmp_path / "metrics.jsonl")
+    ((skipped, reason),) = [(row["step"], row["skipped"]) for row in rows if "skipped" in row]
+    assert skipped == step and re.match(problem, reason)
+    assert re.search(rf"step +{step}/{step + 2}  skipped: {problem}", log)
+
+
+def test_bad_steps_in_a_row_end_the_run_and_name_the_last_good_checkpoint(data_dir, tmp_path, fresh):
+    config = pretrain_config(data_dir, tmp_path, **SMALL | {"max_steps": 12}, max_bad_steps=3)
+    codes, log, _ = fresh.submit(planted.forked, "pretrain_gpt", config, 2, ["nan:5-9:1"]).result(90)
+    assert codes == [1, 1] and log.count("skipped: its loss is nan") == 2, log
+    assert "3 steps in a row were skipped, the last because its loss is nan" in log
+    assert f"the last good checkpoint is {tmp_path}/step_0000006" in log
+    assert weights(tmp_path, 6) == weights(tmp_path, 4)  # steps 5 and 6 changed nothing
