@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -27,12 +28,12 @@ import training
 from data import hash_fraction, train_tokenizer
 from gpt import GPTConfig, GPTModel, InputError, summed_loss
 from optim import make_optimizer, schedule
-from sft import PackedLoader, SFTDataset, first_question, prepare_conversations, problem, render_batch
+from sft import PackedLoader, SFTDataset, first_question, pack, prepare_conversations, problem, render_batch
 
 
 @dataclass
 class Config:
-    only: str = "all"  # loss, step, optimizer, generate, sft or all
+    only: str = "all"  # loss, step, optimizer, generate, save, sft or all
     rounds: int = 7  # times that each candidate runs
     vocab_size: int = 4096  # V
     hidden_size: int = 256  # C
@@ -217,6 +218,51 @@ def bench_generate(config: Config, ranks: training.Ranks) -> None:
         )
 
 
+def bench_save(config: Config, ranks: training.Ranks) -> None:
+    """What a checkpoint costs a training run, the slower steps while it is written included; with AdamW,
+    whose state is the largest."""
+    B, T, config.optimizer = config.micro_batch_size, config.context_length, "adamw"
+    model = model_of(config, ranks.device)
+    optimizer = make_optimizer(model, config)
+    ids = torch.randint(config.vocab_size, (B, T + 1), device=ranks.device)
+    batch = {"input_ids": ids[:, :-1], "targets": ids[:, 1:]}
+    with tempfile.TemporaryDirectory() as folder:
+        run = pretrain_gpt.Config(out_dir=folder, wandb="off", keep_last=1)
+        history, metrics = training.StepHistory(run, None), training.Metrics(run, 0, 0, B * T, ranks, None)
+        saves = training.Checkpoints(run, model, None, optimizer, history, {}, "", metrics, ranks)
+
+        def steps(n: int) -> None:
+            for _ in range(n):
+                training.train_step(module, optimizer, [batch], 0.01, 1.0, history, ranks)
+
+        def save_and_steps(n: int) -> None:
+            began = time.perf_counter()
+            saves.save(0)
+            stalls.append(time.perf_counter() - began)
+            steps(n)
+            assert saves.writing.done(), "a checkpoint takes longer to write than these steps"
+
+        module, stalls = training.wrap(model, ranks, "auto"), []
+        step = medians({"step": lambda: steps(1)}, config.rounds, ranks.device)["step"]
+        began = time.perf_counter()
+        saves.save(0)
+        saves.wait()
+        n = math.ceil(3 * (time.perf_counter() - began) / step)
+        alone, saving = f"{n} steps", f"{n} steps, a checkpoint written meanwhile"
+        candidates = {alone: lambda: steps(n), saving: lambda: save_and_steps(n)}
+        stalls.clear()
+        seconds = medians(candidates, config.rounds, ranks.device)
+    report(f"saving {model.num_parameters():,} parameters, B={B} T={T}", seconds, n * B * T, "tok/s")
+    cost, speed = seconds[saving] - seconds[alone], n * B * T / seconds[alone]
+    print(f"  save() returns after {1000 * statistics.median(stalls):.0f} ms; in all it costs {cost:.2f} s")
+    for script, defaults in (("pretrain_gpt.py", pretrain_gpt.Config()), ("sft_gpt.py", sft_gpt.Config())):
+        between = defaults.save_every * defaults.batch_tokens / speed
+        print(
+            f"  {100 * cost / between:.4f}% of the {between:,.0f} s that {defaults.save_every} steps of "
+            f"{defaults.batch_tokens:,} tokens take at this speed, the defaults of {script}"
+        )
+
+
 WARMUP = 0.1  # of the steps of a fine-tuning run
 VAL_FRACTION = 0.05  # of the conversations, held out
 
@@ -280,7 +326,8 @@ def bench_sft(config: Config, ranks: training.Ranks) -> None:
     source = (messages for messages, _ in sft_gpt.conversations(sft_gpt.Config(data=config.data)))
     rows = list(itertools.islice((m for m in source if problem(m) is None), config.conversations))
     tokenizer = train_tokenizer((m["content"] for messages in rows for m in messages), config.vocab_size)
-    rows = [m for m, (ids, _) in zip(rows, render_batch(rows, tokenizer)) if len(ids) <= T]
+    lengths = np.array([len(ids) for ids, _ in render_batch(rows, tokenizer)])
+    rows = [messages for messages, length in zip(rows, lengths) if length <= T]
     recipe = sft_gpt.Config(micro_batch_size=config.micro_batch_size, warmup_fraction=WARMUP)
     seconds, losses = {}, {}
     with tempfile.TemporaryDirectory() as name:
@@ -318,6 +365,9 @@ def bench_sft(config: Config, ranks: training.Ranks) -> None:
         f"{targets} supervised; packed into {len(train.rows)} rows of {T}, {100 * train.fill():.1f}% filled, "
         f"{train.steps_per_epoch} steps"
     )
+    shares = ((n, np.minimum(lengths, n)) for n in (512, 1024, 2048, 4096, 8192))
+    fills = (f"{100 * cut.sum() / n / len(pack(cut, n)):.2f}% of {n}" for n, cut in shares)
+    print(f"filled in rows of other lengths, longer conversations truncated: {', '.join(fills)}")
     report(
         f"fine-tuning of {model.num_parameters():,} parameters for an epoch",
         {name: statistics.median(values) for name, values in seconds.items()},
@@ -333,6 +383,7 @@ BENCHMARKS = {
     "step": bench_step,
     "optimizer": bench_optimizer,
     "generate": bench_generate,
+    "save": bench_save,
     "sft": bench_sft,
 }
 
