@@ -228,8 +228,16 @@ def set_up(device: str) -> Ranks:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     if world > 1:
+        store, *_ = next(dist.rendezvous("env://"))
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":
+            # torchrun restarts ranks on the store of the dead, whose addresses they would find there; several
+            # machines, which count restarts apart, get a new one by TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+            store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
+            store=store,
+            rank=rank,
+            world_size=world,
             device_id=device if device.type == "cuda" else None,
             timeout=timedelta(hours=1),  # the others wait while rank 0 renders a dataset
         )

@@ -186,7 +186,7 @@ def test_torchrun_brings_a_job_back_whose_ranks_raise_and_are_killed(data_dir, t
     with torchrun("raise:3:1,SIGKILL:6:0:1", config, "--max_restarts=2", "--shutdown_timeout=5") as job:
         printed, errors = job.communicate(timeout=200)
     assert job.returncode == 0, errors
-    assert "RuntimeError: planted in rank 1" in errors and "Signal 9 (SIGKILL)" in errors
+    assert "RuntimeError: planted in rank 1" in errors and "exitcode: -9" in errors
     assert all(f"continuing from {tmp_path}/run/step_000000{step}" in printed for step in (2, 4))
     assert_recovered(tmp_path / "run", undisturbed(2), 2)
 
@@ -297,3 +297,147 @@ def test_bad_steps_in_a_row_end_the_run_and_name_the_last_good_checkpoint(data_d
     assert "3 steps in a row were skipped, the last because its loss is nan" in log
     assert f"the last good checkpoint is {tmp_path}/step_0000006" in log
     assert weights(tmp_path, 6) == weights(tmp_path, 4)  # steps 5 and 6 changed nothing
+
+
+# -- disks ---------------------------------------------------------------------------------------------------
+
+
+def files_of(checkpoint: Path) -> list[str]:
+    return sorted(path.name for path in checkpoint.iterdir())
+
+
+@pytest.mark.parametrize("script", ["pretrain_gpt", "sft_gpt"])
+def test_damage_to_any_file_of_the_newest_checkpoint_costs_nothing(
+    script, data_dir, base_run, chats, tmp_path, fresh
+):
+    """Each file cut short, missing or with a byte changed: told, and the run goes on from the one before."""
+
+    def config(name: str):
+        if script == "pretrain_gpt":
+            return pretrain_config(data_dir, tmp_path / name, max_steps=4, eval_every=4)
+        return sft_config(base_run, chats, tmp_path / name, max_steps=4, eval_every=4, eval_questions=0)
+
+    codes, log, _ = fresh.submit(planted.forked, script, config("straight")).result(90)
+    assert not any(codes), log
+    names = files_of(tmp_path / "straight" / "step_0000004")
+    assert {"checkpoint.json", "model.safetensors", "training_state.pt", "tokenizer.json"} <= set(names)
+    for name in names:
+        for damage in ("cut short", "missing", "changed"):
+            shutil.copytree(tmp_path / "straight", tmp_path / "run")
+            file = tmp_path / "run" / "step_0000004" / name
+            content = bytearray(file.read_bytes())
+            if damage == "missing":
+                file.unlink()
+            else:
+                content[len(content) // 2] ^= 1
+                file.write_bytes(content[: len(content) // 3] if damage == "cut short" else content)
+            codes, log, _ = fresh.submit(planted.forked, script, config("run")).result(90)
+            assert codes == [0] and f"passing over {file.parent}: {name}" in log, log
+            assert f"continuing from {tmp_path}/run/step_0000002" in log
+            assert_recovered(tmp_path / "run", tmp_path / "straight", 1)
+            assert files_of(file.parent) == names
+            shutil.rmtree(tmp_path / "run")
+
+
+def test_a_run_without_a_whole_checkpoint_is_not_begun_afresh(data_dir, tmp_path, fresh):
+    config = pretrain_config(data_dir, tmp_path, **SMALL, keep_last=1)
+    fresh.submit(planted.forked, "pretrain_gpt", config).result(90)
+    rows = (tmp_path / "metrics.jsonl").read_bytes()
+    (tmp_path / "step_0000006" / "model.safetensors").write_bytes(b"")
+    codes, log, _ = fresh.submit(planted.forked, "pretrain_gpt", config).result(90)
+    assert codes == [1] and "holds checkpoints up to step_0000006, but none is whole" in log, log
+    assert (tmp_path / "metrics.jsonl").read_bytes() == rows
+
+
+def test_a_disk_that_fills_up_keeps_the_last_whole_checkpoint(data_dir, tmp_path, undisturbed):
+    """On a real, small disk: full when a checkpoint is due, and full while one is written."""
+    config = pretrain_config(data_dir, tmp_path / "disk" / "run", **SMALL)
+    (tmp_path / "disk").mkdir()
+    code = (
+        f"import sys; sys.path[:0] = {[str(ROOT), str(ROOT / 'tests')]!r}\n"
+        "import test_faults, conftest\n"
+        "conftest.import_all()\n"
+        f"test_faults.on_a_small_disk(conftest.pretrain_gpt.{config!r}, {str(tmp_path)!r})\n"
+    )
+    unshare = ["unshare", "--mount"] if os.geteuid() == 0 else ["unshare", "--map-root-user", "--mount"]
+    mount = f'mount -t tmpfs -o size=60m tmpfs "{tmp_path}/disk"'
+    possible = subprocess.run([*unshare, "sh", "-c", mount], capture_output=True, text=True)
+    if possible.returncode:
+        pytest.skip(f"no tmpfs can be mounted here: {possible.stderr}")
+    job = subprocess.run(
+        [*unshare, "sh", "-c", f'{mount} && exec "$0" -c "$1"', sys.executable, code],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert job.returncode == 0, job.stderr
+    assert_recovered(tmp_path / "run", undisturbed(1), 3)
+
+
+def on_a_small_disk(config, outside: str) -> None:
+    """For a process that may fork and has the small disk: four runs, the last with room enough."""
+    disk, out_dir = Path(outside) / "disk", Path(config.out_dir)
+    needs = "a checkpoint needs 0.05 GB and"
+
+    def attempt(prepare=None) -> tuple[int, str, list[str]]:
+        (disk / "filler").unlink(missing_ok=True)
+        (code,), log, _ = planted.forked("pretrain_gpt", config, prepare=prepare)
+        return code, log, [path.name for path in training.checkpoints(out_dir) if not training.damage(path)]
+
+    code, log, whole = attempt(full_before(disk, 2))
+    assert code == 1 and needs in log and "could not be saved" not in log, log
+    assert whole == ["step_0000002"] and not list(out_dir.glob(".step_*"))
+    code, log, whole = attempt(full_during(disk, 1, "save_pretrained"))
+    assert code == 1 and "step 4 could not be saved" in log and needs in log and "Traceback" not in log, log
+    assert whole == ["step_0000002"] and not list(out_dir.glob(".step_*"))
+    code, log, whole = attempt(full_during(disk, 2, "torch_save"))
+    assert code == 1 and "step 6 could not be saved" in log and needs in log and "Traceback" not in log, log
+    assert whole == ["step_0000002", "step_0000004"] and not list(out_dir.glob(".step_*"))
+    code, log, whole = attempt()
+    assert code == 0 and whole == ["step_0000002", "step_0000004", "step_0000006"], log
+    shutil.copytree(out_dir, Path(outside) / "run")
+
+
+def fill(disk: Path, leave: int) -> None:
+    """Leave so many bytes of a disk free."""
+    with open(disk / "filler", "ab") as file:
+        os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(disk).free - leave)
+
+
+def full_before(disk: Path, number: int):
+    """Fill the disk before the so-many-th checkpoint is begun."""
+
+    def prepare(_):
+        original, calls = training.Checkpoints.save, []
+
+        def save(self, step):
+            self.wait()
+            calls.append(step)
+            if len(calls) == number:
+                fill(disk, 10_000_000)
+            original(self, step)
+
+        training.Checkpoints.save = save
+
+    return prepare
+
+
+def full_during(disk: Path, number: int, within: str):
+    """Fill the disk when the so-many-th checkpoint is already found to have room, and partly written."""
+
+    def prepare(_):
+        owner, name = {
+            "save_pretrained": (planted.GPTModel, "save_pretrained"),
+            "torch_save": (training.torch, "save"),
+        }[within]
+        original, calls = getattr(owner, name), []
+
+        def nearly_full(*arguments):
+            calls.append(name)
+            if len(calls) == number:
+                fill(disk, 100_000)
+            original(*arguments)
+
+        setattr(owner, name, nearly_full)
+
+    return prepare
