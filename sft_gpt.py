@@ -116,7 +116,7 @@ def main(config: Config) -> None:
     with ranks.main_first():
         path = state["path"] if state else model_directory(training.find_model(config.model))
         model, tokenizer = GPTModel.from_pretrained(path), load_tokenizer(path)
-    model.resize_vocabulary(len(tokenizer))
+    model.resize_vocabulary(len(tokenizer), tokenizer.new_tokens)
     model.to(ranks.device)
     context = model.config.max_position_embeddings
     if config.max_length > context:
