@@ -216,10 +216,10 @@ def load_tokenizer(name: str | Path):
 
 
 def with_chatml(tokenizer):
-    """Add the special tokens that a tokenizer lacks, and set the ChatML template."""
+    """Add the special tokens that a tokenizer lacks, `new_tokens` of them, and set the ChatML template."""
     from tokenizers import AddedToken
 
-    tokenizer.add_tokens(
+    tokenizer.new_tokens = tokenizer.add_tokens(
         [AddedToken(t, special=True, normalized=False) for t in SPECIALS], special_tokens=True
     )
     tokenizer.eos_token = tokenizer.pad_token = END

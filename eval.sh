@@ -33,5 +33,9 @@ ln -sfn "$("$VENV/bin/python" -c 'import lm_eval; print(lm_eval.__path__[0])')/t
 MODEL=$("$VENV/bin/python" -c 'import sys, training
 try: print(training.find_model(sys.argv[1]))
 except training.InputError as error: sys.exit(f"error: {error}")' "$MODEL")
+case " $* " in
+    *" --tasks"*) ;;
+    *) set -- --tasks "$(cd evals && printf '%s_offline,' *.yaml | sed 's/\.yaml//g; s/,$//')" "$@" ;;
+esac
 "$VENV/bin/python" -m lm_eval --model hf --model_args "pretrained=$MODEL,dtype=auto" --batch_size 16 \
-    --include_path evals --tasks "$(cd evals && printf '%s_offline,' *.yaml | sed 's/\.yaml//g; s/,$//')" "$@"
+    --include_path evals "$@"

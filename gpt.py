@@ -430,18 +430,20 @@ class GPTModel(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     @torch.no_grad()
-    def resize_vocabulary(self, tokens: int) -> None:
-        """Make room for a tokenizer's ids, up to a multiple of 64; new rows are the mean of the old."""
-        old = self.config.vocab_size
-        if tokens <= old:
-            return
-        self.config.vocab_size = -(-tokens // 64) * 64
+    def resize_vocabulary(self, tokens: int, new: int = 0) -> None:
+        """Make room for a tokenizer's ids, if need be up to a multiple of 64.
+
+        New rows are the mean of the old; so are the rows of the last `new` ids, which padding may hold.
+        """
+        old, known = self.config.vocab_size, min(tokens - new, self.config.vocab_size)
+        size = old if tokens <= old else -(-tokens // 64) * 64
+        self.config.vocab_size = size
         for module in (self.model.embed_tokens, self.lm_head):
-            w = module.weight
-            module.weight = nn.Parameter(
-                torch.cat([w, w.mean(0, keepdim=True).expand(self.config.vocab_size - old, -1)])
-            )
-        self.model.embed_tokens.num_embeddings = self.lm_head.out_features = self.config.vocab_size
+            mean = module.weight[:known].mean(0, keepdim=True)
+            weight = torch.cat([module.weight, mean.expand(size - old, -1)])
+            weight[known:tokens] = mean
+            module.weight = nn.Parameter(weight)
+        self.model.embed_tokens.num_embeddings = self.lm_head.out_features = size
         self.tie_weights()
 
     # -- generation ------------------------------------------------------------------------------------------

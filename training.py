@@ -729,7 +729,7 @@ def open_model(name: str | Path, ranks: Ranks) -> tuple[GPTModel, object]:
     with ranks.main_first():
         path = model_directory(find_model(name))
         model, tokenizer = GPTModel.from_pretrained(path), load_tokenizer(path)
-    model.resize_vocabulary(len(tokenizer))
+    model.resize_vocabulary(len(tokenizer), tokenizer.new_tokens)
     return model.to(ranks.device), tokenizer
 
 

@@ -10,12 +10,21 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, run, small_model
+from conftest import ROOT, run, sft_config, small_model, text
 from huggingface_hub import save_torch_state_dict
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+)
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
+import chat
 import gpt
+import sft_gpt
 from gpt import IGNORE, GPTConfig, GPTModel, InputError
 from rope import apply_rope, rope_cache
 
@@ -607,3 +616,46 @@ def test_a_grown_vocabulary_keeps_the_old_logits_and_starts_new_rows_at_the_mean
         torch.testing.assert_close(model(ids)[..., :320], before)
         torch.testing.assert_close(model.lm_head.weight[320:], mean.expand(64, -1))
         assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+
+
+@pytest.fixture(scope="module")
+def plain_tokenizer():
+    """A foreign one, of 300 tokens, none of them special."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+    backend.train_from_iterator((text(i) for i in range(100)), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    ("chatml", "rows", "grown", "new"),
+    [(False, 300, 320, range(300, 320)), (False, 384, 384, range(300, 303)), (True, 320, 320, range(0))],
+    ids=["no ChatML", "no ChatML but padding", "ChatML"],
+)
+def test_fine_tuning_a_foreign_model_uses_its_chatml_ids_or_adds_them_at_the_mean(
+    tied, chatml, rows, grown, new, plain_tokenizer, tokenizer, chats, tmp_path
+):
+    theirs = small_model(vocab_size=rows, tie_word_embeddings=tied, qk_norm=False)
+    theirs.save_pretrained(tmp_path / "theirs")
+    given = tokenizer if chatml else plain_tokenizer
+    given.save_pretrained(tmp_path / "theirs")
+    if not chatml:
+        with pytest.raises(InputError, match="has no ids for ChatML's tokens"):
+            chat.load(str(tmp_path / "theirs"))
+    sft_gpt.main(
+        sft_config(tmp_path / "theirs", chats, tmp_path / "out", lr=0.0, max_steps=1)
+    )  # as it starts
+    folder = tmp_path / "out/step_0000001"
+    model, saved = GPTModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert model.config.vocab_size == grown
+    ids = saved.convert_tokens_to_ids(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    assert ids == ([0, 1, 2] if chatml else [300, 301, 302])
+    for name in ("model.embed_tokens", "lm_head"):
+        before, after = theirs.get_submodule(name).weight, model.get_submodule(name).weight
+        kept = [i for i in range(rows) if i not in new]
+        assert torch.equal(after[kept], before[kept])
+        torch.testing.assert_close(after[list(new)], before[:300].mean(0).expand(len(new), -1))
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied

@@ -1,0 +1,140 @@
+"""Checkpoints in other people's tools: trainers, a server and a benchmark open them with no conversion."""
+
+import json
+import math
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+
+import pytest
+import torch
+from conftest import conversation, sentence, text, write_jsonl
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+
+from gpt import GPTModel
+from sft import prompt_ids
+from training import newest_checkpoint
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def checkpoint(base_run):
+    return newest_checkpoint(base_run)
+
+
+def arguments(folder, **changes) -> dict:
+    """A trainer's settings for three steps on a CPU."""
+    fields = {"output_dir": str(folder), "max_steps": 3, "per_device_train_batch_size": 2, "use_cpu": True}
+    return {**fields, "learning_rate": 1e-3, "report_to": "none", "save_strategy": "no", **changes}
+
+
+def trained_and_read_back(trainer, checkpoint, folder) -> None:
+    """What a trainer made of a checkpoint opens here, has its logits, and is not the checkpoint any more."""
+    trainer.train()
+    trainer.save_model(str(folder))
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        theirs, ours = trainer.model.eval()(ids).logits, GPTModel.from_pretrained(folder)(ids)
+        before = GPTModel.from_pretrained(checkpoint)(ids)
+    assert (ours - theirs).abs().max() <= 1e-5 < (ours - before).abs().max()
+
+
+def test_trainer_of_transformers_continues_a_checkpoint_which_then_opens_here(checkpoint, tmp_path):
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(checkpoint),
+        AutoTokenizer.from_pretrained(checkpoint),
+    )
+    ids = [tokenizer(text(i))["input_ids"][:32] for i in range(8)]
+    rows = [{"input_ids": row, "labels": row} for row in ids if len(row) == 32]
+    trainer = Trainer(model, TrainingArguments(**arguments(tmp_path / "run")), train_dataset=rows)
+    trained_and_read_back(trainer, checkpoint, tmp_path / "model")
+
+
+def test_sft_trainer_of_trl_continues_a_checkpoint_which_then_opens_here(checkpoint, tmp_path):
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    rows = Dataset.from_list([conversation(i) for i in range(16)])
+    config = SFTConfig(**arguments(tmp_path / "run", assistant_only_loss=True, max_length=64, bf16=False))
+    trainer = SFTTrainer(
+        AutoModelForCausalLM.from_pretrained(checkpoint),
+        args=config,
+        train_dataset=rows,
+        processing_class=AutoTokenizer.from_pretrained(checkpoint),
+    )
+    trained_and_read_back(trainer, checkpoint, tmp_path / "model")
+
+
+def test_transformers_serve_answers_as_our_own_greedy_generation(checkpoint):
+    model, tokenizer = GPTModel.from_pretrained(checkpoint), AutoTokenizer.from_pretrained(checkpoint)
+    messages = [{"role": "user", "content": "What is the river?"}]
+    stops = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    ids = [i for (i,) in model.generate([prompt_ids(messages, tokenizer)], 24, stop_ids=stops)]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "transformers.cli.transformers", "serve", f"--port={port}", "--device=cpu"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/v1/chat/completions",
+        json.dumps(
+            {"model": str(checkpoint), "messages": messages, "max_tokens": 24, "temperature": 0}
+        ).encode(),
+        {"Content-Type": "application/json"},
+    )
+    try:
+        wait_for(port, server)
+        with urllib.request.urlopen(request, timeout=60) as response:
+            answer = json.load(response)["choices"][0]
+    finally:
+        server.terminate()
+        log = server.communicate()[0]
+    expected = tokenizer.decode(ids, skip_special_tokens=True).strip()  # as the server does
+    assert answer["message"]["content"] == expected != "", log
+
+
+def wait_for(port: int, server: subprocess.Popen) -> None:
+    """Until something listens on the port."""
+    for _ in range(600):
+        with socket.socket() as client:
+            if client.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        assert server.poll() is None, server.communicate()[0]
+        time.sleep(0.1)
+    raise AssertionError("the server did not start within a minute")
+
+
+def test_lm_eval_scores_a_checkpoint_as_this_code_does(checkpoint, tmp_path):
+    """On a task of our own; test_real_weights.py has a known one, by the command line."""
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    texts = [sentence(i) for i in range(10)]
+    write_jsonl(tmp_path / "rows.jsonl", ({"text": t} for t in texts))
+    (tmp_path / "words.yaml").write_text(
+        f"task: words\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path}/rows.jsonl}}}}\n"
+        "test_split: test\noutput_type: loglikelihood_rolling\ndoc_to_text: ''\ndoc_to_target: '{{text}}'\n"
+        "metric_list: [{metric: bits_per_byte}]\n"
+    )
+    found = simple_evaluate(
+        model="hf",
+        model_args=f"pretrained={checkpoint},dtype=float32",
+        tasks=["words"],
+        task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False),
+        device="cpu",
+        bootstrap_iters=0,
+    )["results"]["words"]["bits_per_byte,none"]
+    model, tokenizer = GPTModel.from_pretrained(checkpoint), AutoTokenizer.from_pretrained(checkpoint)
+    nats = 0
+    for line in texts:
+        ids = torch.tensor([[tokenizer.eos_token_id, *tokenizer(line)["input_ids"]]])
+        with torch.no_grad():
+            nats += model(ids[:, :-1], ids[:, 1:]).item()
+    assert abs(found - nats / len("".join(texts).encode()) / math.log(2)) < 1e-5
