@@ -7,7 +7,6 @@
 Each comparison runs its candidates in turn, `rounds` times, and prints the median; a warm-up comes first.
 """
 
-import itertools
 import math
 import statistics
 import tempfile
@@ -48,7 +47,7 @@ class Config:
     beta2: float = 0.95  # of AdamW
     weight_decay: float = 0.1  # on matrices
     data: str = "embedded"  # of sft: conversations as in sft_gpt.py
-    conversations: int = 3000  # of sft: so many of them, an epoch
+    conversations: int = 3000  # of sft: so many of them, evenly spaced, are an epoch
     batch_tokens: int = 4096  # of sft: tokens in an optimizer step
     their_batch_size: int = (
         8  # of sft: conversations that TRL pads to one length and gives to its model at once
@@ -324,7 +323,8 @@ def bench_sft(config: Config, ranks: training.Ranks) -> None:
     """Fine-tuning for an epoch, against TRL's SFTTrainer: the same model, conversations and recipe."""
     T = config.context_length
     source = (messages for messages, _ in sft_gpt.conversations(sft_gpt.Config(data=config.data)))
-    rows = list(itertools.islice((m for m in source if problem(m) is None), config.conversations))
+    rows = [messages for messages in source if problem(messages) is None]
+    rows = rows[:: max(1, len(rows) // config.conversations)]
     tokenizer = train_tokenizer((m["content"] for messages in rows for m in messages), config.vocab_size)
     lengths = np.array([len(ids) for ids, _ in render_batch(rows, tokenizer)])
     rows = [messages for messages, length in zip(rows, lengths) if length <= T]

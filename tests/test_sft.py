@@ -1,6 +1,7 @@
 """sft.py: what is trained on, and that packing changes nothing."""
 
 import json
+import multiprocessing
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import embedded
+import gpt
 import sft
 import sft_gpt
 import training
@@ -351,6 +353,178 @@ def test_the_first_token_of_a_conversation_is_never_a_target_and_padding_teaches
     assert batch["positions"][0].tolist() == [0, 1, 2, 0, 1, 0, 0, 0]
     assert not batch["mask"][0, 0, 3:5, :3].any() and not batch["mask"][0, 0, :5, 5:].any()
     assert small_model()(**batch).isfinite()
+
+
+@given(st.data())
+@settings(max_examples=25, deadline=None)
+def test_nothing_in_a_packed_row_sees_or_predicts_across_conversations(data):
+    T = data.draw(st.sampled_from([64, 200, 512, 2048]))
+    lengths = np.array(data.draw(st.lists(st.integers(1, T), min_size=1, max_size=8)))
+    rows = pack(lengths, T)[:2]
+    ids = [np.arange(length) + 10_000 * (c + 1) for c, length in enumerate(lengths)]
+    batch = collate([[(ids[c], ids[c]) for c in row] for row in rows], T)
+    for row, i, y, p, mask in zip(rows, *(batch[k] for k in ("input_ids", "targets", "positions", "mask"))):
+        filled, owner = sum(lengths[c] for c in row), i // 10_000
+        assert i[:filled].tolist() == [id for c in row for id in ids[c]]
+        assert torch.equal(p[:filled], i[:filled] % 10_000)
+        followed = owner[:filled] == torch.cat([owner[1:], torch.zeros(1)])[:filled]
+        assert torch.equal(y[:filled], torch.where(followed, i[:filled] + 1, IGNORE))
+        assert (y[filled:] == IGNORE).all() and mask.any(-1).all()  # an empty softmax would be NaN
+        assert torch.equal(mask[0], (owner[:, None] == owner).tril())
+
+
+def reference_varlen_attention(q, k, v, starts, _, longest, __, window_size, enable_gqa):
+    """What the CUDA kernel promises, on (tokens, heads, D): causal attention within each sequence."""
+    parts = []
+    for a, b in zip(starts.tolist(), starts.tolist()[1:]):
+        assert a <= b <= a + longest and window_size == (-1, 0)
+        q1, k1, v1 = (x[a:b].transpose(0, 1)[None] for x in (q, k, v))
+        y = torch.nn.functional.scaled_dot_product_attention(
+            q1, k1, v1, is_causal=True, enable_gqa=enable_gqa
+        )
+        parts.append(y[0].transpose(0, 1))
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("groups", [4, 2])
+def test_the_sequences_of_the_cuda_path_give_what_the_mask_gives(groups, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpt.varlen, "varlen_attn", reference_varlen_attention)
+    dataset = prepared(tokenizer, tmp_path / "data")
+    model = small_model(max_position_embeddings=256, num_key_value_heads=groups)
+    rows = [[dataset[c] for c in row] for row in PackedLoader(dataset, 256, 4, seed=0).rows[-3:]] + [[]]
+    found = []
+    for varlen in (False, True):
+        batch = collate(rows, 256, varlen=varlen)
+        assert ("mask" in batch) != varlen and ("sequences" in batch) == varlen
+        loss = model(**batch)
+        loss.backward()
+        found.append((loss, model(**{**batch, "targets": None}), [p.grad for p in model.parameters()]))
+        model.zero_grad()
+    (loss, logits, gradients), (loss2, logits2, gradients2) = found
+    torch.testing.assert_close(loss2, loss, rtol=1e-6, atol=0)
+    torch.testing.assert_close(logits2, logits, atol=1e-5, rtol=0)
+    assert all((g2 - g).norm() <= 1e-5 * g.norm() for g, g2 in zip(gradients, gradients2))
+
+
+# -- the step ------------------------------------------------------------------------------------------------
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
+
+
+def gradients(folder, size: int, ranks: Ranks) -> tuple[dict, int]:
+    """Of the first step on a dataset's rows, eight of them, and how many targets this rank has of it."""
+    loader, model, seen = PackedLoader(SFTDataset(folder), 64, 8, seed=4), small_model(), {}
+    optimizer = torch.optim.SGD(model.parameters())
+    optimizer.param_groups[0]["peak_lr"] = 0.0
+    optimizer.register_step_pre_hook(
+        lambda *_: seen.update({name: p.grad.clone() for name, p in model.named_parameters()})
+    )
+    batches = list(loader.micro_batches(loader.step_rows(0), size, ranks))
+    module, history = training.wrap(model, ranks, "false"), training.StepHistory(sft_gpt.Config(), None)
+    training.train_step(module, optimizer, batches, 1.0, 0.0, history, ranks)
+    return seen, sum(int(training.targets_in(batch)) for batch in batches)
+
+
+def gradients_of_a_rank(rank: int, folder) -> None:
+    """Leaves them in a file."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
+    torch.save(gradients(folder / "train", 2, Ranks(rank, 2, torch.device("cpu"))), folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_gradients_are_the_same_for_any_micro_batch_and_for_two_ranks_of_unequal_targets(tokenizer, tmp_path):
+    folder = tmp_path / "data"
+    prepared(tokenizer, folder)
+    expected, targets = gradients(folder / "train", 8, ALONE)
+    found = [gradients(folder / "train", size, ALONE)[0] for size in (4, 2, 1)]
+    second = multiprocessing.get_context("spawn").Process(target=gradients_of_a_rank, args=(1, folder))
+    second.start()
+    gradients_of_a_rank(0, folder)
+    second.join()
+    (zero, n), (one, m) = (torch.load(folder / f"{rank}.pt") for rank in (0, 1))
+    assert n != m and n + m == targets
+    for other in (*found, zero, one):
+        for name, g in expected.items():
+            assert (other[name] - g).norm() <= 1e-6 * g.norm(), name
+
+
+def test_neftune_noise_is_uniform_up_to_alpha_over_the_root_of_length_times_width_and_nothing_in_padding():
+    lengths, C, alpha = (100, 25), 64, 5.0
+    noise = sft.neftune_noise(lengths, 200, C, alpha, seed=1)
+    at = 0
+    for length in lengths:
+        bound, part = alpha / (length * C) ** 0.5, noise[at : at + length]
+        assert part.abs().max() <= bound and part.abs().max() > 0.99 * bound
+        assert part.std().item() == pytest.approx(bound / 3**0.5, rel=0.05)
+        assert abs(part.mean()) < 0.05 * bound
+        at += length
+    assert not noise[at:].any()
+    assert torch.equal(noise, sft.neftune_noise(lengths, 200, C, alpha, seed=1))
+    assert not torch.equal(noise, sft.neftune_noise(lengths, 200, C, alpha, seed=2))
+
+
+def test_neftune_noise_depends_on_seed_step_and_row_only(tokenizer, tmp_path):
+    loader = PackedLoader(prepared(tokenizer, tmp_path / "data"), 64, 7, seed=0)
+
+    def noises(step: int, size: int, world: int, seed: int = 0) -> torch.Tensor:
+        """Of the rows of a step, in their order."""
+        noise = sft_gpt.step_noise(sft_config("", "", "", neftune_alpha=5.0, seed=seed), step, 64, 32)
+        found = torch.zeros(7, 64, 32)
+        for rank in range(world):
+            own = Ranks(rank, world, torch.device("cpu"))
+            batches = loader.micro_batches(loader.step_rows(0), size, own, noise)
+            found[rank::world] = torch.cat([batch["noise"] for batch in batches])
+        return found
+
+    expected = noises(0, 7, 1)
+    assert all(torch.equal(noises(0, *split), expected) for split in ((1, 1), (2, 1), (2, 2), (1, 3)))
+    assert not torch.equal(noises(1, 7, 1), expected) and not torch.equal(noises(0, 7, 1, 1), expected)
+    assert len({tuple(row.flatten().tolist()) for row in expected}) == 7
+
+
+def test_neftune_noise_changes_training_and_no_evaluation(base_run, chats, tmp_path):
+    for name, alpha in (("without", 0.0), ("with", 5.0)):
+        length = {"max_steps": 1, "eval_questions": 0}
+        sft_gpt.main(sft_config(base_run, chats, tmp_path / name, neftune_alpha=alpha, lr=0.0, **length))
+    without, noisy = (training.read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("without", "with"))
+    values = [[row["val_loss"] for row in rows if "val_loss" in row] for rows in (without, noisy)]
+    assert values[0] == values[1] and len(values[0]) == 2
+    assert without[-1]["loss"] != noisy[-1]["loss"]
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 1000])
+def test_token_losses_and_their_gradients_equal_those_of_cross_entropy(chunk, monkeypatch):
+    monkeypatch.setattr(gpt, "ROWS_AT_LEAST", chunk)
+    monkeypatch.setitem(gpt.LOGITS_AT_ONCE, "cpu", 1)
+    torch.manual_seed(0)
+    x, weight = torch.randn(3, 10, 16, requires_grad=True), torch.randn(50, 16, requires_grad=True)
+    targets = torch.randint(50, (3, 10)).masked_fill(torch.rand(3, 10) < 0.4, IGNORE)
+    share = torch.randn(3, 10)  # of each token in a loss made of them
+    logits = torch.nn.functional.linear(x, weight)
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+    wanted = torch.autograd.grad((expected.view(3, 10) * share).sum(), (x, weight))
+    losses, right = gpt.token_losses(x, weight, targets)
+    torch.testing.assert_close(losses, expected.view(3, 10), rtol=1e-5, atol=1e-6)
+    assert torch.equal(right, logits.argmax(-1) == targets)
+    for found, gradient in zip(torch.autograd.grad((losses * share).sum(), (x, weight)), wanted):
+        torch.testing.assert_close(found, gradient, rtol=1e-5, atol=1e-5)
+
+
+def test_the_evaluated_loss_and_accuracy_equal_a_plain_count(tokenizer, tmp_path):
+    loader, model = PackedLoader(prepared(tokenizer, tmp_path / "data"), 64, 4, seed=0), small_model()
+    nats, right, targets = training.evaluate(model, loader.micro_batches(loader.rows, 3, ALONE), ALONE)
+    expected = [0.0, 0, 0]
+    for c in range(len(loader.dataset)):
+        ids, labels = (torch.tensor(np.array(x), dtype=torch.long) for x in loader.dataset[c])
+        with torch.no_grad():
+            logits = model(ids[None])[0, :-1]
+        kept = labels[1:] != IGNORE
+        expected[0] += torch.nn.functional.cross_entropy(logits, labels[1:], reduction="sum").item()
+        expected[1] += int((logits.argmax(-1) == labels[1:])[kept].sum())
+        expected[2] += int(kept.sum())
+    assert [right, targets] == expected[1:] and right > 0
+    assert nats == pytest.approx(expected[0], rel=1e-5)
 
 
 # -- the script's data ---------------------------------------------------------------------------------------
