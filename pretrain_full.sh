@@ -25,6 +25,11 @@ NPROC=${NPROC:-$("$BIN/python" -c 'import torch; print(max(1, torch.cuda.device_
 "$BIN/python" prepare_data.py --source=HuggingFaceFW/fineweb-edu --config=sample-10BT \
     --tokenizer=HuggingFaceTB/SmolLM2-135M --max_tokens=1_100_000_000 --out_dir="$DATA"
 
-"$BIN/torchrun" --standalone --nproc_per_node="$NPROC" pretrain_gpt.py --data_dir="$DATA" --out_dir="$OUT" \
+# A rank that fails is started again with all others, from the newest checkpoint, up to three times. A signal
+# goes on to the ranks, Slurm's SIGUSR1 too; they have two minutes to finish their step and save. With exec it is
+# torchrun that gets the signal, not this shell, which would keep it to itself.
+exec "$BIN/torchrun" --standalone --nproc_per_node="$NPROC" --max_restarts=3 \
+    --signals_to_handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown_timeout=120 \
+    pretrain_gpt.py --data_dir="$DATA" --out_dir="$OUT" \
     --num_hidden_layers=12 --hidden_size=512 --num_attention_heads=8 --context_length=1024 \
     --max_steps=2000 --batch_tokens=524_288 --micro_batch_size=32 "$@"

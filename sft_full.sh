@@ -15,6 +15,11 @@ MODEL=${MODEL:-out/base}
 OUT=${OUT:-out/chat}
 NPROC=${NPROC:-$("$BIN/python" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
 
-"$BIN/torchrun" --standalone --nproc_per_node="$NPROC" sft_gpt.py --model="$MODEL" \
+# A rank that fails is started again with all others, from the newest checkpoint, up to three times. A signal
+# goes on to the ranks, Slurm's SIGUSR1 too; they have two minutes to finish their step and save. With exec it is
+# torchrun that gets the signal, not this shell, which would keep it to itself.
+exec "$BIN/torchrun" --standalone --nproc_per_node="$NPROC" --max_restarts=3 \
+    --signals_to_handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown_timeout=120 \
+    sft_gpt.py --model="$MODEL" \
     --data=HuggingFaceTB/smol-smoltalk --out_dir="$OUT" --epochs=2 --lr=1e-3 \
     --batch_tokens=65_536 --micro_batch_size=8 "$@"

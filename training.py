@@ -12,6 +12,7 @@ import inspect
 import json
 import math
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -677,7 +678,7 @@ def resume(config, identity: dict[str, dict], ranks: Ranks) -> dict | None:
         path, problem = Path(choice), damage(Path(choice))
         if problem:
             raise InputError(f"{path} cannot be resumed: {problem}")
-    state = torch.load(path / "training_state.pt", map_location="cpu", weights_only=True) if path else None
+    state = load_state(path / "training_state.pt") if path else None
     step = state["step"] if state else 0
     if choice not in ("none", "auto"):
         inside = path.resolve().parent == Path(out_dir).resolve()
@@ -712,6 +713,16 @@ def resume(config, identity: dict[str, dict], ranks: Ranks) -> dict | None:
     if changed:
         ranks.print(f"changed since {path}: {', '.join(changed)}")
     return state | {"path": path}
+
+
+def load_state(path: Path) -> dict:
+    """A training state; InputError for a file that could run code, as only a stranger's does."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise InputError(
+            f"{path} holds more than tensors, numbers and text, and is not loaded: it could run code"
+        ) from error
 
 
 def differences(old: dict, new: dict) -> list[str]:

@@ -1,6 +1,7 @@
 """Runs that are stopped, killed or damaged go on as if nothing had happened."""
 
 import dataclasses
+import json
 import os
 import random
 import re
@@ -16,10 +17,14 @@ from pathlib import Path
 
 import planted
 import pytest
-from conftest import ROOT, assert_recovered, flags, pretrain_config, sft_config
+import torch
+from conftest import ROOT, assert_recovered, flags, pretrain_config, sft_config, text, write_jsonl
 from test_training import losses, weights
 
+import prepare_data
+import pretrain_gpt
 import training
+from gpt import InputError
 
 SMALL = {"max_steps": 6, "micro_batch_size": 2}  # two micro-batches in a step on each of two ranks
 
@@ -441,3 +446,163 @@ def full_during(disk: Path, number: int, within: str):
         setattr(owner, name, nearly_full)
 
     return prepare
+
+
+def test_a_half_written_checkpoint_that_a_kill_left_takes_no_room(data_dir, tmp_path, fresh):
+    (tmp_path / ".step_0000002.partial").mkdir(parents=True)
+    (tmp_path / ".step_0000002.partial" / "model.safetensors").write_bytes(b"0" * 1000)
+    config = pretrain_config(data_dir, tmp_path, **SMALL)
+    codes, log, _ = fresh.submit(
+        planted.forked, "pretrain_gpt", config, 1, (), room_without_leftovers
+    ).result(90)
+    assert codes == [0], log
+
+
+def room_without_leftovers(out_dir: Path) -> None:
+    real = shutil.disk_usage(out_dir)
+    full = real._replace(free=0)
+    training.shutil.disk_usage = lambda _: full if list(out_dir.glob(".step_*/model.safetensors")) else real
+
+
+def test_an_error_in_the_thread_that_writes_ends_the_run_at_the_next_step(data_dir, tmp_path, fresh):
+    config = pretrain_config(data_dir, tmp_path, **SMALL, timeout_minutes=0.5)
+    codes, log, _ = fresh.submit(
+        planted.forked, "pretrain_gpt", config, 2, ["slow:3-6:0"], broken_disk
+    ).result(90)
+    assert codes[0] == 1 and "error: step 2 could not be saved ([Errno 5] Input/output error" in log, log
+    last = training.read_jsonl(tmp_path / "metrics.jsonl")[-1]["step"]
+    assert last == 3 and not training.checkpoints(tmp_path)
+
+
+def broken_disk(_) -> None:
+    original = training.sync_to_disk
+
+    def fail(path):
+        if path.name == "model.safetensors":
+            raise OSError(5, "Input/output error", str(path))
+        original(path)
+
+    training.sync_to_disk = fail
+
+
+def test_old_checkpoints_go_but_for_the_newest_and_every_nth(data_dir, tmp_path, fresh):
+    config = pretrain_config(
+        data_dir, tmp_path, **SMALL | {"max_steps": 11}, save_every=1, keep_last=2, keep_every=3
+    )
+    assert fresh.submit(planted.forked, "pretrain_gpt", config).result(90)[0] == [0]
+    assert [training.step_of(path) for path in training.checkpoints(tmp_path)] == [3, 6, 9, 10, 11]
+
+
+def test_checkpoints_are_in_the_order_of_their_steps_beyond_seven_digits(tmp_path):
+    for step in (10_000_000, 9_999_999, 100_000_000, 5):
+        (tmp_path / f"step_{step:07d}").mkdir()
+    assert [training.step_of(p) for p in training.checkpoints(tmp_path)] == [
+        5,
+        9_999_999,
+        10_000_000,
+        100_000_000,
+    ]
+
+
+def test_a_checkpoint_from_a_stranger_runs_no_code(data_dir, tmp_path, fresh):
+    """Its manifest is right, so that only the loading itself can refuse it."""
+    config = pretrain_config(data_dir, tmp_path / "run", **SMALL)
+    assert fresh.submit(planted.forked, "pretrain_gpt", config).result(90)[0] == [0]
+    path, mark = tmp_path / "run" / "step_0000006", tmp_path / "code ran"
+    state = torch.load(path / "training_state.pt", weights_only=True)
+    torch.save(state | {"history": Evil(mark)}, path / "training_state.pt")
+    manifest = json.loads((path / "checkpoint.json").read_text())
+    file = path / "training_state.pt"
+    manifest["files"][file.name] = {"bytes": file.stat().st_size, "sha256": training.file_sha256(file)}
+    (path / "checkpoint.json").write_text(json.dumps(manifest))
+    assert training.damage(path) is None
+    codes, log, _ = fresh.submit(planted.forked, "pretrain_gpt", config).result(90)
+    assert codes == [1] and not mark.exists(), log
+    assert f"error: {file} holds more than tensors, numbers and text" in log, log
+    torch.load(file, weights_only=False)
+    assert mark.exists()  # the trap works
+
+
+class Evil:
+    def __init__(self, mark: Path):
+        self.mark = mark
+
+    def __reduce__(self):
+        return Path.touch, (self.mark,)
+
+
+# -- one folder, one run -------------------------------------------------------------------------------------
+
+
+def test_a_second_start_in_the_same_folder_is_refused_while_the_first_runs(
+    data_dir, tmp_path, fresh, undisturbed
+):
+    config = pretrain_config(data_dir, tmp_path / "run", **SMALL)
+    (first, second), log = fresh.submit(twice_at_once, config).result(90)
+    assert second == [1] and re.search(r"run is in use by process \d+ on .*; wait for it or end it", log), log
+    assert first == [0]
+    assert_recovered(tmp_path / "run", undisturbed(1), 1)
+
+
+def twice_at_once(config) -> tuple:
+    pids = planted.launch("pretrain_gpt", config, 1, ["slow:3-6:0"])
+    planted.wait_for_rows(Path(config.out_dir) / "metrics.jsonl", 2)
+    second, log, _ = planted.forked("pretrain_gpt", config)
+    return (planted.finish(pids, 60), second), log
+
+
+def test_damaged_lines_of_the_metrics_are_told_and_stop_no_run(tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n{"st\0\0\0\xff\n{"step": 3}\n{"step": 4, "lo')
+    assert training.read_jsonl(tmp_path / "metrics.jsonl") == [{"step": 1}, {"step": 3}]
+    assert f"line 2 of {tmp_path}/metrics.jsonl is damaged" in capsys.readouterr().err
+
+
+# -- changed data --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def sharded(tokenizer_dir, tmp_path_factory):
+    """Training tokens in six shards, of which all but the last have the same size."""
+    folder = tmp_path_factory.mktemp("sharded")
+    source = write_jsonl(folder / "texts.jsonl", ({"text": text(i)} for i in range(400)))
+    places = {"source": str(source), "tokenizer": str(tokenizer_dir), "out_dir": str(folder / "data")}
+    prepare_data.main(prepare_data.Config(**places, val_fraction=0.1, shard_tokens=5000))
+    return folder / "data"
+
+
+def swap(data: Path) -> None:
+    a, b, other = (data / f"train_00000{i}.bin" for i in (0, 1, 9))
+    for old, new in ((a, other), (b, a), (other, b)):
+        old.rename(new)
+
+
+def change_a_token(data: Path) -> None:
+    with open(data / "train_000001.bin", "r+b") as file:
+        file.seek(3000)
+        file.write(b"\7\0")
+
+
+def add_a_shard(data: Path) -> None:
+    shutil.copy(data / "train_000001.bin", data / "train_000007.bin")
+
+
+@pytest.mark.parametrize("manifest", [True, False], ids=["with a manifest", "without one"])
+@pytest.mark.parametrize("change", [swap, change_a_token, add_a_shard])
+def test_shards_changed_since_the_run_began_are_refused(
+    change, manifest, sharded, tokenizer_dir, tmp_path, capsys
+):
+    data = tmp_path / "data"
+    shutil.copytree(sharded, data)
+    if not manifest:
+        (data / "manifest.json").unlink()
+    config = pretrain_config(data, tmp_path / "run", **SMALL | {"max_steps": 2}, tokenizer=str(tokenizer_dir))
+    pretrain_gpt.main(config)
+    change(data)
+    with pytest.raises(InputError, match=r"SHA-256 differs|other settings .*(data|windows) "):
+        pretrain_gpt.main(config)
+    if manifest and change is not add_a_shard:
+        return  # they are not even what was prepared
+    capsys.readouterr()
+    pretrain_gpt.main(dataclasses.replace(config, force=True))
+    printed = capsys.readouterr().out
+    assert re.search(rf"changed since {tmp_path}/run/step_0000002: .*(data|windows) \S+ → ", printed), printed
