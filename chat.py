@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import training
-from data import END, TURN_END, TURN_START, load_tokenizer
+from data import END, TURN_END, load_tokenizer
 from gpt import GPTModel, InputError, model_directory
 from sft import SAMPLING, prompt_ids
 
@@ -34,8 +34,8 @@ def load(name: str, device: str = "cpu") -> tuple[GPTModel, object]:
     """The model that a user named, on a device, and its tokenizer; InputError if it does not know ChatML."""
     path = model_directory(training.find_model(name))
     model, tokenizer = GPTModel.from_pretrained(path).to(device), load_tokenizer(path)
-    known = min(model.config.vocab_size, len(tokenizer) - tokenizer.new_tokens)
-    if max(tokenizer.convert_tokens_to_ids([TURN_START, TURN_END])) >= known:
+    added = tokenizer.convert_tokens_to_ids(TURN_END) >= len(tokenizer) - tokenizer.new_tokens
+    if added or len(tokenizer) > model.config.vocab_size:
         raise InputError(f"{name} has no ids for ChatML's tokens; fine-tune it with sft_gpt.py first")
     return model, tokenizer
 

@@ -552,13 +552,16 @@ def model_card(config, step: int, model: GPTModel, origin: str, metrics: "Metric
         for row in [row for row in metrics.rows if row.get(name) is not None][-1:]:
             losses.append(f"- step {row['step']}, {name.replace('_', ' ')}: {row[name]:.4f} {unit}\n")
     size = f"{model.num_parameters():,} parameters; {step * metrics.step_tokens:,} tokens in {step} steps"
-    kind = model.config.to_hf()["architectures"][0]
+    fields = model.config.to_hf()
+    kind = fields.pop("architectures")[0]
+    shape = "\n".join(f"{name}: {value!r}" for name, value in fields.items())
     settings = "\n".join(f"{name}: {value!r}" for name, value in dataclasses.asdict(config).items())
     return (
         f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n"
         f"# {Path(config.out_dir).name}\n\n"
         f"{origin} {size}. A {kind}, which `AutoModelForCausalLM.from_pretrained` opens.\n\n"
-        f"## Losses\n\n{''.join(losses)}\n## Settings\n\n```\n{settings}\n```\n"
+        f"## Losses\n\n{''.join(losses)}\n## Settings\n\n```\n{settings}\n```\n\n"
+        f"## Configuration\n\n```\n{shape}\n```\n"
     )
 
 

@@ -35,13 +35,14 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+LLAMA3_WIDE = {"head_dim": 16, "rope_theta": 5e5, "rope_scaling": LLAMA3}
 SWITCHES = [
     {"tie_word_embeddings": tied, "num_key_value_heads": groups, "qk_norm": qk_norm, **rest}
     for tied, groups, qk_norm, rest in itertools.product(
         (False, True),
         (4, 2, 1),
         (False, True),
-        ({}, {"head_dim": 16, "rope_theta": 5e5}, {"rope_scaling": LLAMA3}),
+        ({}, {"head_dim": 16, "rope_theta": 5e5}, {"rope_scaling": LLAMA3}, LLAMA3_WIDE),
     )
 ]
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import dpo_config, flags, pretrain_config, run, sft_config, small_model
+from huggingface_hub import ModelCard
 
 import chat
 import dpo_gpt
@@ -432,9 +433,13 @@ def test_shards_that_changed_since_the_run_began_are_refused(data_dir, base_run,
 
 def test_the_model_card_tells_origin_size_and_losses(base_run):
     card = (base_run / "step_0000006" / "README.md").read_text()
+    found = ModelCard.load(base_run / "step_0000006" / "README.md", ignore_metadata_errors=False)
+    assert found.data.to_dict() == {"library_name": "transformers", "pipeline_tag": "text-generation"}
     rows = read_jsonl(base_run / "metrics.jsonl")
     assert card.startswith("---\nlibrary_name: transformers\n") and "texts.jsonl" in card
     assert "1,536 tokens in 6 steps" in card and "Qwen3ForCausalLM" in card and "max_steps: 6" in card
+    assert "hidden_size: 32\n" in card and "rope_theta: 10000.0\n" in card
+    assert f"step 3, val bpb: {rows[3]['val_bpb']:.4f} bits/byte" in card
     assert f"step 6, loss: {rows[6]['loss']:.4f} nats/token" in card
     assert (
         f"step 3, val loss: {rows[3]['val_loss']:.4f} nats/token" in card
