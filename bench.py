@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +48,7 @@ class Config:
     beta2: float = 0.95  # of AdamW
     weight_decay: float = 0.1  # on matrices
     data: str = "embedded"  # of sft: conversations as in sft_gpt.py
-    conversations: int = 3000  # of sft: so many of them, evenly spaced, are an epoch
+    conversations: int = 3000  # of sft: about so many of them, evenly spaced, are an epoch
     batch_tokens: int = 4096  # of sft: tokens in an optimizer step
     their_batch_size: int = (
         8  # of sft: conversations that TRL pads to one length and gives to its model at once
@@ -319,14 +320,20 @@ def trl_trainer(folder: Path, rows: list, steps: int, recipe: sft_gpt.Config, co
     )
 
 
-def bench_sft(config: Config, ranks: training.Ranks) -> None:
-    """Fine-tuning for an epoch, against TRL's SFTTrainer: the same model, conversations and recipe."""
-    T = config.context_length
+def spaced_conversations(config: Config) -> tuple[list, np.ndarray, object]:
+    """Conversations from all over the source, their lengths in tokens, and a tokenizer trained on them."""
     source = (messages for messages, _ in sft_gpt.conversations(sft_gpt.Config(data=config.data)))
     rows = [messages for messages in source if problem(messages) is None]
     rows = rows[:: max(1, len(rows) // config.conversations)]
     tokenizer = train_tokenizer((m["content"] for messages in rows for m in messages), config.vocab_size)
-    lengths = np.array([len(ids) for ids, _ in render_batch(rows, tokenizer)])
+    return rows, np.array([len(ids) for ids, _ in render_batch(rows, tokenizer)]), tokenizer
+
+
+def bench_sft(config: Config, ranks: training.Ranks) -> None:
+    """Fine-tuning for an epoch, against TRL's SFTTrainer: the same model, conversations and recipe."""
+    if find_spec("trl") is None:
+        raise InputError("--only=sft compares with TRL, which is not installed; pip install trl")
+    T, (rows, lengths, tokenizer) = config.context_length, spaced_conversations(config)
     rows = [messages for messages, length in zip(rows, lengths) if length <= T]
     recipe = sft_gpt.Config(micro_batch_size=config.micro_batch_size, warmup_fraction=WARMUP)
     seconds, losses = {}, {}
