@@ -192,7 +192,8 @@ def test_torchrun_brings_a_job_back_whose_ranks_raise_and_are_killed(data_dir, t
         printed, errors = job.communicate(timeout=200)
     assert job.returncode == 0, errors
     assert "RuntimeError: planted in rank 1" in errors and "exitcode: -9" in errors
-    assert all(f"continuing from {tmp_path}/run/step_000000{step}" in printed for step in (2, 4))
+    # the kill may meet the writing of step 4
+    assert re.findall(r"continuing from \S+/step_000000(\d)", printed) in (["2", "4"], ["2", "2"]), printed
     assert_recovered(tmp_path / "run", undisturbed(2), 2)
 
 
