@@ -273,8 +273,8 @@ class StopSignals:
         }
 
     def note(self, number: int, frame) -> None:
-        if number == signal.SIGINT and number in self.seen:
-            raise KeyboardInterrupt
+        if number == signal.SIGINT:  # the next ends the process, also amid a kernel or a checkpoint's writing
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
         self.seen.add(number)
 
     def on_any_rank(self) -> bool:

@@ -114,7 +114,7 @@ def test_a_signal_amid_accumulation_finishes_the_step_saves_and_says_resumable(
 def test_a_second_ctrl_c_quits_at_once(data_dir, tmp_path, fresh):
     config = pretrain_config(data_dir, tmp_path, **SMALL, save_every=100)
     codes, log, _ = fresh.submit(planted.forked, "pretrain_gpt", config, 1, ["twice:3:0"]).result(90)
-    assert codes != [0] and codes != [75] and "KeyboardInterrupt" in log
+    assert codes == [-signal.SIGINT], log
     assert not training.checkpoints(tmp_path)
 
 
@@ -192,7 +192,8 @@ def test_torchrun_brings_a_job_back_whose_ranks_raise_and_are_killed(data_dir, t
         printed, errors = job.communicate(timeout=200)
     assert job.returncode == 0, errors
     assert "RuntimeError: planted in rank 1" in errors and "exitcode: -9" in errors
-    assert all(f"continuing from {tmp_path}/run/step_000000{step}" in printed for step in (2, 4))
+    # the kill may meet the writing of step 4
+    assert re.findall(r"continuing from \S+/step_000000(\d)", printed) in (["2", "4"], ["2", "2"]), printed
     assert_recovered(tmp_path / "run", undisturbed(2), 2)
 
 
@@ -214,7 +215,10 @@ def test_a_hung_rank_is_reported_with_the_rank_and_the_step(name, data_dir, tmp_
     forked = partial(fresh.submit, planted.forked, "pretrain_gpt", config, 2)
     codes, log, seconds = forked([f"{name}:3:1"]).result(90)
     assert codes[0] == 1 and codes[1] != 0 and seconds < 30, log
-    assert "error: rank 0 of 2 has made no progress for 3 s in step 3; it stands at" in log
+    told = "0" if name == "SIGSTOP" else "[01]"  # one that sleeps can tell by itself
+    assert re.search(f"error: rank {told} of 2 has made no progress for 3 s in step 3; it stands at", log), (
+        log
+    )
     assert "in train_step" in log  # where it waits
     codes, log, _ = forked().result(90)
     assert not any(codes), log
@@ -606,3 +610,10 @@ def test_shards_changed_since_the_run_began_are_refused(
     pretrain_gpt.main(dataclasses.replace(config, force=True))
     printed = capsys.readouterr().out
     assert re.search(rf"changed since {tmp_path}/run/step_0000002: .*(data|windows) \S+ → ", printed), printed
+
+
+def test_wandbs_run_id_outlives_a_time_without_wandb(tmp_path):
+    alone = training.Ranks(0, 1, torch.device("cpu"))
+    metrics = training.Metrics(pretrain_config("", tmp_path), 3, 6, 256, alone, {"wandb_id": "abc"})
+    assert metrics.wandb_id == "abc"
+    metrics.close()
