@@ -26,7 +26,7 @@ import pretrain_gpt
 import sft_gpt
 import training
 from data import hash_fraction, train_tokenizer
-from gpt import GPTConfig, GPTModel, InputError, summed_loss
+from gpt import GPTConfig, GPTModel, InputError, has_varlen, summed_loss
 from optim import make_optimizer, schedule
 from sft import PackedLoader, SFTDataset, first_question, pack, prepare_conversations, problem, render_batch
 
@@ -343,8 +343,11 @@ def bench_sft(config: Config, ranks: training.Ranks) -> None:
         model = model_of(config, ranks.device)
         model.save_pretrained(folder, tokenizer)
         batch = config.batch_tokens // T
-        train = PackedLoader(SFTDataset(folder / "data" / "train"), T, batch, seed=0)
-        val = PackedLoader(SFTDataset(folder / "data" / "val"), T, batch, seed=0)
+        varlen = has_varlen(ranks.device, model.config.head_dim)
+        train, val = (
+            PackedLoader(SFTDataset(folder / "data" / split), T, batch, 0, varlen)
+            for split in ("train", "val")
+        )
         theirs = [messages for messages in rows if hash_fraction(first_question(messages)) >= VAL_FRACTION]
         assert len(theirs) == len(train.dataset)
 
@@ -358,12 +361,15 @@ def bench_sft(config: Config, ranks: training.Ranks) -> None:
             nats, _, targets = training.evaluate(model, val.micro_batches(val.rows, batch, ranks), ranks)
             losses[name] = nats / targets
 
-        padded = {"TRL, padded": "random", "TRL, padded, grouped by length": "group_by_length"}
+        padded = {
+            "TRL, padded, as it comes": {"gradient_checkpointing": True},
+            "TRL, padded": {},
+            "TRL, padded, grouped by length": {"train_sampling_strategy": "group_by_length"},
+        }
         for _ in range(config.rounds):
             ours = GPTModel.from_pretrained(folder).to(ranks.device)
             run("sft_gpt.py, packed", partial(fine_tune, ours, train, recipe, ranks), ours)
-            for name, order in padded.items():
-                changes = {"train_sampling_strategy": order}
+            for name, changes in padded.items():
                 trainer = trl_trainer(folder, theirs, train.steps_per_epoch, recipe, config, **changes)
                 run(name, trainer.train, trainer.model)
     targets = int(train.dataset.trained.sum())

@@ -62,7 +62,7 @@ class Config:
     log_every: int = 10  # steps between two lines
     eval_every: int = 100  # steps between two validations
     eval_questions: int = 100  # held-out questions that are answered each time; 0 for none
-    max_new_tokens: int = 200  # of an answer in the evaluation
+    max_new_tokens: int = 200  # of an answer in the evaluation; a longer one has not stopped
     save_every: int = 100  # steps between two checkpoints
     keep_last: int = 2  # checkpoints that are kept; 0 for all
     keep_every: int = 0  # steps between two that are kept for good; 0 for none
@@ -204,13 +204,22 @@ class PreferenceModel(nn.Module):
         return (losses, margins > 0) if per_token else losses.sum()
 
 
+def read_reference(path: Path, dataset: sft.SFTDataset) -> np.ndarray | None:
+    """What reference_log_probs has kept, or None if there is nothing whole."""
+    try:
+        found = np.load(path)
+    except (OSError, ValueError, EOFError):
+        return None
+    return found if found.shape == (len(dataset),) else None
+
+
 @torch.no_grad()
 def reference_log_probs(
     path: Path, module: nn.Module, dataset: sft.SFTDataset, T: int, size: int, ranks
 ) -> np.ndarray:
     """Log-probabilities (answers,) by the model that training starts from, fp32: computed once, on all ranks,
     and kept in a file."""
-    if not ranks.sum(ranks.main and path.exists())[0]:
+    if not ranks.sum(ranks.main and read_reference(path, dataset) is not None)[0]:
         ranks.print(f"computing the reference log-probabilities of {len(dataset):,} answers")
         found = torch.zeros(len(dataset), device=ranks.device)
         for answers in deal(dataset, range(len(dataset) // 2), size, ranks):
@@ -222,14 +231,15 @@ def reference_log_probs(
             partial = path.with_suffix(".partial")
             with open(partial, "wb") as file:
                 np.save(file, np.array(found, np.float32))
+            training.sync_to_disk(partial)
             partial.replace(path)
         ranks.barrier()
-    return np.load(path)
+    return read_reference(path, dataset)
 
 
 def main(config: Config) -> None:
     # Set-up: ranks, model or that of an interrupted run, data
-    training.require_positive(config, "beta", "batch_pairs", "max_new_tokens")
+    training.check_numbers(config, "beta", "epochs", "batch_pairs", "max_new_tokens")
     ranks = training.set_up(config.device)
     if config.batch_pairs < ranks.world:
         raise InputError(
@@ -245,6 +255,7 @@ def main(config: Config) -> None:
     key = training.fingerprint([source, config.val_fraction, T, tokenizer_fingerprint(tokenizer)])
     folder = Path(config.out_dir) / f"data-{key}"
     with ranks.main_first():
+        ranks.require_shared(folder / "report.json")
         found = prepare_pairs(folder, config, tokenizer, T)
     train, val = sft.SFTDataset(folder / "train"), sft.SFTDataset(folder / "val")
     pairs, batch = len(train) // 2, config.batch_pairs
@@ -266,12 +277,15 @@ def main(config: Config) -> None:
         ranks.print(note)
     weights = identity["content"]["weights"] or training.fingerprint(config.model)
     paths = [folder / f"reference-{split}-{weights}.npy" for split in ("train", "val")]
+    splits = list(zip(paths, (train, val)))
+    lacking = any(read_reference(*split) is None for split in splits)
     judge = module
-    if state and not ranks.sum(ranks.main and all(path.exists() for path in paths))[0]:
+    if state and ranks.sum(lacking)[0]:
         judge = PreferenceModel(training.open_model(config.model, ranks)[0], config.beta)
+    ranks.watch(config.timeout_minutes)
     references = [
         reference_log_probs(path, judge, dataset, T, config.micro_batch_size, ranks)
-        for path, dataset in zip(paths, (train, val))
+        for path, dataset in splits
     ]
     del judge
     metrics = training.Metrics(config, start, max_steps, tokens, ranks, state, unit="nats/pair")
@@ -283,7 +297,6 @@ def main(config: Config) -> None:
     )
 
     signals = training.StopSignals(ranks)
-    ranks.watch(config.timeout_minutes)
     for step in range(start, max_steps + 1):  # so many optimizer steps are done
         last = step == max_steps
         if (step % config.eval_every == 0 or last) and not metrics.has(step, "val_loss"):

@@ -195,6 +195,13 @@ def varlen_attention(
     return y.view(-1, T, *y.shape[1:])
 
 
+def has_varlen(device: torch.device, head_dim: int) -> bool:
+    """Whether varlen_attention's kernel runs there: on GPUs from Ampere on, for what it was built for."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    return head_dim % 8 == 0 and head_dim <= 256
+
+
 class MultiHeadAttention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()

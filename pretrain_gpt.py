@@ -110,7 +110,7 @@ def sample_text(model: GPTModel, tokenizer, seed: int) -> list[str]:
 
 def main(config: Config) -> None:
     # Set-up: ranks, data, tokenizer
-    training.require_positive(
+    training.check_numbers(
         config, "context_length", "num_hidden_layers", "hidden_size", "num_attention_heads", "max_steps"
     )
     ranks = training.set_up(config.device)

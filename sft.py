@@ -10,6 +10,7 @@ B rows, T tokens in a row.
 """
 
 import itertools
+import math
 import shutil
 import textwrap
 from array import array
@@ -58,16 +59,16 @@ def problem(messages) -> str | None:
 def render_batch(conversations: Sequence[list[dict]], tokenizer) -> list[tuple[list[int], list[int]]]:
     """render_chatml for many conversations at once, on all cores."""
     start, end = tokenizer.convert_tokens_to_ids([TURN_START, TURN_END])
-    texts = [
-        text for messages in conversations for m in messages for text in (m["role"] + "\n", m["content"])
-    ]
-    *encoded, newline = encode(tokenizer, [*texts, "\n"])
-    pieces = iter(encoded)
+    *headers, newline = encode(tokenizer, [*(role + "\n" for role in ROLES), "\n"])
+    headers = dict(zip(ROLES, headers))
+    contents = iter(
+        encode_contents(tokenizer, [m["content"] for messages in conversations for m in messages])
+    )
     rendered = []
     for messages in conversations:
         ids, labels = [], []
         for message in messages:
-            header, content = [start, *next(pieces)], [*next(pieces), end]
+            header, content = [start, *headers[message["role"]]], [*next(contents), end]
             ids += header + content + newline
             trained = message["role"] == "assistant"
             labels += (
@@ -77,6 +78,15 @@ def render_batch(conversations: Sequence[list[dict]], tokenizer) -> list[tuple[l
             )
         rendered.append((ids, labels))
     return rendered
+
+
+def encode_contents(tokenizer, contents: list[str]) -> list[list[int]]:
+    """Ids of texts that follow a newline. A tokenizer that begins a text with a space, as Llama 2's does,
+    begins none of these with one, as it would not within the whole conversation."""
+    newline, alone, after = encode(tokenizer, ["\n", "a", "\na"])
+    if after == newline + alone or after[: len(newline)] != newline:
+        return encode(tokenizer, contents)
+    return [ids[len(newline) :] for ids in encode(tokenizer, ["\n" + text for text in contents])]
 
 
 def render_chatml(messages: list[dict], tokenizer) -> tuple[list[int], list[int]]:
@@ -204,7 +214,9 @@ def prepare_conversations(
     """Render (messages, where it was found) into the datasets of write_examples; what is longer than
     max_length is treated as `fit` says."""
     turns = tokenizer.convert_tokens_to_ids([TURN_START, TURN_END])
-    too_long = f"no answer {'ends' if overlong == 'drop' else 'begins'} within {max_length} tokens"
+    too_long = f"longer than {max_length} tokens"
+    if overlong != "drop":
+        too_long = f"no answer begins within {max_length} tokens"
 
     def examples() -> Iterator[Example]:
         for rows in batched(conversations):
@@ -253,6 +265,7 @@ def write_examples(folder: str | Path, examples: Iterable[Example], val_fraction
         if example.problem:
             skipped[example.problem] += 1
             first.setdefault(example.problem, example.where)
+            counts["lost_tokens"] += example.answer_tokens
             continue
         held_out = hash_fraction(example.question) < val_fraction
         if held_out and len(questions) < QUESTIONS_KEPT:
@@ -269,6 +282,8 @@ def write_examples(folder: str | Path, examples: Iterable[Example], val_fraction
     reasons = [{"count": n, "reason": reason, "first": first[reason]} for reason, n in skipped.most_common()]
     detail = "; ".join(f"{r['count']} skipped, {r['reason']} ({r['first']})" for r in reasons)
     sizes = {split: len(writer.offsets) - 1 for split, writer in writers.items()}
+    if not sizes["train"] and sizes["val"]:
+        raise InputError(f"all of {sizes['val']} conversations are held out; lower --val_fraction")
     if not sizes["train"]:
         raise InputError(f"nothing is left to train on ({detail or 'the source is empty'})")
     if not sizes["val"]:
@@ -281,12 +296,11 @@ def write_examples(folder: str | Path, examples: Iterable[Example], val_fraction
 def preparation_notes(found: dict, max_length: int) -> list[str]:
     """Lines that tell what of a prepared source was cut or skipped."""
     lines = [f"{r['count']} rows skipped: {r['reason']} (first: {r['first']})" for r in found["skipped"]]
+    lost, kept = found["lost_tokens"], found["trained_tokens"]
     if found["cut"]:
-        lost, kept = found["lost_tokens"], found["trained_tokens"]
-        lines.append(
-            f"{found['cut']} of {found['examples']} rows are longer than {max_length} tokens and were cut; "
-            f"{lost} of {lost + kept} tokens of answers lost"
-        )
+        lines.append(f"{found['cut']} of {found['examples']} rows were cut at {max_length} tokens")
+    if lost:
+        lines.append(f"{lost} of {lost + kept} tokens of answers were lost, cut or skipped for their length")
     return lines
 
 
@@ -330,12 +344,14 @@ def pack(lengths: np.ndarray, capacity: int, order: np.ndarray | None = None) ->
 class PackedLoader:
     """Rows of T tokens packed with whole conversations, in an order that is a pure function of (seed, step).
 
-    Every conversation is in one row of each epoch; the last step of an epoch may have fewer rows than the
-    others.
+    Every conversation is in one row of each epoch. An epoch's rows are spread evenly over its steps, so that
+    none is a small one with a noisy gradient. With `varlen` the batches are for variable-length attention.
     """
 
-    def __init__(self, dataset: SFTDataset, row_length: int, batch_rows: int, seed: int):
-        self.dataset, self.T, self.batch_rows, self.seed = dataset, row_length, batch_rows, seed
+    def __init__(
+        self, dataset: SFTDataset, row_length: int, batch_rows: int, seed: int, varlen: bool = False
+    ):
+        self.dataset, self.T, self.seed, self.varlen = dataset, row_length, seed, varlen
         self.epoch, self.rows = None, []
         self.rows_of(0)
         self.steps_per_epoch = -(-len(self.rows) // batch_rows)
@@ -352,7 +368,8 @@ class PackedLoader:
     def step_rows(self, step: int) -> list[list[int]]:
         """The rows of a step's global batch, each a list of conversations."""
         epoch, i = divmod(step, self.steps_per_epoch)
-        return self.rows_of(epoch)[i * self.batch_rows : (i + 1) * self.batch_rows]
+        n, steps = len(self.rows), self.steps_per_epoch
+        return self.rows_of(epoch)[i * n // steps : (i + 1) * n // steps]
 
     def fill(self) -> float:
         """Share of the rows' positions that hold a token."""
@@ -361,13 +378,13 @@ class PackedLoader:
     def micro_batches(self, rows: Sequence[list[int]], size: int, ranks, noise=None) -> Iterator[dict]:
         """A rank's share of some rows, as the keyword arguments of the model's forward.
 
-        A rank that gets none, at an epoch's end, gives one row of padding, so that all ranks take part in
-        every step. `noise`, if any, makes a row's (T, C) from its number and its conversations' lengths.
+        A rank that gets none gives one row of padding, so that all ranks take part in every step. `noise`, if
+        any, makes a row's (T, C) from its number and its conversations' lengths.
         """
         own = list(enumerate(rows))[ranks.rank :: ranks.world] or [(0, [])]
         for i in range(0, len(own), size):
             some = [(number, [self.dataset[c] for c in row]) for number, row in own[i : i + size]]
-            batch = collate([row for _, row in some], self.T, varlen=ranks.device.type == "cuda")
+            batch = collate([row for _, row in some], self.T, self.varlen)
             if noise:
                 lengths = [(number, [len(ids) for ids, _ in row]) for number, row in some]
                 batch["noise"] = torch.stack([noise(*pair) for pair in lengths])
@@ -452,7 +469,7 @@ def ask(
     earlier = [row for row in read_jsonl(path) if row["step"] < step]
     write_jsonl(path, earlier + [{"step": step, **answer} for answer in held_out + fixed])
     lines = [textwrap.shorten(f"{row['question']} {row['answer']}", 106) for row in fixed]
-    share = sum(answer["stopped"] for answer in held_out) / len(held_out)
+    share = float(np.mean([answer["stopped"] for answer in held_out])) if held_out else math.nan
     return share, [f"  | {line}" for line in lines]
 
 
@@ -463,7 +480,7 @@ def side_by_side(out_dir: str | Path) -> str:
         {row["question"]: row["answer"] for row in rows if row["step"] == rows[i]["step"]} for i in (0, -1)
     )
     lines = [f"  {'before':48} | after"]
-    for question in QUESTIONS:
+    for question in (q for q in QUESTIONS if q in before and q in after):
         columns = [
             textwrap.wrap(side[question], 48, max_lines=6) or ["(nothing)"] for side in (before, after)
         ]

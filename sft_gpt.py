@@ -17,7 +17,7 @@ from pathlib import Path
 import sft
 import training
 from data import column_of, source_rows, tokenizer_fingerprint
-from gpt import InputError
+from gpt import InputError, has_varlen
 from optim import load_state_by_name, make_optimizer, schedule
 
 
@@ -27,6 +27,7 @@ class Config:
     #     up to 360M parameters  --data=HuggingFaceTB/smol-smoltalk --lr=1e-3
     #     1.7B                   --data=HuggingFaceTB/smoltalk --data_config=all --lr=3e-4
     # With Muon, as the quick start does: --optimizer=muon --lr=3e-3 --matrix_lr=0.01
+    # Their context is 8,192 tokens: lower --micro_batch_size and raise --batch_tokens, or cut: --max_length.
 
     # data
     model: str = "out/base"  # a run's folder (its newest checkpoint), a model directory, or a hub id
@@ -58,8 +59,9 @@ class Config:
     # reporting
     log_every: int = 10  # steps between two lines
     eval_every: int = 250  # steps between two validations
+    eval_tokens: int = 2_000_000  # tokens of the held-out rows that are read each time; 0 for all
     eval_questions: int = 100  # held-out questions that are answered each time; 0 for none
-    max_new_tokens: int = 200  # of an answer in the evaluation
+    max_new_tokens: int = 200  # of an answer in the evaluation; a longer one has not stopped
     save_every: int = 250  # steps between two checkpoints
     keep_last: int = 2  # checkpoints that are kept; 0 for all
     keep_every: int = 0  # steps between two that are kept for good; 0 for none
@@ -94,7 +96,7 @@ def step_noise(config: Config, step: int, T: int, C: int) -> Callable | None:
 
 def main(config: Config) -> None:
     # Set-up: ranks, model or that of an interrupted run, data
-    training.require_positive(config, "max_new_tokens")
+    training.check_numbers(config, "epochs", "max_new_tokens")
     if config.overlong not in sft.OVERLONG:
         raise InputError(f"--overlong={config.overlong} is unknown; choose {', '.join(sft.OVERLONG)}")
     ranks = training.set_up(config.device)
@@ -115,11 +117,14 @@ def main(config: Config) -> None:
     key = training.fingerprint([source, settings, tokenizer_fingerprint(tokenizer)])
     folder = Path(config.out_dir) / f"data-{key}"
     with ranks.main_first():
+        ranks.require_shared(folder / "report.json")
         found = sft.prepare_conversations(
             folder, conversations(config), tokenizer, T, config.val_fraction, config.overlong
         )
-    train = sft.PackedLoader(sft.SFTDataset(folder / "train"), T, batch, config.seed)
-    val = sft.PackedLoader(sft.SFTDataset(folder / "val"), T, batch, 0)
+    varlen = has_varlen(ranks.device, model.config.head_dim)
+    train = sft.PackedLoader(sft.SFTDataset(folder / "train"), T, batch, config.seed, varlen)
+    val = sft.PackedLoader(sft.SFTDataset(folder / "val"), T, batch, 0, varlen)
+    val_rows = val.rows[: max(1, config.eval_tokens // T) if config.eval_tokens else None]
     questions = found["questions"][: config.eval_questions]
     max_steps = config.max_steps or math.ceil(config.epochs * train.steps_per_epoch)
 
@@ -149,7 +154,7 @@ def main(config: Config) -> None:
     for step in range(start, max_steps + 1):  # so many optimizer steps are done
         last = step == max_steps
         if (step % config.eval_every == 0 or last) and not metrics.has(step, "val_loss"):
-            batches = val.micro_batches(val.rows, config.micro_batch_size, ranks)
+            batches = val.micro_batches(val_rows, config.micro_batch_size, ranks)
             nats, right, targets = training.evaluate(module, batches, ranks)
             numbers, samples = {"val_loss": nats / targets, "val_accuracy": right / targets}, []
             if questions and ranks.main:

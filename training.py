@@ -119,13 +119,20 @@ def run_script(main: Callable, config_class: type) -> None:
     raise SystemExit(1)
 
 
-def require_positive(config, *names: str) -> None:
-    """InputError for the first of these fields, and of those that all training scripts have, that is not
-    above zero."""
-    shared = "micro_batch_size log_every eval_every save_every max_bad_steps timeout_minutes"
-    for name in (*names, *shared.split()):
-        if getattr(config, name) <= 0:
-            raise InputError(f"--{name}={getattr(config, name)}: expected a number above zero")
+def check_numbers(config, *positive: str) -> None:
+    """InputError for the first number of a training script's Config that can mean nothing: `positive` fields,
+    and those that all scripts have, must be above zero, others at least zero (the seed: any), none infinite,
+    shares at most 1."""
+    positive = {*positive, *"micro_batch_size log_every eval_every save_every max_bad_steps".split()}
+    for name, value in dataclasses.asdict(config).items():
+        if not isinstance(value, int | float) or isinstance(value, bool) or name == "seed":
+            continue
+        if name in positive | {"timeout_minutes"} and not 0 < value < math.inf:
+            raise InputError(f"--{name}={value}: expected a number above zero")
+        if not 0 <= value < math.inf:
+            raise InputError(f"--{name}={value}: expected a number from zero up")
+        if value > 1 and name.endswith(("_fraction", "beta1", "beta2")):
+            raise InputError(f"--{name}={value}: expected a share, from 0 to 1")
 
 
 # -- ranks and devices ---------------------------------------------------------------------------------------
@@ -166,6 +173,17 @@ class Ranks:
         yield
         if self.world > 1 and self.main:
             dist.barrier()
+
+    def require_shared(self, path: Path) -> None:
+        """InputError on a rank that does not see, within ten seconds, what rank 0 has written."""
+        for _ in range(100 if not self.main else 0):
+            if path.exists():
+                return
+            time.sleep(0.1)
+        if not self.main:
+            raise InputError(
+                f"rank {self.rank} does not see {path}; --out_dir has to be one folder for all machines"
+            )
 
     def barrier(self) -> None:
         if self.world > 1:
@@ -706,6 +724,8 @@ def resume(config, identity: dict[str, dict], ranks: Ranks) -> dict | None:
     defaults = {f.name: f.default for f in dataclasses.fields(config)}
     changed = differences(defaults | state["config"], dataclasses.asdict(config))
     breaking = differences(state["content"], identity["content"])
+    for name, value in identity["content"].items():  # what is gone by now stays what it was
+        identity["content"][name] = state["content"].get(name) if value is None else value
     breaking += [text for text in changed if text.split()[0] not in FREE_FIELDS]
     if breaking and not config.force:
         raise InputError(

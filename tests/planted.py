@@ -16,12 +16,13 @@ import time
 import traceback
 from pathlib import Path
 
+import dpo_gpt
 import pretrain_gpt
 import sft_gpt
 import training
 from gpt import GPTModel
 
-SCRIPTS = {"pretrain_gpt": pretrain_gpt, "sft_gpt": sft_gpt}
+SCRIPTS = {script.__name__: script for script in (pretrain_gpt, sft_gpt, dpo_gpt)}
 
 
 def fail():

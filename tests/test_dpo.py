@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -207,9 +208,23 @@ def test_the_reference_is_computed_once_and_always_by_the_starting_model(
     assert capsys.readouterr().out.count("computing the reference") == 2  # of either split
     straight = weights(tmp_path, 4)
     assert not go_on() and weights(tmp_path, 4) == straight
-    for path in tmp_path.glob("data-*/reference-*.npy"):
-        path.unlink()
-    assert go_on() and weights(tmp_path, 4) == straight
+    for damage in (Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-8]), Path.touch):
+        for path in tmp_path.glob("data-*/reference-*.npy"):
+            damage(path)
+        assert go_on() == (damage is not Path.touch) and weights(tmp_path, 4) == straight
+
+
+def test_a_tuning_goes_on_when_its_starting_model_is_gone(base_run, preferences, tmp_path):
+    base, data = tmp_path / "base", tmp_path / "pairs.jsonl"
+    shutil.copytree(base_run, base)
+    shutil.copy(preferences, data)
+    dpo_gpt.main(dpo_config(base, data, tmp_path / "straight"))
+    shutil.copytree(tmp_path / "straight", tmp_path / "run")
+    shutil.rmtree(base)
+    for _ in range(2):  # what is gone is remembered by the next checkpoint, too
+        shutil.rmtree(tmp_path / "run" / "step_0000004")
+        dpo_gpt.main(dpo_config(base, data, tmp_path / "run"))
+        assert weights(tmp_path / "run", 4) == weights(tmp_path / "straight", 4)
 
 
 def test_mistakes_in_a_tuning_run_are_told(base_run, preferences, tmp_path):

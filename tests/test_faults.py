@@ -18,7 +18,7 @@ from pathlib import Path
 import planted
 import pytest
 import torch
-from conftest import ROOT, assert_recovered, flags, pretrain_config, sft_config, text, write_jsonl
+from conftest import ROOT, assert_recovered, dpo_config, flags, pretrain_config, sft_config, text, write_jsonl
 from test_training import losses, weights
 
 import prepare_data
@@ -71,14 +71,16 @@ def killed_at_random(script: str, config, world: int, kills: int, step_seconds: 
 
 
 @pytest.mark.parametrize("world", [1, 2], ids=["one rank", "two ranks"])
-@pytest.mark.parametrize("script", ["pretrain_gpt", "sft_gpt"])
+@pytest.mark.parametrize("script", ["pretrain_gpt", "sft_gpt", "dpo_gpt"])
 def test_a_run_killed_at_twenty_moments_equals_an_undisturbed_one(
-    script, world, data_dir, base_run, chats, tmp_path, fresh
+    script, world, data_dir, base_run, chats, preferences, tmp_path, fresh
 ):
     def config(name: str):
         changes = {"max_steps": 60, "save_every": 1, "keep_last": 2, "eval_every": 20}
         if script == "pretrain_gpt":
             return pretrain_config(data_dir, tmp_path / name, **changes)
+        if script == "dpo_gpt":
+            return dpo_config(base_run, preferences, tmp_path / name, **changes)
         return sft_config(base_run, chats, tmp_path / name, **changes)
 
     codes, log, duration = fresh.submit(planted.forked, script, config("straight"), world).result(90)

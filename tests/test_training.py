@@ -414,7 +414,9 @@ def test_changed_settings_are_listed_and_those_that_break_exactness_need_force(d
 
 
 def test_every_free_field_is_a_field_of_a_script():
-    known = {f.name for c in (pretrain_gpt.Config, sft_gpt.Config) for f in dataclasses.fields(c)}
+    known = {
+        f.name for c in (pretrain_gpt.Config, sft_gpt.Config, dpo_gpt.Config) for f in dataclasses.fields(c)
+    }
     assert set(training.FREE_FIELDS) <= known
 
 
@@ -538,12 +540,40 @@ def test_mistakes_in_a_pretraining_run_are_told(data_dir, tmp_path):
                 pretrain_gpt.main(pretrain_config(data_dir, tmp_path / "run", **change))
 
 
+@pytest.mark.parametrize("script", [pretrain_gpt, sft_gpt, dpo_gpt])
+def test_numbers_that_can_mean_nothing_are_refused(script):
+    fields = {f.name for f in dataclasses.fields(script.Config)}
+    for name, value, expected in (
+        ("keep_last", -1, "from zero up"),
+        ("max_steps", -5, "zero"),
+        ("epochs", math.nan, "above zero"),
+        ("epochs", math.inf, "above zero"),
+        ("warmup_fraction", 2.0, "a share"),
+        ("max_grad_norm", -1.0, "from zero up"),
+        ("max_length", -5, "from zero up"),
+        ("beta", math.nan, "above zero"),
+        ("lr", math.nan, "from zero up"),
+        ("micro_batch_size", 0, "above zero"),
+    ):
+        if name in fields:
+            with pytest.raises(InputError, match=f"--{name}={value}: expected a.* {expected.split()[-1]}"):
+                script.main(script.Config(**{name: value}))
+
+
+def test_a_rank_that_does_not_see_what_rank_0_wrote_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(training.time, "sleep", lambda seconds: None)
+    Ranks(0, 2, torch.device("cpu")).require_shared(tmp_path / "report.json")
+    with pytest.raises(InputError, match=r"rank 1 does not see .*report\.json.*one folder"):
+        Ranks(1, 2, torch.device("cpu")).require_shared(tmp_path / "report.json")
+
+
 def test_mistakes_in_a_fine_tuning_run_are_told(base_run, chats, tmp_path):
     for change, message in (
         ({"max_length": 1000}, "--max_length=1000 is beyond the model's context of 64"),
         ({"batch_tokens": 32}, "are 0 rows of 64"),
         ({"data": str(tmp_path / "none.jsonl")}, "none.jsonl does not exist"),
         ({"val_fraction": 0.0}, "conversations is held out; raise --val_fraction"),
+        ({"val_fraction": 1.0}, "conversations are held out; lower --val_fraction"),
     ):
         with pytest.raises(InputError, match=message):
             sft_gpt.main(dataclasses.replace(sft_config(base_run, chats, tmp_path / "run"), **change))
