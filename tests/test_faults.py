@@ -102,8 +102,10 @@ def test_a_signal_amid_accumulation_finishes_the_step_saves_and_says_resumable(
 ):
     """The last rank alone gets it, between two micro-batches of step 3; all save after that step."""
     config = pretrain_config(data_dir, tmp_path / "run", **SMALL, save_every=100)
-    fault = f"{name}:3:{world - 1}"
-    codes, log, _ = fresh.submit(planted.forked, "pretrain_gpt", config, world, [fault]).result(90)
+    faults, grace = [f"{name}:3:{world - 1}"], 30  # seconds, torchrun's own, for the second rank to end
+    codes, log, _ = fresh.submit(planted.forked, "pretrain_gpt", config, world, faults, None, grace).result(
+        90
+    )
     assert codes == [training.RESUMABLE] * world == [75] * world, log
     assert log.count("stopped by a signal; the same command continues") == 1
     assert training.newest_checkpoint(tmp_path / "run").name == "step_0000003"
@@ -616,6 +618,8 @@ def test_shards_changed_since_the_run_began_are_refused(
 
 def test_wandbs_run_id_outlives_a_time_without_wandb(tmp_path):
     alone = training.Ranks(0, 1, torch.device("cpu"))
-    metrics = training.Metrics(pretrain_config("", tmp_path), 3, 6, 256, alone, {"wandb_id": "abc"})
+    metrics = training.Metrics(
+        pretrain_config("", tmp_path), 3, 6, 256, alone, {"wandb_id": "abc", "path": "step"}
+    )
     assert metrics.wandb_id == "abc"
     metrics.close()
