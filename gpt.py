@@ -180,26 +180,39 @@ class KVCache:
         return self.keys[layer].scatter_(2, index, k), self.values[layer].scatter_(2, index, v)
 
 
+@torch.compiler.disable
+def attend_one_by_one(q, k, v, starts, ends, longest_q, longest_k, window_size, enable_gqa):
+    """What varlen.varlen_attn does on CUDA, in its arguments, sequence by sequence."""
+    lengths = [n for n in starts.diff().tolist() if n]
+    parts = zip(*(x.transpose(0, 1)[None].split(lengths, dim=2) for x in (q, k, v)))  # (1, H or G, n, D) each
+    done = [F.scaled_dot_product_attention(*part, is_causal=True, enable_gqa=enable_gqa) for part in parts]
+    return torch.cat(done, dim=2)[0].transpose(0, 1)
+
+
+VARLEN = {"cuda": varlen.varlen_attn, "cpu": attend_one_by_one}
+
+
 def varlen_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sequences: torch.Tensor
 ) -> torch.Tensor:
     """Causal attention (B, T, H, D) within each of the sequences that begin at these places of B x T tokens.
 
-    As a mask would do it, but nothing is computed across sequences. Flash attention's kernel, for CUDA only.
+    As a mask would do it, but nothing is computed across sequences.
     """
     T, H = q.size(2), q.size(1)
     q, k, v = (x.transpose(1, 2).flatten(0, 1).to(v.dtype) for x in (q, k, v))  # (B T, H or G, D)
-    y = varlen.varlen_attn(
+    y = VARLEN[q.device.type](
         q, k, v, sequences, sequences, T, T, window_size=(-1, 0), enable_gqa=k.size(1) != H
     )
-    return y.view(-1, T, *y.shape[1:])
+    return y.reshape(-1, T, *y.shape[1:])
 
 
 def has_varlen(device: torch.device, head_dim: int) -> bool:
-    """Whether varlen_attention's kernel runs there: on GPUs from Ampere on, for what it was built for."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
-        return False
-    return head_dim % 8 == 0 and head_dim <= 256
+    """Whether varlen_attention runs there: on CPUs, and on GPUs from Ampere on for what the kernel is built
+    for."""
+    if device.type != "cuda":
+        return device.type in VARLEN
+    return torch.cuda.get_device_capability(device) >= (8, 0) and head_dim % 8 == 0 and head_dim <= 256
 
 
 class MultiHeadAttention(nn.Module):

@@ -413,9 +413,11 @@ def reference_varlen_attention(q, k, v, starts, _, longest, __, window_size, ena
     return torch.cat(parts)
 
 
+@pytest.mark.parametrize("kernel", ["that of the CPU", "a stand-in for CUDA's"])
 @pytest.mark.parametrize("groups", [4, 2])
-def test_the_sequences_of_the_cuda_path_give_what_the_mask_gives(groups, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(gpt.varlen, "varlen_attn", reference_varlen_attention)
+def test_sequences_give_what_the_mask_gives(groups, kernel, tokenizer, tmp_path, monkeypatch):
+    if kernel != "that of the CPU":
+        monkeypatch.setitem(gpt.VARLEN, "cpu", reference_varlen_attention)
     dataset = prepared(tokenizer, tmp_path / "data")
     model = small_model(max_position_embeddings=256, num_key_value_heads=groups)
     rows = [[dataset[c] for c in row] for row in PackedLoader(dataset, 256, 4, seed=0).rows[-3:]] + [[]]
