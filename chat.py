@@ -92,6 +92,7 @@ def respond(model: GPTModel, tokenizer, messages: list[dict], config: Config) ->
 
 
 def main(config: Config) -> None:
+    training.check_numbers(config, "max_new_tokens", "top_p")
     model, tokenizer = load(config.model, training.set_up(config.device).device)
     messages = [{"role": "system", "content": config.system}] if config.system else []
     if config.prompt:

@@ -241,10 +241,6 @@ def main(config: Config) -> None:
     # Set-up: ranks, model or that of an interrupted run, data
     training.check_numbers(config, "beta", "epochs", "batch_pairs", "max_new_tokens")
     ranks = training.set_up(config.device)
-    if config.batch_pairs < ranks.world:
-        raise InputError(
-            f"--batch_pairs={config.batch_pairs} is fewer than the {ranks.world} ranks; each needs a pair"
-        )
     Path(config.out_dir).mkdir(parents=True, exist_ok=True)
     identity = training.starting_point(config)
     state = training.resume(config, identity, ranks)
@@ -258,7 +254,10 @@ def main(config: Config) -> None:
         ranks.require_shared(folder / "report.json")
         found = prepare_pairs(folder, config, tokenizer, T)
     train, val = sft.SFTDataset(folder / "train"), sft.SFTDataset(folder / "val")
-    pairs, batch = len(train) // 2, config.batch_pairs
+    pairs = len(train) // 2
+    batch = min(config.batch_pairs, pairs)
+    if batch < ranks.world:
+        raise InputError(f"a step of {batch} pairs is too few for {ranks.world} ranks; each needs a pair")
     questions = found["questions"][: config.eval_questions]
     max_steps = config.max_steps or math.ceil(config.epochs * pairs / batch)
 
@@ -270,8 +269,9 @@ def main(config: Config) -> None:
     start = state["step"] if state else 0
     tokens = round(batch * train.lengths().sum() / pairs)  # of a step, on average
     ranks.print(
-        f"{model.num_parameters():,} parameters; {pairs:,} pairs; {max_steps} steps of {batch} pairs, "
-        f"{max_steps * batch / pairs:.2f} epochs; {ranks.world} x {ranks.device}"
+        f"{model.num_parameters():,} parameters; {pairs:,} pairs and {len(val) // 2:,} held out; "
+        f"{max_steps} steps of {batch} pairs, {max_steps * batch / pairs:.2f} epochs; "
+        f"{ranks.world} x {ranks.device}"
     )
     for note in sft.preparation_notes(found, T):
         ranks.print(note)

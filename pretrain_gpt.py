@@ -111,7 +111,13 @@ def sample_text(model: GPTModel, tokenizer, seed: int) -> list[str]:
 def main(config: Config) -> None:
     # Set-up: ranks, data, tokenizer
     training.check_numbers(
-        config, "context_length", "num_hidden_layers", "hidden_size", "num_attention_heads", "max_steps"
+        config,
+        "context_length",
+        "num_hidden_layers",
+        "hidden_size",
+        "num_attention_heads",
+        "max_steps",
+        "batch_tokens",
     )
     ranks = training.set_up(config.device)
     batch = config.batch_tokens // config.context_length  # windows in a step

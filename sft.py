@@ -283,11 +283,14 @@ def write_examples(folder: str | Path, examples: Iterable[Example], val_fraction
     detail = "; ".join(f"{r['count']} skipped, {r['reason']} ({r['first']})" for r in reasons)
     sizes = {split: len(writer.offsets) - 1 for split, writer in writers.items()}
     if not sizes["train"] and sizes["val"]:
-        raise InputError(f"all of {sizes['val']} conversations are held out; lower --val_fraction")
+        raise InputError(f"all of {counts['examples']} rows are held out; lower --val_fraction")
     if not sizes["train"]:
         raise InputError(f"nothing is left to train on ({detail or 'the source is empty'})")
     if not sizes["val"]:
-        raise InputError(f"none of {sizes['train']} conversations is held out; raise --val_fraction")
+        raise InputError(
+            f"none of {counts['examples']} rows is held out for validation; raise --val_fraction, "
+            f"to 0.1 for a small file"
+        )
     report = {**sizes, **counts, "skipped": reasons, "questions": [q for q in questions if q]}
     write_json(folder / "report.json", report)
     return report

@@ -96,7 +96,7 @@ def step_noise(config: Config, step: int, T: int, C: int) -> Callable | None:
 
 def main(config: Config) -> None:
     # Set-up: ranks, model or that of an interrupted run, data
-    training.check_numbers(config, "epochs", "max_new_tokens")
+    training.check_numbers(config, "epochs", "batch_tokens", "max_new_tokens")
     if config.overlong not in sft.OVERLONG:
         raise InputError(f"--overlong={config.overlong} is unknown; choose {', '.join(sft.OVERLONG)}")
     ranks = training.set_up(config.device)

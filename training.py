@@ -88,6 +88,8 @@ def parse_config(config_class: type, arguments: Sequence[str]):
         name, equals, text = argument.removeprefix("--").partition("=")
         if not equals and kinds.get(name) is bool:
             equals, text = "=", "true"
+        if argument.startswith("--") and not equals and name in fields:
+            raise InputError(f"{argument} has no value; write {argument}=value ({comments[name]})")
         if not argument.startswith("--") or not equals or name not in fields:
             raise InputError(
                 f"{argument} is not understood; write --field=value with one of these fields:\n{overview}"

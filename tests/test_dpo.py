@@ -181,6 +181,14 @@ def test_a_run_begins_at_ln_2_and_learns_what_is_preferred(base_run, preferences
     assert "Tuned from" in card and "nats/pair" in card
 
 
+def test_a_step_has_no_pair_twice(base_run, preferences, tmp_path, capsys):
+    dpo_gpt.main(dpo_config(base_run, preferences, tmp_path, batch_pairs=1000, max_steps=0, epochs=2.0))
+    pairs = len(sft.SFTDataset(next(tmp_path.glob("data-*/train")))) // 2
+    rows = training.read_jsonl(tmp_path / "metrics.jsonl")
+    assert [row["targets"] for row in rows if "targets" in row] == [pairs, pairs]
+    assert f"{pairs} pairs and {60 - pairs} held out" in capsys.readouterr().out
+
+
 def test_a_resumed_tuning_equals_an_undisturbed_one_bit_for_bit(base_run, preferences, tmp_path):
     dpo_gpt.main(dpo_config(base_run, preferences, tmp_path / "straight"))
     shutil.copytree(tmp_path / "straight", tmp_path / "twice")
@@ -233,7 +241,8 @@ def test_mistakes_in_a_tuning_run_are_told(base_run, preferences, tmp_path):
         ({"beta": 0.0}, "--beta=0.0: expected a number above zero"),
         ({"max_length": 65}, "--max_length=65 is beyond the model's context of 64"),
         ({"data": str(empty)}, "nothing is left to train on .1 skipped, in chosen, messages is no list"),
-        ({"val_fraction": 0.0}, "is held out; raise --val_fraction"),
+        ({"batch_pairs": 0}, "--batch_pairs=0: expected a number above zero"),
+        ({"val_fraction": 0.0}, "of 60 rows is held out for validation; raise --val_fraction"),
     ):
         fields = {"model": base_run, "data": preferences, "out_dir": tmp_path / "run"}
         with pytest.raises(InputError, match=message):

@@ -53,10 +53,15 @@ def test_flags_override_fields_of_every_type():
     )
 
 
-@pytest.mark.parametrize("argument", ["--learning_rate=1", "max_steps=1", "--max_steps", "--max_steps 3"])
+@pytest.mark.parametrize("argument", ["--learning_rate=1", "max_steps=1", "--max_steps 3"])
 def test_an_unknown_flag_is_refused_with_what_exists(argument):
     with pytest.raises(InputError, match=r"is not understood(.|\n)*--max_steps=2000(.|\n)*optimizer steps"):
         parse_config(pretrain_gpt.Config, [argument])
+
+
+def test_a_flag_without_its_value_is_told_how_it_is_written():
+    with pytest.raises(InputError, match=r"^--max_steps has no value; write --max_steps=value \(optimizer"):
+        parse_config(pretrain_gpt.Config, ["--max_steps", "3"])
 
 
 @pytest.mark.parametrize(
@@ -554,6 +559,7 @@ def test_numbers_that_can_mean_nothing_are_refused(script):
         ("beta", math.nan, "above zero"),
         ("lr", math.nan, "from zero up"),
         ("micro_batch_size", 0, "above zero"),
+        ("batch_tokens", 0, "above zero"),
     ):
         if name in fields:
             with pytest.raises(InputError, match=f"--{name}={value}: expected a.* {expected.split()[-1]}"):
@@ -572,8 +578,8 @@ def test_mistakes_in_a_fine_tuning_run_are_told(base_run, chats, tmp_path):
         ({"max_length": 1000}, "--max_length=1000 is beyond the model's context of 64"),
         ({"batch_tokens": 32}, "are 0 rows of 64"),
         ({"data": str(tmp_path / "none.jsonl")}, "none.jsonl does not exist"),
-        ({"val_fraction": 0.0}, "conversations is held out; raise --val_fraction"),
-        ({"val_fraction": 1.0}, "conversations are held out; lower --val_fraction"),
+        ({"val_fraction": 0.0}, "rows is held out for validation; raise --val_fraction"),
+        ({"val_fraction": 1.0}, "rows are held out; lower --val_fraction"),
     ):
         with pytest.raises(InputError, match=message):
             sft_gpt.main(dataclasses.replace(sft_config(base_run, chats, tmp_path / "run"), **change))
