@@ -13,7 +13,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -24,11 +23,25 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import pretrain_gpt
 import sft_gpt
-import training
-from data import hash_fraction, train_tokenizer
-from gpt import GPTConfig, GPTModel, InputError, has_varlen, summed_loss
-from optim import make_optimizer, schedule
-from sft import PackedLoader, SFTDataset, first_question, pack, prepare_conversations, problem, render_batch
+from checkpoint import Checkpoints
+from common import InputError, check_choice, run_script
+from distributed import Ranks, join_ranks, wrap
+from gpt import GPTConfig, GPTModel, has_varlen
+from loss import summed_loss
+from metrics import Metrics
+from optim import Muon, make_optimizer, schedule, set_learning_rate
+from sft import (
+    PackedLoader,
+    SFTDataset,
+    first_question,
+    pack,
+    prepare_conversations,
+    render_batch,
+    why_unusable,
+)
+from sources import hash_fraction
+from tokenization import train_tokenizer
+from training import StepHistory, evaluate, forward_backward
 
 
 @dataclass
@@ -50,9 +63,7 @@ class Config:
     data: str = "embedded"  # of sft: conversations as in sft_gpt.py
     conversations: int = 3000  # of sft: about so many of them, evenly spaced, are an epoch
     batch_tokens: int = 4096  # of sft: tokens in an optimizer step
-    their_batch_size: int = (
-        8  # of sft: conversations that TRL pads to one length and gives to its model at once
-    )
+    their_batch_size: int = 8  # of sft: conversations that TRL gives to its model at once
     device: str = "auto"  # auto, cpu, cuda
 
 
@@ -105,7 +116,28 @@ def model_of(config: Config, device: torch.device) -> GPTModel:
     return GPTModel(shape).to(device)
 
 
-def bench_loss(config: Config, ranks: training.Ranks) -> None:
+def optimizer_of(model: torch.nn.Module, kind: str, config) -> Muon:
+    """An optimizer with the rates of a Config, this one or a training script's."""
+    return make_optimizer(
+        model,
+        kind,
+        lr=config.lr,
+        matrix_lr=config.matrix_lr,
+        betas=(config.beta1, config.beta2),
+        weight_decay=config.weight_decay,
+    )
+
+
+def training_step(module, optimizer, batches: list[dict], *, lr_scale: float, ranks: Ranks) -> None:
+    """A step as the scripts' loops make it."""
+    loss, grad_norm, _ = forward_backward(module, batches, max_grad_norm=1.0, ranks=ranks)
+    set_learning_rate(optimizer, lr_scale)
+    if math.isfinite(loss) and math.isfinite(grad_norm):
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def bench_loss(config: Config, ranks: Ranks) -> None:
     """The head and its loss, forward and backward, over the (N, V) logits."""
     N, C, V = config.micro_batch_size * config.context_length, config.hidden_size, config.vocab_size
     x = torch.randn(N, C, device=ranks.device, requires_grad=True)
@@ -138,7 +170,7 @@ def bench_loss(config: Config, ranks: training.Ranks) -> None:
         print(f"  {name:44} {largest.bytes / 2**20:9.1f} MiB in its largest tensor")
 
 
-def bench_step(config: Config, ranks: training.Ranks) -> None:
+def bench_step(config: Config, ranks: Ranks) -> None:
     """A training step, against Hugging Face's Qwen3 of the same shape with the same optimizer."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -147,8 +179,7 @@ def bench_step(config: Config, ranks: training.Ranks) -> None:
     theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields)).to(ranks.device)
     B, T = config.micro_batch_size, config.context_length
     ids = torch.randint(config.vocab_size, (B, T + 1), device=ranks.device)
-    optimizers = [make_optimizer(model, config) for model in (ours, theirs)]
-    history = training.StepHistory(pretrain_gpt.Config(), None)
+    optimizers = [optimizer_of(model, config.optimizer, config) for model in (ours, theirs)]
 
     def their_step():
         with ranks.autocast():
@@ -160,10 +191,9 @@ def bench_step(config: Config, ranks: training.Ranks) -> None:
 
     def our_step(module):
         batch = {"input_ids": ids[:, :-1], "targets": ids[:, 1:]}
-        training.train_step(module, optimizers[0], [batch], 1.0, 1.0, history, ranks)
+        training_step(module, optimizers[0], [batch], lr_scale=1.0, ranks=ranks)
 
-    for group in optimizers[1].param_groups:
-        group["lr"] = group["peak_lr"]
+    set_learning_rate(optimizers[1], 1.0)
     compiled = torch.compile(ours)
     candidates = {
         "GPTModel": lambda: our_step(ours),
@@ -174,17 +204,15 @@ def bench_step(config: Config, ranks: training.Ranks) -> None:
     report(title, medians(candidates, config.rounds, ranks.device), B * T, "tok/s")
 
 
-def bench_optimizer(config: Config, ranks: training.Ranks) -> None:
+def bench_optimizer(config: Config, ranks: Ranks) -> None:
     """An update of all parameters."""
     candidates = {}
     for kind in ("adamw", "muon"):
         model = model_of(config, ranks.device)
-        config.optimizer = kind
-        optimizer = make_optimizer(model, config)
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak_lr"]
-            for p in group["params"]:
-                p.grad = torch.randn_like(p)
+        optimizer = optimizer_of(model, kind, config)
+        set_learning_rate(optimizer, 1.0)
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
         candidates[kind] = optimizer.step
     report(
         "optimizer update",
@@ -194,7 +222,7 @@ def bench_optimizer(config: Config, ranks: training.Ranks) -> None:
     )
 
 
-def bench_generate(config: Config, ranks: training.Ranks) -> None:
+def bench_generate(config: Config, ranks: Ranks) -> None:
     """Greedy generation of half a context, alone and in a batch, against transformers' generate."""
     from transformers import AutoModelForCausalLM
 
@@ -218,35 +246,39 @@ def bench_generate(config: Config, ranks: training.Ranks) -> None:
         )
 
 
-def bench_save(config: Config, ranks: training.Ranks) -> None:
+def bench_save(config: Config, ranks: Ranks) -> None:
     """What a checkpoint costs a training run, the slower steps while it is written included; with AdamW,
     whose state is the largest."""
-    B, T, config.optimizer = config.micro_batch_size, config.context_length, "adamw"
+    B, T = config.micro_batch_size, config.context_length
     model = model_of(config, ranks.device)
-    optimizer = make_optimizer(model, config)
+    optimizer = optimizer_of(model, "adamw", config)
     ids = torch.randint(config.vocab_size, (B, T + 1), device=ranks.device)
     batch = {"input_ids": ids[:, :-1], "targets": ids[:, 1:]}
     with tempfile.TemporaryDirectory() as folder:
-        run = pretrain_gpt.Config(out_dir=folder, wandb="off", keep_last=1)
-        history, metrics = training.StepHistory(run, None), training.Metrics(run, 0, 0, B * T, ranks, None)
-        saves = training.Checkpoints(run, model, None, optimizer, history, {}, "", metrics, ranks)
+        metrics = Metrics(folder, start=0, max_steps=0, step_tokens=B * T, log_every=1, ranks=ranks)
+        checkpoints = Checkpoints(
+            folder, ranks, tokenizer=None, identity={}, settings={}, origin="", keep_last=1, keep_every=0
+        )
+
+        def save() -> None:
+            checkpoints.save(0, model, optimizer, history=StepHistory(0.0), metrics=metrics)
 
         def steps(n: int) -> None:
             for _ in range(n):
-                training.train_step(module, optimizer, [batch], 0.01, 1.0, history, ranks)
+                training_step(module, optimizer, [batch], lr_scale=0.01, ranks=ranks)
 
         def save_and_steps(n: int) -> None:
             began = time.perf_counter()
-            saves.save(0)
+            save()
             stalls.append(time.perf_counter() - began)
             steps(n)
-            assert saves.writing.done(), "a checkpoint takes longer to write than these steps"
+            assert checkpoints.writing.done(), "a checkpoint takes longer to write than these steps"
 
-        module, stalls = training.wrap(model, ranks, "auto"), []
+        module, stalls = wrap(model, ranks, "auto"), []
         step = medians({"step": lambda: steps(1)}, config.rounds, ranks.device)["step"]
         began = time.perf_counter()
-        saves.save(0)
-        saves.wait()
+        save()
+        checkpoints.wait()
         n = math.ceil(3 * (time.perf_counter() - began) / step)
         alone, saving = f"{n} steps", f"{n} steps, a checkpoint written meanwhile"
         candidates = {alone: lambda: steps(n), saving: lambda: save_and_steps(n)}
@@ -267,17 +299,17 @@ WARMUP = 0.1  # of the steps of a fine-tuning run
 VAL_FRACTION = 0.05  # of the conversations, held out
 
 
-def fine_tune(model: GPTModel, train: PackedLoader, recipe: sft_gpt.Config, ranks: training.Ranks) -> None:
+def fine_tune(model: GPTModel, train: PackedLoader, recipe: sft_gpt.Config, ranks: Ranks) -> None:
     """An epoch, as sft_gpt.py runs it."""
-    steps, history = train.steps_per_epoch, training.StepHistory(recipe, None)
-    warmup, optimizer = math.ceil(WARMUP * steps), make_optimizer(model, recipe)
+    steps = train.steps_per_epoch
+    warmup, optimizer = math.ceil(WARMUP * steps), optimizer_of(model, recipe.optimizer, recipe)
     for step in range(steps):
         batches = list(train.micro_batches(train.step_rows(step), recipe.micro_batch_size, ranks))
-        share = schedule(step, steps, warmup, steps - warmup)
-        training.train_step(model, optimizer, batches, share, recipe.max_grad_norm, history, ranks)
+        lr_scale = schedule(step, steps, warmup_steps=warmup, decay_steps=steps - warmup)
+        training_step(model, optimizer, batches, lr_scale=lr_scale, ranks=ranks)
 
 
-def trl_trainer(folder: Path, rows: list, steps: int, recipe: sft_gpt.Config, config: Config, **changes):
+def trl_trainer(folder: Path, rows: list, steps: int, *, recipe: sft_gpt.Config, config: Config, **changes):
     """TRL's SFTTrainer for the model in a folder, an epoch of as many steps with the same recipe; padded to
     the longest conversation, because on a CPU it cannot keep packed ones apart."""
     try:
@@ -323,32 +355,50 @@ def trl_trainer(folder: Path, rows: list, steps: int, recipe: sft_gpt.Config, co
 def spaced_conversations(config: Config) -> tuple[list, np.ndarray, object]:
     """Conversations from all over the source, their lengths in tokens, and a tokenizer trained on them."""
     source = (messages for messages, _ in sft_gpt.conversations(sft_gpt.Config(data=config.data)))
-    rows = [messages for messages in source if problem(messages) is None]
+    rows = [messages for messages in source if why_unusable(messages) is None]
     rows = rows[:: max(1, len(rows) // config.conversations)]
     tokenizer = train_tokenizer((m["content"] for messages in rows for m in messages), config.vocab_size)
     return rows, np.array([len(ids) for ids, _ in render_batch(rows, tokenizer)]), tokenizer
 
 
-def bench_sft(config: Config, ranks: training.Ranks) -> None:
+def packed_loaders(config: Config, folder: Path, varlen: bool) -> tuple[PackedLoader, PackedLoader]:
+    """Those of sft_gpt.py, for training and for validation."""
+    T = config.context_length
+    return tuple(
+        PackedLoader(
+            SFTDataset(folder / split),
+            row_length=T,
+            rows_per_step=config.batch_tokens // T,
+            seed=0,
+            varlen=varlen,
+        )
+        for split in ("train", "val")
+    )
+
+
+PADDED = {  # what of TRL's settings differs from trl_trainer's
+    "TRL, padded, as it comes": {"gradient_checkpointing": True},
+    "TRL, padded": {},
+    "TRL, padded, grouped by length": {"train_sampling_strategy": "group_by_length"},
+}
+
+
+def bench_sft(config: Config, ranks: Ranks) -> None:
     """Fine-tuning for an epoch, against TRL's SFTTrainer: the same model, conversations and recipe."""
     if find_spec("trl") is None:
         raise InputError("--only=sft compares with TRL, which is not installed; pip install trl")
     T, (rows, lengths, tokenizer) = config.context_length, spaced_conversations(config)
     rows = [messages for messages, length in zip(rows, lengths) if length <= T]
+    theirs = [messages for messages in rows if hash_fraction(first_question(messages)) >= VAL_FRACTION]
     recipe = sft_gpt.Config(micro_batch_size=config.micro_batch_size, warmup_fraction=WARMUP)
     seconds, losses = {}, {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        prepare_conversations(folder / "data", ((m, "") for m in rows), tokenizer, T, VAL_FRACTION)
+        found = ((messages, "") for messages in rows)
+        prepare_conversations(folder / "data", found, tokenizer, max_length=T, val_fraction=VAL_FRACTION)
         model = model_of(config, ranks.device)
         model.save_pretrained(folder, tokenizer)
-        batch = config.batch_tokens // T
-        varlen = has_varlen(ranks.device, model.config.head_dim)
-        train, val = (
-            PackedLoader(SFTDataset(folder / "data" / split), T, batch, 0, varlen)
-            for split in ("train", "val")
-        )
-        theirs = [messages for messages in rows if hash_fraction(first_question(messages)) >= VAL_FRACTION]
+        train, val = packed_loaders(config, folder / "data", has_varlen(ranks.device, model.config.head_dim))
         assert len(theirs) == len(train.dataset)
 
         def run(name: str, tune: Callable, trained) -> None:
@@ -358,37 +408,35 @@ def bench_sft(config: Config, ranks: training.Ranks) -> None:
                 torch.cuda.synchronize()
             seconds.setdefault(name, []).append(time.perf_counter() - began)
             model.load_state_dict(trained.state_dict())
-            nats, _, targets = training.evaluate(model, val.micro_batches(val.rows, batch, ranks), ranks)
+            batches = val.micro_batches(val.rows, recipe.micro_batch_size, ranks)
+            nats, _, targets = evaluate(model, batches, ranks)
             losses[name] = nats / targets
 
-        padded = {
-            "TRL, padded, as it comes": {"gradient_checkpointing": True},
-            "TRL, padded": {},
-            "TRL, padded, grouped by length": {"train_sampling_strategy": "group_by_length"},
-        }
         for _ in range(config.rounds):
             ours = GPTModel.from_pretrained(folder).to(ranks.device)
-            run("sft_gpt.py, packed", partial(fine_tune, ours, train, recipe, ranks), ours)
-            for name, changes in padded.items():
-                trainer = trl_trainer(folder, theirs, train.steps_per_epoch, recipe, config, **changes)
+            run("sft_gpt.py, packed", lambda model=ours: fine_tune(model, train, recipe, ranks), ours)
+            for name, changes in PADDED.items():
+                trainer = trl_trainer(
+                    folder, theirs, train.steps_per_epoch, recipe=recipe, config=config, **changes
+                )
                 run(name, trainer.train, trainer.model)
-    targets = int(train.dataset.trained.sum())
-    print(
-        f"\n{config.data}: {len(theirs)} conversations of {train.dataset.lengths().mean():.0f} tokens, "
-        f"{targets} supervised; packed into {len(train.rows)} rows of {T}, {100 * train.fill():.1f}% filled, "
-        f"{train.steps_per_epoch} steps"
-    )
-    shares = ((n, np.minimum(lengths, n)) for n in (512, 1024, 2048, 4096, 8192))
-    fills = (f"{100 * cut.sum() / n / len(pack(cut, n)):.2f}% of {n}" for n, cut in shares)
-    print(f"filled in rows of other lengths, longer conversations truncated: {', '.join(fills)}")
-    report(
-        f"fine-tuning of {model.num_parameters():,} parameters for an epoch",
-        {name: statistics.median(values) for name, values in seconds.items()},
-        targets,
-        "supervised tok/s",
-    )
+    report_sft(config, train, lengths, seconds={k: statistics.median(v) for k, v in seconds.items()})
     for name, loss in losses.items():
         print(f"  {name:44} {loss:9.4f} nats/token of validation loss")
+
+
+def report_sft(config: Config, train: PackedLoader, lengths: np.ndarray, *, seconds: dict) -> None:
+    """What was tuned on, how full rows of other lengths would be, and the speeds."""
+    targets = int(train.dataset.trained.sum())
+    print(
+        f"\n{config.data}: {len(train.dataset)} conversations of {train.dataset.lengths().mean():.0f} "
+        f"tokens, {targets} supervised; packed into {len(train.rows)} rows of {train.T}, "
+        f"{100 * train.fill():.1f}% filled, {train.steps_per_epoch} steps"
+    )
+    shortened = ((n, np.minimum(lengths, n)) for n in (512, 1024, 2048, 4096, 8192))
+    fills = (f"{100 * cut.sum() / n / len(pack(cut, n)):.2f}% of {n}" for n, cut in shortened)
+    print(f"filled in rows of other lengths, longer conversations truncated: {', '.join(fills)}")
+    report("fine-tuning for an epoch", seconds, targets, "supervised tok/s")
 
 
 BENCHMARKS = {
@@ -402,9 +450,8 @@ BENCHMARKS = {
 
 
 def main(config: Config) -> None:
-    if config.only != "all" and config.only not in BENCHMARKS:
-        raise InputError(f"--only={config.only} is unknown; choose all, {', '.join(BENCHMARKS)}")
-    ranks = training.set_up(config.device)
+    check_choice("only", config.only, ("all", *BENCHMARKS))
+    ranks = join_ranks(config.device)
     threads = f", {torch.get_num_threads()} threads" if ranks.device.type == "cpu" else ""
     print(f"torch {torch.__version__}, {ranks.device}{threads}, medians of {config.rounds}")
     for name, benchmark in BENCHMARKS.items():
@@ -413,4 +460,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    training.run_script(main, Config)
+    run_script(main, Config)

@@ -9,12 +9,16 @@ line that says so; the system message stays.
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
-import training
-from data import END, TURN_END, load_tokenizer
-from gpt import GPTModel, InputError, model_directory
-from sft import SAMPLING, prompt_ids
+from answers import SAMPLING
+from checkpoint import find_model
+from common import InputError, check_numbers, run_script
+from distributed import usable_device
+from gpt import GPTModel
+from huggingface import model_directory
+from sft import prompt_ids
+from tokenization import END, TURN_END, load_tokenizer
 
 
 @dataclass
@@ -32,7 +36,7 @@ class Config:
 
 def load(name: str, device: str = "cpu") -> tuple[GPTModel, object]:
     """The model that a user named, on a device, and its tokenizer; InputError if it does not know ChatML."""
-    path = model_directory(training.find_model(name))
+    path = model_directory(find_model(name))
     model, tokenizer = GPTModel.from_pretrained(path).to(device), load_tokenizer(path)
     added = tokenizer.convert_tokens_to_ids(TURN_END) >= len(tokenizer) - tokenizer.new_tokens
     if added or len(tokenizer) > model.config.vocab_size:
@@ -40,7 +44,7 @@ def load(name: str, device: str = "cpu") -> tuple[GPTModel, object]:
     return model, tokenizer
 
 
-def fit(messages: list[dict], tokenizer, room: int) -> tuple[list[dict], int]:
+def drop_oldest(messages: list[dict], tokenizer, room: int) -> tuple[list[dict], int]:
     """The messages without the oldest turns that do not fit into `room` tokens, and how many were dropped.
 
     A system message at the start stays. Raises InputError if the last message alone is too long.
@@ -61,11 +65,11 @@ def stream(model: GPTModel, tokenizer, messages: list[dict], config: Config) -> 
     for (token,) in model.generate(
         [prompt_ids(messages, tokenizer)],
         config.max_new_tokens,
-        config.temperature,
-        config.top_k or None,
-        config.top_p,
-        config.seed if config.seed >= 0 else None,
-        stops,
+        temperature=config.temperature,
+        top_k=config.top_k or None,
+        top_p=config.top_p,
+        seed=config.seed if config.seed >= 0 else None,
+        stop_ids=stops,
     ):
         ids.append(token)
         text = tokenizer.decode(ids, skip_special_tokens=True)
@@ -77,7 +81,7 @@ def stream(model: GPTModel, tokenizer, messages: list[dict], config: Config) -> 
 def respond(model: GPTModel, tokenizer, messages: list[dict], config: Config) -> list[dict]:
     """Print the answer to a conversation as it comes; returns the messages kept, with the answer."""
     context = model.config.max_position_embeddings
-    messages, dropped = fit(messages, tokenizer, context - min(config.max_new_tokens, context // 2))
+    messages, dropped = drop_oldest(messages, tokenizer, context - min(config.max_new_tokens, context // 2))
     if dropped:
         print(f"[the context of {context} tokens is full: the {dropped} oldest messages were dropped]")
     answer = ""
@@ -92,8 +96,8 @@ def respond(model: GPTModel, tokenizer, messages: list[dict], config: Config) ->
 
 
 def main(config: Config) -> None:
-    training.check_numbers(config, "max_new_tokens", "top_p")
-    model, tokenizer = load(config.model, training.set_up(config.device).device)
+    check_numbers(asdict(config), ("max_new_tokens", "top_p"))
+    model, tokenizer = load(config.model, usable_device(config.device))
     messages = [{"role": "system", "content": config.system}] if config.system else []
     if config.prompt:
         respond(model, tokenizer, [*messages, {"role": "user", "content": config.prompt}], config)
@@ -118,4 +122,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    training.run_script(main, Config)
+    run_script(main, Config)

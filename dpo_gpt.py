@@ -6,26 +6,26 @@
 A row of the data has `chosen` and `rejected`, two lists of messages that differ in the last, the assistant's;
 or only these two answers, as messages or as texts, and the messages before them, or a question, as `prompt`.
 Every field of Config is a flag. The same command, started again, continues from the newest checkpoint.
-
-P pairs in a micro-batch, T tokens.
 """
 
 import math
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
-import torch
-import torch.nn as nn
-import torch.nn.functional as F
-
-import sft
-import training
-from data import TURN_END, TURN_START, batch_order, source_rows, tokenizer_fingerprint
-from gpt import IGNORE, GPTModel, InputError
-from optim import load_state_by_name, make_optimizer, schedule
+from answers import record_answers, side_by_side
+from checkpoint import Checkpoints, open_model, too_many_bad_steps
+from common import RESUMABLE, InputError, fingerprint, run_script
+from distributed import Ranks, StopSignals, join_ranks, wrap
+from dpo import PreferenceModel, micro_batches, pairs_in, prepare_pairs, read_reference, reference_log_probs
+from metrics import Metrics
+from optim import load_state_by_name, make_optimizer, schedule, set_learning_rate
+from order import batch_order
+from resume import lock_and_resume, starting_point
+from sft import SFTDataset, preparation_notes, row_length
+from sources import source_rows
+from tokenization import tokenizer_fingerprint
+from training import StepHistory, check_settings, evaluate, forward_backward
 
 
 @dataclass
@@ -75,262 +75,186 @@ class Config:
     compile: str = "auto"  # torch.compile: true, false, or auto for only on CUDA
 
 
-# -- pairs ---------------------------------------------------------------------------------------------------
-
-
-def conversations(row: dict) -> list:
-    """The chosen and the rejected conversation of a row, each from its first message to the answer."""
-    prompt, sides = row.get("prompt") or [], []
-    prompt = sft.user_turn(prompt) if isinstance(prompt, str) else prompt
-    for name in ("chosen", "rejected"):
-        side = row.get(name)
-        side = [{"role": "assistant", "content": side}] if isinstance(side, str) else side
-        alone = isinstance(side, list) and len(side) == 1 and isinstance(prompt, list)
-        sides.append([*prompt, *side] if alone else side)
-    return sides
-
-
-def problem(chosen, rejected) -> str | None:
-    """What keeps two conversations from being compared, or None."""
-    for name, messages in (("chosen", chosen), ("rejected", rejected)):
-        if reason := sft.problem(messages):
-            return f"in {name}, {reason}"
-        if messages[-1]["role"] != "assistant" or len(messages) < 2:
-            return f"{name} is not a question and an assistant's answer to it"
-    if chosen[:-1] != rejected[:-1]:
-        return "chosen and rejected differ before the answer"
-    return "chosen and rejected are the same" if chosen == rejected else None
-
-
-def prepare_pairs(folder: Path, config: Config, tokenizer, max_length: int) -> dict:
-    """Render the source into the datasets of sft.write_examples, each pair as two conversations, the chosen
-    first; of both only the last answer counts, cut at max_length."""
-    turns = tokenizer.convert_tokens_to_ids([TURN_START, TURN_END])
-
-    def examples() -> Iterator[sft.Example]:
-        for rows in sft.batched(source_rows(config.data, config.data_config, config.data_split)):
-            pairs = [conversations(row) for row, _ in rows]
-            reasons = [problem(*pair) for pair in pairs]
-            usable = [side for pair, reason in zip(pairs, reasons) if reason is None for side in pair]
-            rendered = iter(sft.render_batch(usable, tokenizer))
-            for (chosen, _), (_, where), reason in zip(pairs, rows, reasons):
-                if reason:
-                    yield sft.Example(where, reason)
-                    continue
-                pieces, answer_tokens = [], 0
-                for ids, labels in (next(rendered), next(rendered)):
-                    header = len(ids) - 1 - ids[::-1].index(turns[0])  # of the last message
-                    labels = [IGNORE] * header + labels[header:]
-                    answer_tokens += sft.trained_tokens(labels)
-                    pieces += sft.fit(ids, labels, max_length, "truncate", 0, turns)
-                if len(pieces) < 2:
-                    reason = f"no answer begins within {max_length} tokens"
-                elif pieces[0] == pieces[1]:
-                    reason = f"chosen and rejected are the same within {max_length} tokens"
-                question = sft.first_question(chosen)
-                yield sft.Example(where, reason, question, [] if reason else pieces, answer_tokens)
-
-    return sft.write_examples(folder, examples(), config.val_fraction)
-
-
-def deal(dataset: sft.SFTDataset, pairs: Sequence[int], size: int, ranks) -> Iterator[list[int]]:
-    """A rank's share of some pairs, `size` at a time, each as its two answers' places in the dataset. The
-    longest come first, so that those of like length meet."""
-    lengths = dataset.lengths().reshape(-1, 2).max(1)
-    own = sorted(pairs, key=lambda pair: -lengths[pair])[ranks.rank :: ranks.world]
-    for i in range(0, len(own), size):
-        yield [answer for pair in own[i : i + size] for answer in (2 * pair, 2 * pair + 1)]
-
-
-def collate(dataset: sft.SFTDataset, answers: Sequence[int], T: int, device: torch.device) -> dict:
-    """Conversations as input_ids and targets, padded to one of four lengths up to T; each length is compiled
-    anew. Padding is on the right, where causality hides it."""
-    rows = [dataset[answer] for answer in answers]
-    quarter, longest = -(-T // 4), max(len(ids) for ids, _ in rows)
-    width = min(T, -(-longest // quarter) * quarter)
-    input_ids = np.zeros((len(rows), width), np.int64)
-    targets = np.full((len(rows), width), IGNORE, np.int64)
-    for b, (ids, labels) in enumerate(rows):
-        input_ids[b, : len(ids)], targets[b, : len(ids) - 1] = ids, labels[1:]
-    batch = {"input_ids": input_ids, "targets": targets}
-    return {name: torch.from_numpy(array).to(device) for name, array in batch.items()}
-
-
-def micro_batches(
-    dataset: sft.SFTDataset, reference: np.ndarray, pairs: Sequence[int], T: int, size: int, ranks
-) -> Iterator[dict]:
-    """A rank's share of some pairs, as the keyword arguments of PreferenceModel's forward."""
-    for answers in deal(dataset, pairs, size, ranks):
-        known = torch.from_numpy(reference[answers]).to(ranks.device)
-        yield collate(dataset, answers, T, ranks.device) | {"reference": known}
-
-
-def pairs_in(batch: dict) -> int:
-    return len(batch["targets"]) // 2
-
-
-# -- the loss ------------------------------------------------------------------------------------------------
-
-
-class PreferenceModel(nn.Module):
-    """A language model as direct preference optimization trains it (Rafailov et al. 2023, equation 7,
-    https://arxiv.org/abs/2305.18290).
-
-    With the answers y to a question x, w the preferred and l the other, the loss of a pair is
-
-        -log σ(beta (log π(w|x) - log ref(w|x) - log π(l|x) + log ref(l|x)))
-    """
-
-    def __init__(self, policy: GPTModel, beta: float):
-        super().__init__()
-        self.policy, self.beta = policy, beta
-
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        targets: torch.Tensor,
-        reference: torch.Tensor | None = None,
-        per_token: bool = False,
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """Log-probabilities (2P,) of the answers in rows (2P, T), chosen and rejected in turn; or, with those
-        of the reference (2P,), the pairs' summed loss in nats; with per_token, named as in GPTModel, each
-        pair's loss (P,) and whether the chosen answer gained more on the reference than the other (P,)."""
-        log_probs = -self.policy(input_ids, targets, per_token=True)[0].sum(1)
-        if reference is None:
-            return log_probs
-        gains = log_probs - reference
-        margins = self.beta * (gains[0::2] - gains[1::2])
-        losses = -F.logsigmoid(margins)
-        return (losses, margins > 0) if per_token else losses.sum()
-
-
-def read_reference(path: Path, dataset: sft.SFTDataset) -> np.ndarray | None:
-    """What reference_log_probs has kept, or None if there is nothing whole."""
-    try:
-        found = np.load(path)
-    except (OSError, ValueError, EOFError):
-        return None
-    return found if found.shape == (len(dataset),) else None
-
-
-@torch.no_grad()
-def reference_log_probs(
-    path: Path, module: nn.Module, dataset: sft.SFTDataset, T: int, size: int, ranks
-) -> np.ndarray:
-    """Log-probabilities (answers,) by the model that training starts from, fp32: computed once, on all ranks,
-    and kept in a file."""
-    if not ranks.sum(ranks.main and read_reference(path, dataset) is not None)[0]:
-        ranks.print(f"computing the reference log-probabilities of {len(dataset):,} answers")
-        found = torch.zeros(len(dataset), device=ranks.device)
-        for answers in deal(dataset, range(len(dataset) // 2), size, ranks):
-            ranks.at("the reference log-probabilities")
-            with ranks.autocast():
-                found[answers] = module(**collate(dataset, answers, T, ranks.device))
-        (found,) = ranks.sum(found)
-        if ranks.main:
-            partial = path.with_suffix(".partial")
-            with open(partial, "wb") as file:
-                np.save(file, np.array(found, np.float32))
-            training.sync_to_disk(partial)
-            partial.replace(path)
-        ranks.barrier()
-    return read_reference(path, dataset)
-
-
-def main(config: Config) -> None:
-    # Set-up: ranks, model or that of an interrupted run, data
-    training.check_numbers(config, "beta", "epochs", "batch_pairs", "max_new_tokens")
-    ranks = training.set_up(config.device)
-    Path(config.out_dir).mkdir(parents=True, exist_ok=True)
-    identity = training.starting_point(config)
-    state = training.resume(config, identity, ranks)
-    model, tokenizer = training.open_model(state["path"] if state else config.model, ranks)
-    T = training.row_length(config, model)
-    files = identity["content"]["data_files"]
-    source = [config.data, config.data_config, config.data_split, files]
-    key = training.fingerprint([source, config.val_fraction, T, tokenizer_fingerprint(tokenizer)])
+def prepare(config: Config, tokenizer, *, T: int, content: dict, ranks: Ranks) -> tuple[Path, dict]:
+    """The folder of this run's rendered pairs and its report. Rank 0 renders what is not there yet."""
+    source = [config.data, config.data_config, config.data_split, content["data_files"]]
+    key = fingerprint([source, config.val_fraction, T, tokenizer_fingerprint(tokenizer)])
     folder = Path(config.out_dir) / f"data-{key}"
     with ranks.main_first():
         ranks.require_shared(folder / "report.json")
-        found = prepare_pairs(folder, config, tokenizer, T)
-    train, val = sft.SFTDataset(folder / "train"), sft.SFTDataset(folder / "val")
-    pairs = len(train) // 2
-    batch = min(config.batch_pairs, pairs)
-    if batch < ranks.world:
-        raise InputError(f"a step of {batch} pairs is too few for {ranks.world} ranks; each needs a pair")
-    questions = found["questions"][: config.eval_questions]
-    max_steps = config.max_steps or math.ceil(config.epochs * pairs / batch)
+        rows = source_rows(config.data, config.data_config, config.data_split)
+        report = prepare_pairs(folder, rows, tokenizer, max_length=T, val_fraction=config.val_fraction)
+    return folder, report
 
-    # Optimizer, and what the starting model makes of the data
-    optimizer = make_optimizer(model, config)
+
+def main(config: Config) -> None:
+    check_settings(asdict(config), positive=("beta", "epochs", "batch_pairs", "max_new_tokens"))
+    ranks = join_ranks(config.device)
+
+    # The newest checkpoint of this run, if it was interrupted; else the model to start from.
+    lock, state, identity = lock_and_resume(
+        config.out_dir,
+        config.resume,
+        fixed={"optimizer": config.optimizer},
+        content=starting_point(config.model, config.data),
+        settings=asdict(config),
+        defaults=asdict(Config()),
+        force=config.force,
+        ranks=ranks,
+    )
+    model, tokenizer = open_model(state["path"] if state else config.model, ranks)
+    T = row_length(config.max_length, model.config.max_position_embeddings)
+
+    # Data: pairs of answers, so many a step.
+    folder, report = prepare(config, tokenizer, T=T, content=identity["content"], ranks=ranks)
+    train, val = SFTDataset(folder / "train"), SFTDataset(folder / "val")
+    pairs = len(train) // 2
+    pairs_per_step = min(config.batch_pairs, pairs)
+    if pairs_per_step < ranks.world:
+        raise InputError(
+            f"a step of {pairs_per_step} pairs is too few for {ranks.world} ranks; each needs a pair"
+        )
+    questions = report["questions"][: config.eval_questions]
+    max_steps = config.max_steps or math.ceil(config.epochs * pairs / pairs_per_step)
+
+    # Optimizer, new or from the checkpoint.
+    optimizer = make_optimizer(
+        model,
+        config.optimizer,
+        lr=config.lr,
+        matrix_lr=config.matrix_lr,
+        betas=(config.beta1, config.beta2),
+        weight_decay=config.weight_decay,
+    )
     if state:
         load_state_by_name(model, optimizer, state["optimizer"])
-    module = training.wrap(PreferenceModel(model, config.beta), ranks, config.compile)
-    start = state["step"] if state else 0
-    tokens = round(batch * train.lengths().sum() / pairs)  # of a step, on average
+    module = wrap(PreferenceModel(model, config.beta), ranks, config.compile)
+    tokens = round(pairs_per_step * train.lengths().sum() / pairs)  # of a step, on average
     ranks.print(
         f"{model.num_parameters():,} parameters; {pairs:,} pairs and {len(val) // 2:,} held out; "
-        f"{max_steps} steps of {batch} pairs, {max_steps * batch / pairs:.2f} epochs; "
+        f"{max_steps} steps of {pairs_per_step} pairs, {max_steps * pairs_per_step / pairs:.2f} epochs; "
         f"{ranks.world} x {ranks.device}"
     )
-    for note in sft.preparation_notes(found, T):
+    for note in preparation_notes(report, T):
         ranks.print(note)
-    weights = identity["content"]["weights"] or training.fingerprint(config.model)
-    paths = [folder / f"reference-{split}-{weights}.npy" for split in ("train", "val")]
-    splits = list(zip(paths, (train, val)))
-    lacking = any(read_reference(*split) is None for split in splits)
-    judge = module
-    if state and ranks.sum(lacking)[0]:
-        judge = PreferenceModel(training.open_model(config.model, ranks)[0], config.beta)
-    ranks.watch(config.timeout_minutes)
-    references = [
-        reference_log_probs(path, judge, dataset, T, config.micro_batch_size, ranks)
-        for path, dataset in splits
-    ]
-    del judge
-    metrics = training.Metrics(config, start, max_steps, tokens, ranks, state, unit="nats/pair")
-    origin = f"Tuned from {config.model} on the preferences of {config.data}."
-    warmup_steps = round(config.warmup_fraction * max_steps)
-    history = training.StepHistory(config, state)
-    saves = training.Checkpoints(
-        config, model, tokenizer, optimizer, history, identity, origin, metrics, ranks
-    )
 
-    signals = training.StopSignals(ranks)
-    for step in range(start, max_steps + 1):  # so many optimizer steps are done
-        last = step == max_steps
-        if (step % config.eval_every == 0 or last) and not metrics.has(step, "val_loss"):
-            held_out = range(len(val) // 2)
-            batches = micro_batches(val, references[1], held_out, T, config.micro_batch_size, ranks)
-            nats, right, count = training.evaluate(module, batches, ranks, pairs_in)
-            numbers, samples = {"val_loss": nats / count, "val_accuracy": right / count}, []
-            if questions and ranks.main:
-                numbers["stopped"], samples = sft.ask(
-                    config.out_dir, step, model, tokenizer, questions, config.max_new_tokens
+    # What the starting model makes of the answers; a resumed run has to open it again if this is lost.
+    ranks.watch(config.timeout_minutes)
+    weights = identity["content"]["weights"] or fingerprint(config.model)
+    paths = {split: folder / f"reference-{split}-{weights}.npy" for split in ("train", "val")}
+    starting_model = module
+    if state and ranks.any(
+        read_reference(paths["train"], train) is None or read_reference(paths["val"], val) is None
+    ):
+        starting_model = PreferenceModel(open_model(config.model, ranks)[0], config.beta)
+    train_reference, val_reference = (
+        reference_log_probs(
+            paths[split], starting_model, dataset, T=T, size=config.micro_batch_size, ranks=ranks
+        )
+        for split, dataset in (("train", train), ("val", val))
+    )
+    del starting_model
+
+    # What records the run, and what can stop it.
+    start, stopped = state["step"] if state else 0, False
+    warmup_steps = round(config.warmup_fraction * max_steps)
+    history = StepHistory(config.spike_sigma, state)
+    metrics = Metrics(
+        config.out_dir,
+        start=start,
+        max_steps=max_steps,
+        step_tokens=tokens,
+        log_every=config.log_every,
+        ranks=ranks,
+        state=state,
+        wandb=config.wandb,
+        settings=asdict(config),
+        unit="nats/pair",
+    )
+    checkpoints = Checkpoints(
+        config.out_dir,
+        ranks,
+        tokenizer=tokenizer,
+        identity=identity,
+        settings=asdict(config),
+        origin=f"Tuned from {config.model} on the preferences of {config.data}.",
+        keep_last=config.keep_last,
+        keep_every=config.keep_every,
+    )
+    signals = StopSignals(ranks)
+
+    for step in range(start, max_steps + 1):  # `step` counts completed optimizer steps
+        done, stopped = step == max_steps, signals.on_any_rank()
+
+        # Once in a while: the loss on held-out pairs, and the model's answers. A stopped run is in a hurry.
+        if (done or step % config.eval_every == 0) and not stopped and not metrics.has(step, "val_loss"):
+            batches = micro_batches(
+                val, val_reference, range(len(val) // 2), T=T, size=config.micro_batch_size, ranks=ranks
+            )
+            nats, correct, count = evaluate(module, batches, ranks, pairs_in)
+            numbers, lines = {"val_loss": nats / count, "val_accuracy": correct / count}, []
+            if questions and ranks.is_main:
+                numbers["stopped"], lines = record_answers(
+                    config.out_dir,
+                    step,
+                    model,
+                    tokenizer=tokenizer,
+                    questions=questions,
+                    max_new_tokens=config.max_new_tokens,
                 )
             metrics.validated(step, **numbers)
-            for line in samples:
-                metrics.say(line)
-        if last:
+            metrics.print(lines)
+
+        # Once in a while: a checkpoint, written beside the next steps. If that went wrong, the run ends here.
+        checkpoints.raise_errors()
+        if step > start and (done or stopped or step % config.save_every == 0):
+            seconds = checkpoints.save(step, model, optimizer, history=history, metrics=metrics)
+            metrics.log(step, save_seconds=round(seconds, 3))
+        if done or stopped:
             break
+
+        # The pairs depend on the seed and the step only.
         ranks.at(f"step {step + 1}")
         began = time.monotonic()
-        share = schedule(step, max_steps, warmup_steps, max_steps - warmup_steps)
-        chosen = batch_order(config.seed, step, batch, pairs).tolist()
-        batches = list(micro_batches(train, references[0], chosen, T, config.micro_batch_size, ranks))
-        result = training.train_step(
-            module, optimizer, batches, share, config.max_grad_norm, history, ranks, pairs_in
+        chosen = batch_order(config.seed, step, pairs_per_step, pairs).tolist()
+        batches = list(
+            micro_batches(train, train_reference, chosen, T=T, size=config.micro_batch_size, ranks=ranks)
         )
-        step += 1
-        metrics.step(step, result, time.monotonic() - began)
-        saves.after(step, signals.on_any_rank())
-    saves.wait()
+
+        # Forward and backward over all micro-batches and ranks; the gradients are clipped.
+        loss, grad_norm, targets = forward_backward(
+            module, batches, max_grad_norm=config.max_grad_norm, ranks=ranks, count=pairs_in
+        )
+
+        # A bad step (its loss or norm is not finite, or a spike) changes nothing. Too many in a row: give up.
+        skipped = history.record(loss=loss, grad_norm=grad_norm)
+        if history.bad_steps >= config.max_bad_steps:
+            raise too_many_bad_steps(config.out_dir, history.bad_steps, skipped)
+
+        # The update, at this step's learning rate.
+        lr_scale = schedule(step, max_steps, warmup_steps=warmup_steps, decay_steps=max_steps - warmup_steps)
+        lr = set_learning_rate(optimizer, lr_scale)
+        if not skipped:
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        numbers = {"loss": loss, "grad_norm": grad_norm, "lr": lr, "targets": targets, "skipped": skipped}
+        metrics.step(step + 1, numbers, seconds=time.monotonic() - began)
+
+    # The end: the last checkpoint is on the disk, all ranks leave together, the folder is free.
+    checkpoints.wait()
     signals.close()
     metrics.close()
-    if ranks.main and (Path(config.out_dir) / "answers.jsonl").exists():
-        print(sft.side_by_side(config.out_dir))
+    ranks.leave()
+    if lock:
+        lock.close()
+    if stopped:
+        ranks.print(f"stopped by a signal; the same command continues from {config.out_dir}'s checkpoint")
+        raise SystemExit(RESUMABLE)
+    if ranks.is_main and (Path(config.out_dir) / "answers.jsonl").exists():
+        print(side_by_side(config.out_dir))
     ranks.print(f"\nTalk to it: python chat.py --model={config.out_dir}")
 
 
 if __name__ == "__main__":
-    training.run_script(main, Config)
+    run_script(main, Config)

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import yaml
 
-from gpt import InputError
+from common import InputError
 
 DOWNLOADS = Path(__file__).parent / "downloads"
 WHEELS = {  # name: (version, file, SHA-256)
@@ -144,7 +144,7 @@ def first_sentences(text: str, words: int) -> tuple[str, str]:
 
 
 ANSWER_WORDS = 24  # of a summary in an answer, if its first sentence is not longer
-QUESTIONS = (
+ARTICLE_QUESTIONS = (
     "What is {}?",
     "Tell me about {}.",
     "What do you know about {}?",
@@ -165,7 +165,8 @@ def choose(options: tuple[str, ...], key: str) -> str:
 
 def article_turns(article: dict) -> list[str]:
     """A question on an article and its first sentences; for every other one a follow-up and the next."""
-    title, questions = article["title"], PERSON_QUESTIONS if article["topic"] == "People" else QUESTIONS
+    title = article["title"]
+    questions = PERSON_QUESTIONS if article["topic"] == "People" else ARTICLE_QUESTIONS
     answer, rest = first_sentences(article["extract"], words=ANSWER_WORDS)
     turns = [choose(questions, title).format(title), answer]
     if rest and choose(("more", "enough"), title + "?") == "more":

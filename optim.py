@@ -6,8 +6,6 @@ import torch
 from torch import nn
 from torch.optim.adamw import adamw as adamw_update
 
-from gpt import InputError
-
 MOMENTUM = 0.95  # of Muon, as in Jordan et al. 2024
 
 
@@ -33,11 +31,11 @@ class Muon(torch.optim.Optimizer):
     others.
 
     The update is scaled by sqrt(max(1, M/N)), so that its effect on the activations does not depend on a
-    matrix's shape. Matrices of one shape are orthogonalized together. Every rank computes all of them, and
-    all get the same.
+    matrix's shape. Matrices of one shape are orthogonalized together. Not sharded: each rank computes every
+    update.
     """
 
-    def __init__(self, groups: list[dict], momentum: float, betas: tuple[float, float]):
+    def __init__(self, groups: list[dict], *, momentum: float, betas: tuple[float, float]):
         super().__init__(groups, {"momentum": momentum, "betas": betas})
 
     @torch.no_grad()
@@ -92,34 +90,50 @@ class Muon(torch.optim.Optimizer):
         )
 
 
-def make_optimizer(model: nn.Module, config) -> "Muon":
-    """Muon, or AdamW for all (Loshchilov and Hutter 2019), over three groups: the blocks' matrices, the
-    embedding and head, the norms. `config` has optimizer, lr, matrix_lr, beta1, beta2 and weight_decay.
+OPTIMIZERS = ("muon", "adamw")
 
-    Only the blocks' matrices decay: rows of the embedding seldom get a gradient, but would always shrink.
+
+def make_optimizer(
+    model: nn.Module,
+    kind: str,
+    *,
+    lr: float,
+    matrix_lr: float,
+    betas: tuple[float, float],
+    weight_decay: float,
+) -> Muon:
+    """Muon (with AdamW for what is no matrix of a block), or AdamW for all (Loshchilov and Hutter 2019).
+
+    There are three groups: the blocks' matrices, the embedding and head, the norms. `lr` is AdamW's peak
+    rate, `matrix_lr` Muon's. Only the blocks' matrices decay: rows of the embedding seldom get a gradient,
+    but would always shrink.
     """
-    if config.optimizer not in ("muon", "adamw"):
-        raise InputError(f"--optimizer={config.optimizer} is unknown; choose muon or adamw")
-    muon = config.optimizer == "muon"
     matrices, tables, vectors = [], [], []
     for name, p in model.named_parameters():
         (vectors if p.dim() != 2 else matrices if ".layers." in name else tables).append(p)
-    rest = {"muon": False, "peak_lr": config.lr, "weight_decay": 0.0}
-    peak_lr = config.matrix_lr if muon else config.lr
+    muon = kind == "muon"
+    peak_lr = matrix_lr if muon else lr
+    rest = {"muon": False, "peak_lr": lr, "weight_decay": 0.0}
     groups = [
-        {"params": matrices, "muon": muon, "peak_lr": peak_lr, "weight_decay": config.weight_decay},
+        {"params": matrices, "muon": muon, "peak_lr": peak_lr, "weight_decay": weight_decay},
         {"params": tables, **rest},
         {"params": vectors, **rest},
     ]
-    return Muon(groups, MOMENTUM, (config.beta1, config.beta2))
+    return Muon(groups, momentum=MOMENTUM, betas=betas)
 
 
-def schedule(step: int, max_steps: int, warmup_steps: int, decay_steps: int) -> float:
-    """Share of the peak learning rate in the update that follows `step` finished ones: rise, plateau, fall to
-    zero.
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr_scale: float) -> float:
+    """Set every group's rate to this share of its peak; returns AdamW's."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * lr_scale
+    return optimizer.param_groups[-1]["lr"]
 
-    Warm-up–stable–decay, all linear (Hu et al. 2024, https://arxiv.org/abs/2404.06395). The last update's is
-    above zero.
+
+def schedule(step: int, max_steps: int, *, warmup_steps: int, decay_steps: int) -> float:
+    """Share of the peak learning rate in the update that follows `step` finished ones.
+
+    Warm-up, plateau and decay to zero, all linear (Hu et al. 2024, https://arxiv.org/abs/2404.06395). The
+    last update's share is above zero.
     """
     rise = (step + 1) / warmup_steps if warmup_steps else 1.0
     fall = (max_steps - step) / decay_steps if decay_steps else 1.0

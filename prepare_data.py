@@ -20,22 +20,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data import (
-    END,
-    ShardWriter,
-    column_of,
-    encode,
-    hash_fraction,
-    load_tokenizer,
-    open_data,
-    source_files,
-    source_rows,
-    tokenizer_fingerprint,
-    train_tokenizer,
-    write_json,
-)
-from gpt import InputError, read_json
-from training import run_script
+from common import InputError, read_json, run_script, write_json
+from data import ShardWriter, open_data
+from sources import column_of, hash_fraction, source_files, source_rows
+from tokenization import END, encode, load_tokenizer, tokenizer_fingerprint, train_tokenizer
 
 BATCH_DOCUMENTS = 256  # tokenized together
 SAVE_EVERY = 20_000_000  # tokens between two places to continue from
@@ -152,7 +140,10 @@ def write_shards(config: Config, tokenizer, settings: dict) -> dict[str, ShardWr
     """Tokenize the source into whole shards, from where progress.json says; returns each split's writer."""
     out_dir, end = Path(config.out_dir), tokenizer.convert_tokens_to_ids(END)
     version = 1 if len(tokenizer) <= 65_535 else 2
-    writers = {split: ShardWriter(out_dir, split, version, config.shard_tokens) for split in ("train", "val")}
+    writers = {
+        split: ShardWriter(out_dir, split, version=version, shard_tokens=config.shard_tokens)
+        for split in ("train", "val")
+    }
     progress = read_json(out_dir / "progress.json")
     done = progress["documents"]
     for split, writer in writers.items():

@@ -11,14 +11,20 @@ B windows in a micro-batch, T tokens in a window.
 import math
 import time
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 
-import training
-from data import TokenLoader, batch_order, open_data, tokenizer_fingerprint
-from gpt import GPTConfig, GPTModel, InputError
-from optim import load_state_by_name, make_optimizer, schedule
+from checkpoint import Checkpoints, too_many_bad_steps
+from common import RESUMABLE, InputError, fingerprint, run_script
+from data import TokenLoader, open_data
+from distributed import StopSignals, join_ranks, wrap
+from gpt import GPTConfig, GPTModel
+from metrics import Metrics
+from optim import load_state_by_name, make_optimizer, schedule, set_learning_rate
+from order import batch_order
+from resume import lock_and_resume
+from tokenization import tokenizer_fingerprint
+from training import StepHistory, check_settings, evaluate, forward_backward
 
 
 @dataclass
@@ -88,14 +94,6 @@ def model_config(config: Config, vocab_size: int) -> GPTConfig:
     )
 
 
-def micro_batches(loader: TokenLoader, windows, config: Config, shape: GPTConfig, ranks: training.Ranks):
-    """This rank's share of some windows, as the keyword arguments of the model's forward: (B, T) each."""
-    own = windows[ranks.rank :: ranks.world]
-    for i in range(0, len(own), config.micro_batch_size):
-        ids, targets = loader.batch(own[i : i + config.micro_batch_size], shape.vocab_size)
-        yield {"input_ids": ids.to(ranks.device), "targets": targets.to(ranks.device)}
-
-
 def sample_text(model: GPTModel, tokenizer, seed: int) -> list[str]:
     """A few lines of text that the model continues, one for each prompt."""
     prompts = [
@@ -109,88 +107,142 @@ def sample_text(model: GPTModel, tokenizer, seed: int) -> list[str]:
 
 
 def main(config: Config) -> None:
-    # Set-up: ranks, data, tokenizer
-    training.check_numbers(
-        config,
-        "context_length",
-        "num_hidden_layers",
-        "hidden_size",
-        "num_attention_heads",
-        "max_steps",
-        "batch_tokens",
-    )
-    ranks = training.set_up(config.device)
-    batch = config.batch_tokens // config.context_length  # windows in a step
-    if batch < ranks.world:
-        raise InputError(
-            f"batch_tokens {config.batch_tokens} are {batch} windows of {config.context_length}, fewer "
-            f"than the {ranks.world} ranks; raise --batch_tokens or lower --context_length"
-        )
+    shape_fields = ("num_hidden_layers", "hidden_size", "num_attention_heads", "context_length")
+    check_settings(asdict(config), positive=("max_steps", "batch_tokens", *shape_fields))
+    ranks = join_ranks(config.device)
+
+    # Data: the tokenizer, and the windows of a step and of a validation.
     with ranks.main_first():
         manifest, tokenizer = open_data(config.data_dir, config.tokenizer)
-    train = TokenLoader(config.data_dir, "train", config.context_length)
-    val = TokenLoader(config.data_dir, "val", config.context_length)
-    eval_windows = max(1, config.eval_tokens // config.context_length) if config.eval_tokens else len(val)
+    shape, T = model_config(config, len(tokenizer)), config.context_length
+    train, val = (TokenLoader(config.data_dir, split, T, shape.vocab_size) for split in ("train", "val"))
+    windows_per_step = config.batch_tokens // T
+    if windows_per_step < ranks.world:
+        raise InputError(
+            f"batch_tokens {config.batch_tokens} are {windows_per_step} windows of {T}, fewer than the "
+            f"{ranks.world} ranks; raise --batch_tokens or lower --context_length"
+        )
+    eval_windows = max(1, config.eval_tokens // T) if config.eval_tokens else len(val)
     val_windows = range(min(len(val), eval_windows))
+    val_bytes = val.text_bytes(val_windows, tokenizer)
 
-    # Model and optimizer, or those of an interrupted run
-    shape = model_config(config, len(tokenizer))
-    identity = {
-        "fixed": {
-            "tokenizer": tokenizer_fingerprint(tokenizer),
-            "optimizer": config.optimizer,
-            **asdict(shape),
-        },
-        "content": {"data": training.fingerprint(manifest["shards"]), "windows": len(train)},
-    }
-    Path(config.out_dir).mkdir(parents=True, exist_ok=True)
-    state = training.resume(config, identity, ranks)
+    # The newest checkpoint of this run, if it was interrupted.
+    lock, state, identity = lock_and_resume(
+        config.out_dir,
+        config.resume,
+        fixed={"tokenizer": tokenizer_fingerprint(tokenizer), "optimizer": config.optimizer, **asdict(shape)},
+        content={"data": fingerprint(manifest["shards"]), "windows": len(train)},
+        settings=asdict(config),
+        defaults=asdict(Config()),
+        force=config.force,
+        ranks=ranks,
+    )
+
+    # Model and optimizer, new or from the checkpoint.
     torch.manual_seed(config.seed)
     model = (GPTModel.from_pretrained(state["path"]) if state else GPTModel(shape)).to(ranks.device)
-    optimizer = make_optimizer(model, config)
+    betas = (config.beta1, config.beta2)
+    optimizer = make_optimizer(
+        model,
+        config.optimizer,
+        lr=config.lr,
+        matrix_lr=config.matrix_lr,
+        betas=betas,
+        weight_decay=config.weight_decay,
+    )
     if state:
         load_state_by_name(model, optimizer, state["optimizer"])
-    module = training.wrap(model, ranks, config.compile)
-    start = state["step"] if state else 0
+    module = wrap(model, ranks, config.compile)
     ranks.print(
-        f"{model.num_parameters():,} parameters; {len(train):,} windows of {config.context_length} tokens; "
-        f"{config.max_steps} steps of {batch * config.context_length:,} tokens, "
-        f"{config.max_steps * batch / len(train):.2f} epochs; {ranks.world} x {ranks.device}"
-    )
-    metrics = training.Metrics(config, start, config.max_steps, batch * config.context_length, ranks, state)
-    val_bytes = val.text_bytes(val_windows, tokenizer)
-    origin = f"Pretrained on {manifest.get('source', config.data_dir)}."
-    decay_steps = round(config.decay_fraction * config.max_steps)
-    history = training.StepHistory(config, state)
-    saves = training.Checkpoints(
-        config, model, tokenizer, optimizer, history, identity, origin, metrics, ranks
+        f"{model.num_parameters():,} parameters; {len(train):,} windows of {T} tokens; "
+        f"{config.max_steps} steps of {windows_per_step * T:,} tokens, "
+        f"{config.max_steps * windows_per_step / len(train):.2f} epochs; {ranks.world} x {ranks.device}"
     )
 
-    signals = training.StopSignals(ranks)
+    # What records the run, and what can stop it.
+    start, stopped = state["step"] if state else 0, False
+    decay_steps = round(config.decay_fraction * config.max_steps)
+    history = StepHistory(config.spike_sigma, state)
+    metrics = Metrics(
+        config.out_dir,
+        start=start,
+        max_steps=config.max_steps,
+        step_tokens=windows_per_step * T,
+        log_every=config.log_every,
+        ranks=ranks,
+        state=state,
+        wandb=config.wandb,
+        settings=asdict(config),
+    )
+    checkpoints = Checkpoints(
+        config.out_dir,
+        ranks,
+        tokenizer=tokenizer,
+        identity=identity,
+        settings=asdict(config),
+        origin=f"Pretrained on {manifest.get('source', config.data_dir)}.",
+        keep_last=config.keep_last,
+        keep_every=config.keep_every,
+    )
+    signals = StopSignals(ranks)
     ranks.watch(config.timeout_minutes)
-    for step in range(start, config.max_steps + 1):  # so many optimizer steps are done
-        last = step == config.max_steps
-        if (step % config.eval_every == 0 or last) and not metrics.has(step, "val_loss"):
-            batches = micro_batches(val, val_windows, config, shape, ranks)
-            nats, _, targets = training.evaluate(module, batches, ranks)
+
+    for step in range(start, config.max_steps + 1):  # `step` counts completed optimizer steps
+        done, stopped = step == config.max_steps, signals.on_any_rank()
+
+        # Once in a while: the loss on held-out text, and what the model writes. A stopped run is in a hurry.
+        if (done or step % config.eval_every == 0) and not stopped and not metrics.has(step, "val_loss"):
+            batches = val.micro_batches(val_windows, config.micro_batch_size, ranks)
+            nats, _, targets = evaluate(module, batches, ranks)
             metrics.validated(step, val_loss=nats / targets, val_bpb=nats / math.log(2) / val_bytes)
-            if config.samples and ranks.main:
-                metrics.say("\n".join(f"  | {text}" for text in sample_text(model, tokenizer, config.seed)))
-        if last:
+            if config.samples and ranks.is_main:
+                metrics.print([f"  | {text}" for text in sample_text(model, tokenizer, config.seed)])
+
+        # Once in a while: a checkpoint, written beside the next steps. If that went wrong, the run ends here.
+        checkpoints.raise_errors()
+        if step > start and (done or stopped or step % config.save_every == 0):
+            seconds = checkpoints.save(step, model, optimizer, history=history, metrics=metrics)
+            metrics.log(step, save_seconds=round(seconds, 3))
+        if done or stopped:
             break
+
+        # The windows depend on the seed and the step only, so a resumed run reads none twice.
         ranks.at(f"step {step + 1}")
         began = time.monotonic()
-        share = schedule(step, config.max_steps, config.warmup_steps, decay_steps)
-        windows = batch_order(config.seed, step, batch, len(train))
-        batches = list(micro_batches(train, windows, config, shape, ranks))
-        result = training.train_step(module, optimizer, batches, share, config.max_grad_norm, history, ranks)
-        step += 1
-        metrics.step(step, result, time.monotonic() - began)
-        saves.after(step, signals.on_any_rank())
-    saves.wait()
+        windows = batch_order(config.seed, step, windows_per_step, len(train))
+        batches = list(train.micro_batches(windows, config.micro_batch_size, ranks))
+
+        # Forward and backward over all micro-batches and ranks; the gradients are clipped.
+        loss, grad_norm, targets = forward_backward(
+            module, batches, max_grad_norm=config.max_grad_norm, ranks=ranks
+        )
+
+        # A bad step (its loss or norm is not finite, or a spike) changes nothing. Too many in a row: give up.
+        skipped = history.record(loss=loss, grad_norm=grad_norm)
+        if history.bad_steps >= config.max_bad_steps:
+            raise too_many_bad_steps(config.out_dir, history.bad_steps, skipped)
+
+        # The update, at this step's learning rate.
+        lr_scale = schedule(step, config.max_steps, warmup_steps=config.warmup_steps, decay_steps=decay_steps)
+        lr = set_learning_rate(optimizer, lr_scale)
+        if not skipped:
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        numbers = {"loss": loss, "grad_norm": grad_norm, "lr": lr, "targets": targets, "skipped": skipped}
+        metrics.step(step + 1, numbers, seconds=time.monotonic() - began)
+
+    # The end: the last checkpoint is on the disk, all ranks leave together, the folder is free.
+    checkpoints.wait()
     signals.close()
     metrics.close()
+    ranks.leave()
+    if lock:
+        lock.close()
+    if stopped:
+        ranks.print(f"stopped by a signal; the same command continues from {config.out_dir}'s checkpoint")
+        raise SystemExit(RESUMABLE)
 
 
 if __name__ == "__main__":
-    training.run_script(main, Config)
+    run_script(main, Config)

@@ -1,46 +1,37 @@
-r"""Conversations as masked ChatML: rendering, the dataset on disk, packing, the loader that fine-tuning
-reads, and a model's own answers.
+r"""Conversations as masked ChatML: rendering, the dataset on disk, packing, and the loader that fine-tuning
+reads.
 
     <|im_start|>user\nWhat is water?<|im_end|>\n<|im_start|>assistant\nA liquid.<|im_end|>\n
 
 Trained on are an assistant's content and its <|im_end|>, in every turn: here "A liquid.<|im_end|>". All else
 is masked.
 
-B rows, T tokens in a row.
+B rows, T tokens in a row, C hidden size.
 """
 
 import itertools
-import math
 import shutil
-import textwrap
 from array import array
 from bisect import bisect_left, insort
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from data import TURN_END, TURN_START, batch_order, encode, half_surrogate, hash_fraction, write_json
-from gpt import IGNORE, GPTModel, InputError, read_json
-from training import read_jsonl, sync_to_disk, write_jsonl
+from common import IGNORE, InputError, read_json, sync_to_disk, write_json
+from distributed import Ranks
+from order import batch_order
+from sources import half_surrogate, hash_fraction
+from tokenization import TURN_END, TURN_START, encode
 
 ROLES = ("system", "user", "assistant")
-SAMPLING = {"temperature": 0.7, "top_k": 50, "top_p": 0.95}  # of an answer, in chat.py and in evaluations
-QUESTIONS = (  # that every evaluation asks
-    "Hello!",
-    "What is water?",
-    "What is the capital of France?",
-    "Who was Albert Einstein?",
-    "Tell me about the Moon.",
-    "What is mathematics?",
-)
 QUESTIONS_KEPT = 1000  # held-out questions that the report lists
 
 
-def problem(messages) -> str | None:
+def why_unusable(messages) -> str | None:
     """What keeps a conversation from being trained on, or None."""
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
         return "messages is no list of objects with role and content"
@@ -81,8 +72,11 @@ def render_batch(conversations: Sequence[list[dict]], tokenizer) -> list[tuple[l
 
 
 def encode_contents(tokenizer, contents: list[str]) -> list[list[int]]:
-    """Ids of texts that follow a newline. A tokenizer that begins a text with a space, as Llama 2's does,
-    begins none of these with one, as it would not within the whole conversation."""
+    """Ids of texts that follow a newline.
+
+    Some tokenizers, as Llama 2's, begin every text with a space. Encode after a newline, then drop it, so no
+    content gains a leading space.
+    """
     newline, alone, after = encode(tokenizer, ["\n", "a", "\na"])
     if after == newline + alone or after[: len(newline)] != newline:
         return encode(tokenizer, contents)
@@ -98,18 +92,23 @@ def render_chatml(messages: list[dict], tokenizer) -> tuple[list[int], list[int]
     return render_batch([messages], tokenizer)[0]
 
 
+def user_turn(content: str) -> list[dict]:
+    return [{"role": "user", "content": content}]
+
+
 def prompt_ids(messages: list[dict], tokenizer) -> list[int]:
     """Ids of a conversation and the header of the answer that is to follow."""
     ids, labels = render_chatml([*messages, {"role": "assistant", "content": ""}], tokenizer)
-    return ids[
-        : max(i for i, label in enumerate(labels) if label != IGNORE)
-    ]  # all before the empty answer's end
+    end = max(i for i, label in enumerate(labels) if label != IGNORE)  # of the empty answer
+    return ids[:end]
 
 
 OVERLONG = ("truncate", "split", "drop")
 
 
-def fit(ids: list, labels: list, max_length: int, overlong: str, prefix: int, turns: tuple[int, int]) -> list:
+def cut_to_length(
+    ids: list[int], labels: list[int], max_length: int, *, overlong: str, prefix: int, turns: Sequence[int]
+) -> list[tuple[list[int], list[int]]]:
     """The pieces (ids, labels) of at most max_length tokens that a rendered conversation is trained in.
 
     A longer one is dropped, or truncated: it keeps the whole turns up to the last answer that fits; or split:
@@ -137,6 +136,13 @@ def fit(ids: list, labels: list, max_length: int, overlong: str, prefix: int, tu
         at = next((i for i in range(cut, len(ids)) if ids[i] == start), len(ids))
         head = prefix
     return pieces
+
+
+def row_length(max_length: int, context: int) -> int:
+    """--max_length, or the model's context if it is 0; InputError beyond the context."""
+    if max_length > context:
+        raise InputError(f"--max_length={max_length} is beyond the model's context of {context}")
+    return max_length or context
 
 
 class SFTDataset:
@@ -197,7 +203,7 @@ class Example:
     why there are none."""
 
     where: str
-    problem: str | None = None
+    why_skipped: str | None = None
     question: str = ""  # its hash settles the side
     pieces: Sequence[tuple[list[int], list[int]]] = ()
     answer_tokens: int = 0  # before anything was cut
@@ -207,12 +213,12 @@ def prepare_conversations(
     folder: str | Path,
     conversations: Iterable,
     tokenizer,
+    *,
     max_length: int,
     val_fraction: float,
     overlong: str = "truncate",
 ) -> dict:
-    """Render (messages, where it was found) into the datasets of write_examples; what is longer than
-    max_length is treated as `fit` says."""
+    """Render (messages, where they were found) into the datasets of write_examples, cut by cut_to_length."""
     turns = tokenizer.convert_tokens_to_ids([TURN_START, TURN_END])
     too_long = f"longer than {max_length} tokens"
     if overlong != "drop":
@@ -220,7 +226,7 @@ def prepare_conversations(
 
     def examples() -> Iterator[Example]:
         for rows in batched(conversations):
-            reasons = [problem(messages) for messages, _ in rows]
+            reasons = [why_unusable(messages) for messages, _ in rows]
             usable = [messages for (messages, _), reason in zip(rows, reasons) if reason is None]
             rendered = iter(render_batch(usable, tokenizer))
             for (messages, where), reason in zip(rows, reasons):
@@ -229,9 +235,15 @@ def prepare_conversations(
                     continue
                 ids, labels = next(rendered)
                 prefix = ids.index(turns[0], 1) if messages[0]["role"] == "system" else 0
-                pieces = fit(ids, labels, max_length, overlong, prefix, turns)
+                pieces = cut_to_length(ids, labels, max_length, overlong=overlong, prefix=prefix, turns=turns)
                 reason = None if pieces else too_long
-                yield Example(where, reason, first_question(messages), pieces, trained_tokens(labels))
+                yield Example(
+                    where,
+                    reason,
+                    question=first_question(messages),
+                    pieces=pieces,
+                    answer_tokens=trained_tokens(labels),
+                )
 
     return write_examples(folder, examples(), val_fraction)
 
@@ -248,11 +260,11 @@ def trained_tokens(labels: Sequence[int]) -> int:
 
 
 def write_examples(folder: str | Path, examples: Iterable[Example], val_fraction: float) -> dict:
-    """Write the datasets folder/train and folder/val, in one pass whose memory use does not grow; returns
-    what is also in folder/report.json, which stands for a finished folder: then nothing is read.
+    """Write the datasets folder/train and folder/val in one pass, in constant memory; returns the report.
 
-    All examples with one question fall on one side, by its hash. What has no pieces is counted, the first of
-    each kind named. Raises InputError when a side is left empty.
+    The report is also in folder/report.json. That file marks the folder finished; no example is read
+    again. All examples with one question fall on one side, by its hash. Examples without pieces are counted,
+    and the first of each kind is named. Raises InputError when a side is left empty.
     """
     folder = Path(folder)
     if (folder / "report.json").exists():
@@ -262,9 +274,9 @@ def write_examples(folder: str | Path, examples: Iterable[Example], val_fraction
     counts = Counter({"examples": 0, "tokens": 0, "trained_tokens": 0, "lost_tokens": 0, "cut": 0})
     skipped, first, questions = Counter(), {}, {}
     for example in examples:
-        if example.problem:
-            skipped[example.problem] += 1
-            first.setdefault(example.problem, example.where)
+        if example.why_skipped:
+            skipped[example.why_skipped] += 1
+            first.setdefault(example.why_skipped, example.where)
             counts["lost_tokens"] += example.answer_tokens
             continue
         held_out = hash_fraction(example.question) < val_fraction
@@ -296,12 +308,12 @@ def write_examples(folder: str | Path, examples: Iterable[Example], val_fraction
     return report
 
 
-def preparation_notes(found: dict, max_length: int) -> list[str]:
-    """Lines that tell what of a prepared source was cut or skipped."""
-    lines = [f"{r['count']} rows skipped: {r['reason']} (first: {r['first']})" for r in found["skipped"]]
-    lost, kept = found["lost_tokens"], found["trained_tokens"]
-    if found["cut"]:
-        lines.append(f"{found['cut']} of {found['examples']} rows were cut at {max_length} tokens")
+def preparation_notes(report: dict, max_length: int) -> list[str]:
+    """Lines about what of a prepared source was cut or skipped."""
+    lines = [f"{r['count']} rows skipped: {r['reason']} (first: {r['first']})" for r in report["skipped"]]
+    lost, kept = report["lost_tokens"], report["trained_tokens"]
+    if report["cut"]:
+        lines.append(f"{report['cut']} of {report['examples']} rows were cut at {max_length} tokens")
     if lost:
         lines.append(f"{lost} of {lost + kept} tokens of answers were lost, cut or skipped for their length")
     return lines
@@ -352,12 +364,12 @@ class PackedLoader:
     """
 
     def __init__(
-        self, dataset: SFTDataset, row_length: int, batch_rows: int, seed: int, varlen: bool = False
+        self, dataset: SFTDataset, *, row_length: int, rows_per_step: int, seed: int, varlen: bool = False
     ):
         self.dataset, self.T, self.seed, self.varlen = dataset, row_length, seed, varlen
         self.epoch, self.rows = None, []
         self.rows_of(0)
-        self.steps_per_epoch = -(-len(self.rows) // batch_rows)
+        self.steps_per_epoch = -(-len(self.rows) // rows_per_step)
 
     def rows_of(self, epoch: int) -> list[list[int]]:
         """An epoch's rows, in reading order. Lengths alone decide their number, the same in all epochs."""
@@ -378,15 +390,18 @@ class PackedLoader:
         """Share of the rows' positions that hold a token."""
         return float(self.dataset.offsets[-1]) / (len(self.rows) * self.T)
 
-    def micro_batches(self, rows: Sequence[list[int]], size: int, ranks, noise=None) -> Iterator[dict]:
+    def micro_batches(
+        self, rows: Sequence[list[int]], micro_batch_size: int, ranks: Ranks, noise: Callable | None = None
+    ) -> Iterator[dict]:
         """A rank's share of some rows, as the keyword arguments of the model's forward.
 
         A rank that gets none gives one row of padding, so that all ranks take part in every step. `noise`, if
         any, makes a row's (T, C) from its number and its conversations' lengths.
         """
         own = list(enumerate(rows))[ranks.rank :: ranks.world] or [(0, [])]
-        for i in range(0, len(own), size):
-            some = [(number, [self.dataset[c] for c in row]) for number, row in own[i : i + size]]
+        for i in range(0, len(own), micro_batch_size):
+            some = own[i : i + micro_batch_size]
+            some = [(number, [self.dataset[c] for c in row]) for number, row in some]
             batch = collate([row for _, row in some], self.T, self.varlen)
             if noise:
                 lengths = [(number, [len(ids) for ids, _ in row]) for number, row in some]
@@ -394,7 +409,7 @@ class PackedLoader:
             yield {name: tensor.to(ranks.device) for name, tensor in batch.items()}
 
 
-def neftune_noise(lengths: Sequence[int], T: int, C: int, alpha: float, seed: int) -> torch.Tensor:
+def neftune_noise(lengths: Sequence[int], T: int, C: int, *, alpha: float, seed: int) -> torch.Tensor:
     """Noise (T, C) for the embeddings of a row of conversations: uniform in ± alpha / sqrt(L C) for one of L
     tokens (Jain et al. 2023, https://arxiv.org/abs/2310.05914), the same wherever the row is trained."""
     noise = torch.rand(T, C, generator=torch.Generator().manual_seed(seed)) * 2 - 1
@@ -409,7 +424,7 @@ def collate(
     rows: Sequence[Sequence[tuple[np.ndarray, np.ndarray]]], T: int, varlen: bool = False
 ) -> dict[str, torch.Tensor]:
     """Rows of conversations (ids, labels) as input_ids, targets and positions (B, T) and mask (B, 1, T, T),
-    or, for variable-length attention, sequences: where in the B x T tokens each conversation begins.
+    or, for variable-length attention, cu_seqlens: where in the B x T tokens each conversation begins.
 
     Positions restart in every conversation, the mask keeps it to itself, and its last token has no target, so
     that the next one's first is never predicted. What is left of a row is padding: no conversation sees it,
@@ -433,60 +448,6 @@ def collate(
     batch = {name: torch.from_numpy(array) for name, array in batch.items()}
     if varlen:  # of few different lengths, as each is compiled anew; the last sequences are empty
         length = 1 << len(starts).bit_length()
-        return batch | {"sequences": torch.tensor(starts + [B * T] * (length + 1 - len(starts))).int()}
+        return batch | {"cu_seqlens": torch.tensor(starts + [B * T] * (length + 1 - len(starts))).int()}
     owner = torch.from_numpy(owner)
     return batch | {"mask": (owner[:, :, None] == owner[:, None, :]).tril_()[:, None]}
-
-
-# -- answers -------------------------------------------------------------------------------------------------
-
-
-def user_turn(content: str) -> list[dict]:
-    return [{"role": "user", "content": content}]
-
-
-def answers(model: GPTModel, tokenizer, questions: list[str], max_new_tokens: int) -> list[dict]:
-    """Each question's answer, sampled as in chat.py but always the same, and whether it stopped by itself."""
-    stop, results = tokenizer.convert_tokens_to_ids(TURN_END), []
-    context = model.config.max_position_embeddings
-    questions = [q for q in questions if len(prompt_ids(user_turn(q), tokenizer)) < context]
-    for i in range(0, len(questions), 50):
-        asked = questions[i : i + 50]
-        prompts = [prompt_ids(user_turn(question), tokenizer) for question in asked]
-        steps = model.generate(prompts, max_new_tokens, **SAMPLING, seed=0, stop_ids=[stop])
-        for question, ids in zip(asked, zip(*steps)):
-            ids = [t for t in ids if t is not None]
-            text = tokenizer.decode(ids, skip_special_tokens=True).strip()
-            results.append({"question": question, "answer": text, "stopped": stop in ids})
-    return results
-
-
-def ask(
-    out_dir: str | Path, step: int, model: GPTModel, tokenizer, questions: list[str], max_new_tokens: int
-) -> tuple[float, list[str]]:
-    """Answer held-out questions and the fixed QUESTIONS into out_dir/answers.jsonl; returns the share of the
-    former whose answers stop by themselves, and a line for each of the latter."""
-    path = Path(out_dir) / "answers.jsonl"
-    held_out = answers(model, tokenizer, questions, max_new_tokens)
-    fixed = answers(model, tokenizer, list(QUESTIONS), max_new_tokens)
-    earlier = [row for row in read_jsonl(path) if row["step"] < step]
-    write_jsonl(path, earlier + [{"step": step, **answer} for answer in held_out + fixed])
-    lines = [textwrap.shorten(f"{row['question']} {row['answer']}", 106) for row in fixed]
-    share = float(np.mean([answer["stopped"] for answer in held_out])) if held_out else math.nan
-    return share, [f"  | {line}" for line in lines]
-
-
-def side_by_side(out_dir: str | Path) -> str:
-    """The fixed questions with the first and the last answers that a run recorded, in two columns."""
-    rows = read_jsonl(Path(out_dir) / "answers.jsonl")
-    before, after = (
-        {row["question"]: row["answer"] for row in rows if row["step"] == rows[i]["step"]} for i in (0, -1)
-    )
-    lines = [f"  {'before':48} | after"]
-    for question in (q for q in QUESTIONS if q in before and q in after):
-        columns = [
-            textwrap.wrap(side[question], 48, max_lines=6) or ["(nothing)"] for side in (before, after)
-        ]
-        pairs = itertools.zip_longest(*columns, fillvalue="")
-        lines += ["", question, *(f"  {a:48} | {b}" for a, b in pairs)]
-    return "\n".join(lines)

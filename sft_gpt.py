@@ -11,14 +11,29 @@ B rows in a micro-batch, T tokens in a row.
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import sft
-import training
-from data import column_of, source_rows, tokenizer_fingerprint
-from gpt import InputError, has_varlen
-from optim import load_state_by_name, make_optimizer, schedule
+from answers import record_answers, side_by_side
+from checkpoint import Checkpoints, open_model, too_many_bad_steps
+from common import RESUMABLE, InputError, check_choice, fingerprint, run_script
+from distributed import Ranks, StopSignals, join_ranks, wrap
+from gpt import has_varlen
+from metrics import Metrics
+from optim import load_state_by_name, make_optimizer, schedule, set_learning_rate
+from resume import lock_and_resume, starting_point
+from sft import (
+    OVERLONG,
+    PackedLoader,
+    SFTDataset,
+    neftune_noise,
+    preparation_notes,
+    prepare_conversations,
+    row_length,
+)
+from sources import column_of, source_rows
+from tokenization import tokenizer_fingerprint
+from training import StepHistory, check_settings, evaluate, forward_backward
 
 
 @dataclass
@@ -90,98 +105,184 @@ def step_noise(config: Config, step: int, T: int, C: int) -> Callable | None:
     """What makes the noise on a row of a step's global batch; None if none is wanted."""
     if not config.neftune_alpha:
         return None
-    seed = int(training.fingerprint([config.seed, step]), 16) % 2**40
-    return lambda row, lengths: sft.neftune_noise(lengths, T, C, config.neftune_alpha, seed + row)
+    seed = int(fingerprint([config.seed, step]), 16) % 2**40
+    return lambda row, lengths: neftune_noise(lengths, T, C, alpha=config.neftune_alpha, seed=seed + row)
 
 
-def main(config: Config) -> None:
-    # Set-up: ranks, model or that of an interrupted run, data
-    training.check_numbers(config, "epochs", "batch_tokens", "max_new_tokens")
-    if config.overlong not in sft.OVERLONG:
-        raise InputError(f"--overlong={config.overlong} is unknown; choose {', '.join(sft.OVERLONG)}")
-    ranks = training.set_up(config.device)
-    Path(config.out_dir).mkdir(parents=True, exist_ok=True)
-    identity = training.starting_point(config)
-    state = training.resume(config, identity, ranks)
-    model, tokenizer = training.open_model(state["path"] if state else config.model, ranks)
-    T = training.row_length(config, model)
-    batch = config.batch_tokens // T  # rows in a step
-    if batch < ranks.world:
-        raise InputError(
-            f"batch_tokens {config.batch_tokens} are {batch} rows of {T}, fewer than the "
-            f"{ranks.world} ranks; raise --batch_tokens or lower --max_length"
-        )
-    files = identity["content"]["data_files"]
-    source = [config.data, config.data_config, config.data_split, config.column, files]
+def prepare(config: Config, tokenizer, *, T: int, content: dict, ranks: Ranks) -> tuple[Path, dict]:
+    """The folder of this run's rendered conversations and its report. Rank 0 renders what is missing."""
+    source = [config.data, config.data_config, config.data_split, config.column, content["data_files"]]
     settings = [config.val_fraction, T, config.overlong]
-    key = training.fingerprint([source, settings, tokenizer_fingerprint(tokenizer)])
+    key = fingerprint([source, settings, tokenizer_fingerprint(tokenizer)])
     folder = Path(config.out_dir) / f"data-{key}"
     with ranks.main_first():
         ranks.require_shared(folder / "report.json")
-        found = sft.prepare_conversations(
-            folder, conversations(config), tokenizer, T, config.val_fraction, config.overlong
+        report = prepare_conversations(
+            folder,
+            conversations(config),
+            tokenizer,
+            max_length=T,
+            val_fraction=config.val_fraction,
+            overlong=config.overlong,
         )
+    return folder, report
+
+
+def main(config: Config) -> None:
+    check_settings(asdict(config), positive=("epochs", "batch_tokens", "max_new_tokens"))
+    check_choice("overlong", config.overlong, OVERLONG)
+    ranks = join_ranks(config.device)
+
+    # The newest checkpoint of this run, if it was interrupted; else the model to start from.
+    lock, state, identity = lock_and_resume(
+        config.out_dir,
+        config.resume,
+        fixed={"optimizer": config.optimizer},
+        content=starting_point(config.model, config.data),
+        settings=asdict(config),
+        defaults=asdict(Config()),
+        force=config.force,
+        ranks=ranks,
+    )
+    model, tokenizer = open_model(state["path"] if state else config.model, ranks)
+    T = row_length(config.max_length, model.config.max_position_embeddings)
+
+    # Data: conversations packed into rows, so many a step and so many a validation.
+    rows_per_step = config.batch_tokens // T
+    if rows_per_step < ranks.world:
+        raise InputError(
+            f"batch_tokens {config.batch_tokens} are {rows_per_step} rows of {T}, fewer than the "
+            f"{ranks.world} ranks; raise --batch_tokens or lower --max_length"
+        )
+    folder, report = prepare(config, tokenizer, T=T, content=identity["content"], ranks=ranks)
     varlen = has_varlen(ranks.device, model.config.head_dim)
-    train = sft.PackedLoader(sft.SFTDataset(folder / "train"), T, batch, config.seed, varlen)
-    val = sft.PackedLoader(sft.SFTDataset(folder / "val"), T, batch, 0, varlen)
+    train, val = (
+        PackedLoader(
+            SFTDataset(folder / split), row_length=T, rows_per_step=rows_per_step, seed=seed, varlen=varlen
+        )
+        for split, seed in (("train", config.seed), ("val", 0))
+    )
     val_rows = val.rows[: max(1, config.eval_tokens // T) if config.eval_tokens else None]
-    questions = found["questions"][: config.eval_questions]
+    questions = report["questions"][: config.eval_questions]
     max_steps = config.max_steps or math.ceil(config.epochs * train.steps_per_epoch)
 
-    # Optimizer
-    optimizer = make_optimizer(model, config)
+    # Optimizer, new or from the checkpoint.
+    optimizer = make_optimizer(
+        model,
+        config.optimizer,
+        lr=config.lr,
+        matrix_lr=config.matrix_lr,
+        betas=(config.beta1, config.beta2),
+        weight_decay=config.weight_decay,
+    )
     if state:
         load_state_by_name(model, optimizer, state["optimizer"])
-    module = training.wrap(model, ranks, config.compile)
-    start = state["step"] if state else 0
+    module = wrap(model, ranks, config.compile)
     ranks.print(
-        f"{model.num_parameters():,} parameters; {found['train']:,} conversations in {len(train.rows):,} "
-        f"rows of {T} tokens, {100 * train.fill():.1f}% filled; {max_steps} steps of {batch * T:,} tokens, "
-        f"{max_steps / train.steps_per_epoch:.2f} epochs; {ranks.world} x {ranks.device}"
+        f"{model.num_parameters():,} parameters; {report['train']:,} conversations in {len(train.rows):,} "
+        f"rows of {T} tokens, {100 * train.fill():.1f}% filled; {max_steps} steps of {rows_per_step * T:,} "
+        f"tokens, {max_steps / train.steps_per_epoch:.2f} epochs; {ranks.world} x {ranks.device}"
     )
-    for note in sft.preparation_notes(found, T):
+    for note in preparation_notes(report, T):
         ranks.print(note)
-    metrics = training.Metrics(config, start, max_steps, batch * T, ranks, state)
-    origin = f"Fine-tuned from {config.model} on the conversations of {config.data}."
-    warmup_steps = round(config.warmup_fraction * max_steps)
-    history = training.StepHistory(config, state)
-    saves = training.Checkpoints(
-        config, model, tokenizer, optimizer, history, identity, origin, metrics, ranks
-    )
 
-    signals = training.StopSignals(ranks)
+    # What records the run, and what can stop it.
+    start, stopped = state["step"] if state else 0, False
+    warmup_steps = round(config.warmup_fraction * max_steps)
+    history = StepHistory(config.spike_sigma, state)
+    metrics = Metrics(
+        config.out_dir,
+        start=start,
+        max_steps=max_steps,
+        step_tokens=rows_per_step * T,
+        log_every=config.log_every,
+        ranks=ranks,
+        state=state,
+        wandb=config.wandb,
+        settings=asdict(config),
+    )
+    checkpoints = Checkpoints(
+        config.out_dir,
+        ranks,
+        tokenizer=tokenizer,
+        identity=identity,
+        settings=asdict(config),
+        origin=f"Fine-tuned from {config.model} on the conversations of {config.data}.",
+        keep_last=config.keep_last,
+        keep_every=config.keep_every,
+    )
+    signals = StopSignals(ranks)
     ranks.watch(config.timeout_minutes)
-    for step in range(start, max_steps + 1):  # so many optimizer steps are done
-        last = step == max_steps
-        if (step % config.eval_every == 0 or last) and not metrics.has(step, "val_loss"):
+
+    for step in range(start, max_steps + 1):  # `step` counts completed optimizer steps
+        done, stopped = step == max_steps, signals.on_any_rank()
+
+        # Once in a while: the loss on held-out conversations, and the model's answers. A stopped run is in a
+        # hurry.
+        if (done or step % config.eval_every == 0) and not stopped and not metrics.has(step, "val_loss"):
             batches = val.micro_batches(val_rows, config.micro_batch_size, ranks)
-            nats, right, targets = training.evaluate(module, batches, ranks)
-            numbers, samples = {"val_loss": nats / targets, "val_accuracy": right / targets}, []
-            if questions and ranks.main:
-                numbers["stopped"], samples = sft.ask(
-                    config.out_dir, step, model, tokenizer, questions, config.max_new_tokens
+            nats, correct, targets = evaluate(module, batches, ranks)
+            numbers, lines = {"val_loss": nats / targets, "val_accuracy": correct / targets}, []
+            if questions and ranks.is_main:
+                numbers["stopped"], lines = record_answers(
+                    config.out_dir,
+                    step,
+                    model,
+                    tokenizer=tokenizer,
+                    questions=questions,
+                    max_new_tokens=config.max_new_tokens,
                 )
             metrics.validated(step, **numbers)
-            for line in samples:
-                metrics.say(line)
-        if last:
+            metrics.print(lines)
+
+        # Once in a while: a checkpoint, written beside the next steps. If that went wrong, the run ends here.
+        checkpoints.raise_errors()
+        if step > start and (done or stopped or step % config.save_every == 0):
+            seconds = checkpoints.save(step, model, optimizer, history=history, metrics=metrics)
+            metrics.log(step, save_seconds=round(seconds, 3))
+        if done or stopped:
             break
+
+        # The rows, and the noise on them, depend on the seed and the step only.
         ranks.at(f"step {step + 1}")
         began = time.monotonic()
-        share = schedule(step, max_steps, warmup_steps, max_steps - warmup_steps)
         rows, noise = train.step_rows(step), step_noise(config, step, T, model.config.hidden_size)
         batches = list(train.micro_batches(rows, config.micro_batch_size, ranks, noise))
-        result = training.train_step(module, optimizer, batches, share, config.max_grad_norm, history, ranks)
-        step += 1
-        metrics.step(step, result, time.monotonic() - began)
-        saves.after(step, signals.on_any_rank())
-    saves.wait()
+
+        # Forward and backward over all micro-batches and ranks; the gradients are clipped.
+        loss, grad_norm, targets = forward_backward(
+            module, batches, max_grad_norm=config.max_grad_norm, ranks=ranks
+        )
+
+        # A bad step (its loss or norm is not finite, or a spike) changes nothing. Too many in a row: give up.
+        skipped = history.record(loss=loss, grad_norm=grad_norm)
+        if history.bad_steps >= config.max_bad_steps:
+            raise too_many_bad_steps(config.out_dir, history.bad_steps, skipped)
+
+        # The update, at this step's learning rate.
+        lr_scale = schedule(step, max_steps, warmup_steps=warmup_steps, decay_steps=max_steps - warmup_steps)
+        lr = set_learning_rate(optimizer, lr_scale)
+        if not skipped:
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        numbers = {"loss": loss, "grad_norm": grad_norm, "lr": lr, "targets": targets, "skipped": skipped}
+        metrics.step(step + 1, numbers, seconds=time.monotonic() - began)
+
+    # The end: the last checkpoint is on the disk, all ranks leave together, the folder is free.
+    checkpoints.wait()
     signals.close()
     metrics.close()
-    if ranks.main and (Path(config.out_dir) / "answers.jsonl").exists():
-        print(sft.side_by_side(config.out_dir))
+    ranks.leave()
+    if lock:
+        lock.close()
+    if stopped:
+        ranks.print(f"stopped by a signal; the same command continues from {config.out_dir}'s checkpoint")
+        raise SystemExit(RESUMABLE)
+    if ranks.is_main and (Path(config.out_dir) / "answers.jsonl").exists():
+        print(side_by_side(config.out_dir))
     ranks.print(f"\nTalk to it: python chat.py --model={config.out_dir}")
 
 
 if __name__ == "__main__":
-    training.run_script(main, Config)
+    run_script(main, Config)

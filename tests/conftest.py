@@ -22,11 +22,14 @@ import dpo_gpt  # noqa: E402 - the environment comes first
 import prepare_data  # noqa: E402
 import pretrain_gpt  # noqa: E402
 import sft_gpt  # noqa: E402
-from data import train_tokenizer  # noqa: E402
+from checkpoint import newest_checkpoint  # noqa: E402
+from common import read_records  # noqa: E402
+from distributed import Ranks  # noqa: E402
 from gpt import GPTConfig, GPTModel  # noqa: E402
-from training import newest_checkpoint, read_jsonl  # noqa: E402
+from tokenization import train_tokenizer  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
+ALONE = Ranks(0, 1, torch.device("cpu"))
 WORDS = "the a river stone old runs under small bridge and green hill sees bright water in light".split()
 
 
@@ -153,6 +156,16 @@ def base_run(data_dir, tmp_path_factory):
     return out_dir
 
 
+def weights(out_dir: Path, step: int) -> bytes:
+    return (out_dir / f"step_{step:07d}" / "model.safetensors").read_bytes()
+
+
+def losses(out_dir: Path) -> list[tuple]:
+    """All that was recorded but speeds."""
+    names = ("step", "loss", "val_loss", "grad_norm")
+    return [tuple(row.get(name) for name in names) for row in read_records(out_dir / "metrics.jsonl")]
+
+
 def flags(config) -> list[str]:
     """A Config as command-line flags."""
     return [f"--{name}={value}" for name, value in vars(config).items()]
@@ -196,7 +209,7 @@ def result_of(out_dir: Path) -> dict[str, bytes]:
     state["config"] = {k: v for k, v in state["config"].items() if k not in ("out_dir", "resume")}
     rows = [
         {k: v for k, v in row.items() if k not in ("tokens_per_second", "save_seconds")}
-        for row in read_jsonl(out_dir / "metrics.jsonl")
+        for row in read_records(out_dir / "metrics.jsonl")
     ]
     texts = {"state": state, "metrics": [row for row in rows if len(row) > 1]}
     return {

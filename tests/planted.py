@@ -19,8 +19,10 @@ from pathlib import Path
 import dpo_gpt
 import pretrain_gpt
 import sft_gpt
-import training
+from common import read_records, run_script
+from distributed import Ranks
 from gpt import GPTModel
+from metrics import Metrics
 
 SCRIPTS = {script.__name__: script for script in (pretrain_gpt, sft_gpt, dpo_gpt)}
 
@@ -54,7 +56,7 @@ def plant(*faults: str) -> None:
         first, _, last = steps.partition("-")
         if (where + ["0"])[:2] == [rank, restart]:
             planned |= {f"step {step}": kind for step in range(int(first), int(last or first) + 1)}
-    at, forward, now = training.Ranks.at, GPTModel.forward, {"place": None, "micro": 0}
+    at, forward, now = Ranks.at, GPTModel.forward, {"place": None, "micro": 0}
 
     def noted_at(self, place):
         now.update(place=place, micro=0)
@@ -68,21 +70,31 @@ def plant(*faults: str) -> None:
         loss = forward(self, *arguments, **named)
         return loss * FACTORS[kind] if kind in FACTORS else loss
 
-    training.Ranks.at, GPTModel.forward = noted_at, faulty_forward
+    Ranks.at, GPTModel.forward = noted_at, faulty_forward
 
 
 def record_weights(out_dir: Path) -> None:
     """Have each rank append a hash of its weights to out_dir/weights-RANK.txt after every step."""
-    original = training.train_step
+    original, models = Metrics.step, []
+    GPTModel.init_weights = noting(GPTModel.init_weights, models)
 
-    def train_step(module, *arguments):
-        result = original(module, *arguments)
-        digest = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in module.parameters()))
+    def step(self, *arguments, **named):
+        original(self, *arguments, **named)
+        digest = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in models[-1].parameters()))
         with open(out_dir / f"weights-{os.environ.get('RANK', 0)}.txt", "a") as file:
             file.write(digest.hexdigest() + "\n")
-        return result
 
-    training.train_step = train_step
+    Metrics.step = step
+
+
+def noting(method, models: list):
+    """A method that also notes the model it is called on."""
+
+    def noted(self):
+        models.append(self)
+        return method(self)
+
+    return noted
 
 
 def start(script: str, config, world: int, rank: int, port: int, faults, log: int, prepare) -> int:
@@ -98,12 +110,12 @@ def start(script: str, config, world: int, rank: int, port: int, faults, log: in
             place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world}
             store = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             os.environ.update({name: str(value) for name, value in (place | store).items()})
-        training.Metrics.plot = lambda self: None  # most of such a short run's time
+        Metrics.plot = lambda self: None  # most of such a short run's time
         plant(*faults)
         if prepare:
             prepare(Path(config.out_dir))
         sys.argv = [script, *(f"--{name}={value}" for name, value in vars(config).items())]
-        training.run_script(SCRIPTS[script].main, SCRIPTS[script].Config)
+        run_script(SCRIPTS[script].main, SCRIPTS[script].Config)
         status = 0
     except SystemExit as stop:
         status = stop.code
@@ -149,7 +161,7 @@ def wait_for_rows(metrics: Path, steps: int, seconds: float = 30) -> None:
     """Until a run that was just started has recorded so many more steps than there were."""
     until, first = time.monotonic() + seconds, None
     while time.monotonic() < until:
-        rows = training.read_jsonl(metrics)
+        rows = read_records(metrics)
         now = rows[-1]["step"] if rows else 0
         first = min(now, now if first is None else first)  # rows beyond the checkpoint are dropped
         if now >= first + steps:
@@ -170,4 +182,4 @@ def forked(script: str, config, world: int = 1, faults=(), prepare=None, grace: 
 if __name__ == "__main__":
     plant(*sys.argv[1].split(","))
     sys.argv[:3] = [sys.argv[2]]
-    training.run_script(SCRIPTS[sys.argv[0]].main, SCRIPTS[sys.argv[0]].Config)
+    run_script(SCRIPTS[sys.argv[0]].main, SCRIPTS[sys.argv[0]].Config)

@@ -1,0 +1,72 @@
+"""A model's own answers: to held-out questions and to a few fixed ones, before, during and after a run."""
+
+import itertools
+import math
+import textwrap
+from pathlib import Path
+
+import numpy as np
+
+from common import read_records, write_records
+from gpt import GPTModel
+from sft import prompt_ids, user_turn
+from tokenization import TURN_END
+
+SAMPLING = {"temperature": 0.7, "top_k": 50, "top_p": 0.95}  # of an answer, in chat.py and in evaluations
+FIXED_QUESTIONS = (  # every evaluation asks them
+    "Hello!",
+    "What is water?",
+    "What is the capital of France?",
+    "Who was Albert Einstein?",
+    "Tell me about the Moon.",
+    "What is mathematics?",
+)
+
+
+def generate_answers(model: GPTModel, tokenizer, questions: list[str], max_new_tokens: int) -> list[dict]:
+    """Each question's answer, sampled as in chat.py but always the same, and whether it stopped by itself."""
+    stop, results = tokenizer.convert_tokens_to_ids(TURN_END), []
+    context = model.config.max_position_embeddings
+    questions = [q for q in questions if len(prompt_ids(user_turn(q), tokenizer)) < context]
+    for i in range(0, len(questions), 50):
+        asked = questions[i : i + 50]
+        prompts = [prompt_ids(user_turn(question), tokenizer) for question in asked]
+        steps = model.generate(prompts, max_new_tokens, **SAMPLING, seed=0, stop_ids=[stop])
+        for question, ids in zip(asked, zip(*steps)):
+            ids = [t for t in ids if t is not None]
+            text = tokenizer.decode(ids, skip_special_tokens=True).strip()
+            results.append({"question": question, "answer": text, "stopped": stop in ids})
+    return results
+
+
+def record_answers(
+    out_dir: str | Path, step: int, model: GPTModel, *, tokenizer, questions: list[str], max_new_tokens: int
+) -> tuple[float, list[str]]:
+    """Answer held-out questions and FIXED_QUESTIONS, and write the answers to out_dir/answers.jsonl.
+
+    Returns the share of the held-out ones whose answers stop by themselves, and a line for each fixed one.
+    """
+    path = Path(out_dir) / "answers.jsonl"
+    held_out = generate_answers(model, tokenizer, questions, max_new_tokens)
+    fixed = generate_answers(model, tokenizer, list(FIXED_QUESTIONS), max_new_tokens)
+    earlier = [row for row in read_records(path) if row["step"] < step]
+    write_records(path, earlier + [{"step": step, **answer} for answer in held_out + fixed])
+    lines = [textwrap.shorten(f"{row['question']} {row['answer']}", 106) for row in fixed]
+    stopped = float(np.mean([answer["stopped"] for answer in held_out])) if held_out else math.nan
+    return stopped, [f"  | {line}" for line in lines]
+
+
+def side_by_side(out_dir: str | Path) -> str:
+    """The fixed questions with the first and the last answers that a run recorded, in two columns."""
+    rows = read_records(Path(out_dir) / "answers.jsonl")
+    before, after = (
+        {row["question"]: row["answer"] for row in rows if row["step"] == rows[i]["step"]} for i in (0, -1)
+    )
+    lines = [f"  {'before':48} | after"]
+    for question in (q for q in FIXED_QUESTIONS if q in before and q in after):
+        columns = [
+            textwrap.wrap(side[question], 48, max_lines=6) or ["(nothing)"] for side in (before, after)
+        ]
+        pairs = itertools.zip_longest(*columns, fillvalue="")
+        lines += ["", question, *(f"  {a:48} | {b}" for a, b in pairs)]
+    return "\n".join(lines)

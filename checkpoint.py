@@ -1,0 +1,267 @@
+"""Checkpoints: writing them so that no crash can lose one, telling whole ones from damaged ones, resuming.
+
+out_dir/step_0000123/    config.json, model.safetensors, tokenizer files: a Hugging Face model directory
+                         training_state.pt: the optimizer and all else that a run needs to go on
+                         checkpoint.json: each file's size and hash; README.md: the model card
+"""
+
+import re
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+
+from common import InputError, file_sha256, one_line, read_json, sync_to_disk, write_json
+from distributed import Ranks
+from gpt import GPTModel
+from huggingface import model_directory
+from optim import state_by_name
+from tokenization import load_tokenizer
+
+# -- writing -------------------------------------------------------------------------------------------------
+
+
+class Checkpoints:
+    """Writes a run's checkpoints on rank 0, while training goes on.
+
+    At any moment a crash leaves the older checkpoints, and the newest either whole or absent. Only when it is
+    whole are older ones deleted: all but the newest keep_last (0 keeps all), and of those none whose step is
+    a multiple of keep_every.
+    """
+
+    def __init__(
+        self,
+        out_dir: str | Path,
+        ranks: Ranks,
+        *,
+        tokenizer,
+        identity: dict[str, dict],
+        settings: dict,
+        origin: str,
+        keep_last: int,
+        keep_every: int,
+    ):
+        """`identity` and `settings` are what check_same_run compares; `origin` is a sentence for the card."""
+        self.out_dir, self.is_main = Path(out_dir), ranks.is_main
+        self.tokenizer, self.identity = tokenizer, identity
+        self.settings, self.origin = settings, origin
+        self.keep_last, self.keep_every = keep_last, keep_every
+        self.thread, self.writing = ThreadPoolExecutor(1), Future()
+        self.writing.set_result(None)
+
+    def save(self, step: int, model: GPTModel, optimizer, *, history, metrics) -> float:
+        """Begin to write a checkpoint; returns the seconds that training stood still.
+
+        Waits for the one before, copies weights and optimizer state to host memory (12 bytes a parameter with
+        AdamW), and leaves the rest to a thread. Raises InputError, having written nothing, if the disk has
+        too little room, if weights are not finite, or if the one before could not be written.
+        """
+        began = time.monotonic()
+        self.wait()
+        if not self.is_main:
+            return 0.0
+        for leftover in self.out_dir.glob(".step_*.partial"):  # of a run that was killed while writing
+            shutil.rmtree(leftover)
+        needed = 12 * model.num_parameters() + 50_000_000  # bytes: weights and moments in fp32, the rest
+        if shutil.disk_usage(self.out_dir).free < needed:
+            raise lacking_space(self.out_dir, needed)
+        broken = [name for name, p in model.named_parameters() if not p.isfinite().all()]
+        if broken:
+            raise InputError(
+                f"after step {step} {len(broken)} weights are not finite, {broken[0]} among them; nothing "
+                f"was saved, the last good checkpoint is {newest_checkpoint(self.out_dir)}"
+            )
+        weights = copy_to_host(model.stored_state())
+        state = {
+            "step": step,
+            **self.identity,
+            "config": self.settings,
+            "history": history.state(),
+            "wandb_id": metrics.wandb_id,
+            "optimizer": copy_to_host(state_by_name(model, optimizer)),
+        }
+        card = model_card(
+            self.out_dir.name,
+            model,
+            origin=self.origin,
+            trained=f"{step * metrics.step_tokens:,} tokens in {step} steps",
+            losses=metrics.last_losses(),
+            settings=self.settings,
+        )
+
+        def write_files(folder: Path) -> None:
+            model.save_pretrained(folder, self.tokenizer, weights)
+            (folder / "README.md").write_text(card)
+            torch.save(state, folder / "training_state.pt")
+
+        self.writing = self.thread.submit(self.write, step, write_files, needed)
+        return time.monotonic() - began
+
+    def raise_errors(self) -> None:
+        """Raise what went wrong in a writing that has ended."""
+        if self.writing.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait until the last checkpoint is on the disk; raises what went wrong."""
+        self.writing.result()
+
+    def write(self, step: int, write_files: Callable[[Path], None], needed: int) -> None:
+        """Write under another name, flush to the disk, add the manifest, rename, delete old ones."""
+        final, partial = self.out_dir / f"step_{step:07d}", self.out_dir / f".step_{step:07d}.partial"
+        try:
+            write_files(partial)
+            paths = sorted(partial.iterdir())
+            files = {p.name: {"bytes": p.stat().st_size, "sha256": file_sha256(p)} for p in paths}
+            for path in paths:
+                sync_to_disk(path)
+            write_json(partial / "checkpoint.json", {"step": step, "files": files})
+            sync_to_disk(partial)
+            metrics = self.out_dir / "metrics.jsonl"
+            if metrics.exists():  # a resumed run will not rewrite the rows up to this step
+                sync_to_disk(metrics)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            # Each library reports a full disk with another exception.
+            shutil.rmtree(partial, ignore_errors=True)
+            told = lacking_space(self.out_dir, needed)
+            raise InputError(f"step {step} could not be saved ({one_line(error)}); {told}") from error
+        if final.exists():  # damaged, so that the run went on from an earlier one
+            shutil.rmtree(final)
+        partial.rename(final)
+        sync_to_disk(self.out_dir)
+        self.delete_old(step)
+
+    def delete_old(self, step: int) -> None:
+        """Delete the checkpoints that are not kept any more.
+
+        Later steps are ignored: had they been whole, the run would have resumed from them.
+        """
+        earlier = [path for path in list_checkpoints(self.out_dir) if step_of(path) <= step]
+        for old in earlier[: -self.keep_last] if self.keep_last else []:
+            if not self.keep_every or step_of(old) % self.keep_every:
+                shutil.rmtree(old)
+
+
+def lacking_space(folder: Path, needed: int) -> InputError:
+    """What to tell when the disk that holds the folder has no room for a checkpoint of so many bytes."""
+    return InputError(
+        f"a checkpoint needs {needed / 1e9:.2f} GB and {folder} has "
+        f"{shutil.disk_usage(folder).free / 1e9:.2f} GB free; make room and run the same command again, it "
+        f"continues from the last checkpoint"
+    )
+
+
+def copy_to_host(state: dict) -> dict:
+    """A copy in host memory of a state whose values are tensors or such states."""
+    return {
+        name: copy_to_host(value) if isinstance(value, dict) else value.detach().to("cpu", copy=True)
+        for name, value in state.items()
+    }
+
+
+def model_card(
+    name: str, model: GPTModel, *, origin: str, trained: str, losses: list[str], settings: dict
+) -> str:
+    """The README.md of a checkpoint: what it is, what it was made from, and the losses measured so far."""
+    fields = model.config.to_hf()
+    (kind,) = fields.pop("architectures")
+    shape, flags = (
+        "".join(f"{name}: {value!r}\n" for name, value in values.items()) for values in (fields, settings)
+    )
+    measured = "".join(f"- {line}\n" for line in losses)
+    return (
+        f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n# {name}\n\n"
+        f"{origin} {model.num_parameters():,} parameters; {trained}. A {kind}, which "
+        f"`AutoModelForCausalLM.from_pretrained` opens.\n\n"
+        f"## Losses\n\n{measured}\n## Settings\n\n```\n{flags}```\n\n"
+        f"## Configuration\n\n```\n{shape}```\n"
+    )
+
+
+# -- finding -------------------------------------------------------------------------------------------------
+
+
+def list_checkpoints(out_dir: str | Path) -> list[Path]:
+    """A run's checkpoint folders, oldest first."""
+    paths = [p for p in Path(out_dir).glob("step_*") if re.fullmatch(r"step_\d{7,}", p.name)]
+    return sorted(paths, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in the name of a checkpoint's folder."""
+    return int(checkpoint.name.removeprefix("step_"))
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint that Checkpoints wrote, or None if it is whole."""
+    if not (checkpoint / "checkpoint.json").exists():
+        return "checkpoint.json is missing"
+    try:
+        manifest = read_json(checkpoint / "checkpoint.json")
+        files = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
+    except (InputError, KeyError, TypeError, AttributeError):
+        return "checkpoint.json is cut short or not what was saved"
+    for name, expected in files.items():
+        path = checkpoint / name
+        try:
+            if not path.exists():
+                return f"{name} is missing"
+            if (path.stat().st_size, file_sha256(path)) != expected:
+                return f"{name} is not what was saved"
+        except (OSError, ValueError) as error:  # a failing disk, or a name that no file can have
+            return f"{name} cannot be read ({error})"
+    return None
+
+
+def newest_checkpoint(out_dir: str | Path) -> Path | None:
+    """The newest whole checkpoint of a run, or None; damaged ones are named on stderr and passed over."""
+    for checkpoint in reversed(list_checkpoints(out_dir)):
+        what = damage(checkpoint)
+        if what is None:
+            return checkpoint
+        print(f"warning: passing over {checkpoint}: {what}", file=sys.stderr)
+    return None
+
+
+def too_many_bad_steps(out_dir: str | Path, count: int, why: str) -> InputError:
+    """What to tell when so many steps in a row changed nothing."""
+    good = newest_checkpoint(out_dir)
+    return InputError(
+        f"{count} steps in a row were skipped, the last because {why}; "
+        + (f"the last good checkpoint is {good}" if good else "there is no checkpoint yet")
+        + "; lower the learning rate, or look at the data of these steps"
+    )
+
+
+def find_model(name: str) -> str | Path:
+    """The model that a user named: for a run's folder its newest whole checkpoint, else the name as it is.
+
+    Raises InputError for a folder with neither, and for a checkpoint whose weights or tokenizer were changed.
+    """
+    path = Path(name)
+    if not path.is_dir():
+        return name
+    if (path / "config.json").exists():
+        what = damage(path) if (path / "checkpoint.json").exists() else None
+        if what:
+            raise InputError(f"{name}: {what}; delete checkpoint.json there to use it all the same")
+        return name
+    checkpoint = newest_checkpoint(name)
+    if checkpoint is None:
+        raise InputError(f"{name} holds neither a model (config.json) nor a whole checkpoint (step_…)")
+    return checkpoint
+
+
+def open_model(name: str | Path, ranks: Ranks) -> tuple[GPTModel, object]:
+    """The model that a user named and its tokenizer, on this rank's device, with an embedding for each of the
+    tokenizer's tokens."""
+    with ranks.main_first():
+        path = model_directory(find_model(name))
+        model, tokenizer = GPTModel.from_pretrained(path), load_tokenizer(path)
+    model.resize_vocabulary(len(tokenizer), tokenizer.new_tokens)
+    return model.to(ranks.device), tokenizer

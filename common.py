@@ -1,0 +1,213 @@
+"""What every room needs: the user's mistakes, the command line, small helpers for files."""
+
+import ast
+import dataclasses
+import errno
+import hashlib
+import inspect
+import io
+import json
+import math
+import os
+import re
+import sys
+import textwrap
+import tokenize
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+IGNORE = -100  # a target with this value is not trained on; PyTorch's and Hugging Face's convention
+RESUMABLE = 75  # the exit status of a run that was stopped and can go on; sysexits.h calls it EX_TEMPFAIL
+
+
+class InputError(ValueError):
+    """A mistake of the user, told in one sentence. Scripts print it and exit with status 1."""
+
+
+def one_line(error: Exception) -> str:
+    """An error's message in one line; its type if the message is empty."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+# -- command line --------------------------------------------------------------------------------------------
+
+
+def field_comments(config_class: type) -> dict[str, str]:
+    """The comments behind each field of a dataclass, joined; wherever a formatter breaks the line.
+
+    Raises ValueError for a field without one, so that no flag is ever without help.
+    """
+    source = textwrap.dedent(inspect.getsource(config_class))
+    comments = {  # by line
+        token.start[0]: token.string.lstrip("# ")
+        for token in tokenize.generate_tokens(io.StringIO(source).readline)
+        if token.type == tokenize.COMMENT
+    }
+    fields = [node for node in ast.parse(source).body[0].body if isinstance(node, ast.AnnAssign)]
+    found = {
+        field.target.id: " ".join(
+            comments[n] for n in range(field.lineno, field.end_lineno + 1) if n in comments
+        )
+        for field in fields
+    }
+    silent = [name for name, comment in found.items() if not comment]
+    if silent:
+        raise ValueError(f"{config_class.__qualname__} has fields without a comment: {', '.join(silent)}")
+    return found
+
+
+def parse_value(text: str, kind: type):
+    """A command-line value as the field's type, 1_000 and 1e9 for integers too; ValueError if it is none."""
+    if kind is bool:
+        return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+    if kind is int and not re.fullmatch(r"[-+]?[\d_]+", text):
+        if float(text) != int(float(text)):
+            raise ValueError(text)
+        return int(float(text))
+    return kind(text)
+
+
+def parse_config(config_class: type, arguments: Sequence[str]):
+    """A Config with `--field=value` overrides; the fields, their defaults and comments are the documentation.
+
+    Raises InputError for an unknown field or a value of the wrong type, and SystemExit for --help.
+    """
+    comments, kinds = field_comments(config_class), typing.get_type_hints(config_class)
+    defaults = {field.name: field.default for field in dataclasses.fields(config_class)}
+    overview = "\n".join(
+        f"  {f'--{name}={default}':<32}  {comments[name]}" for name, default in defaults.items()
+    )
+    if {"-h", "--help"} & set(arguments):
+        print(f"{sys.modules[config_class.__module__].__doc__.strip()}\n\nFields and defaults:\n{overview}")
+        raise SystemExit(0)
+    values = {}
+    for argument in arguments:
+        name, equals, text = argument.removeprefix("--").partition("=")
+        if not equals and kinds.get(name) is bool:
+            equals, text = "=", "true"
+        if argument.startswith("--") and not equals and name in defaults:
+            raise InputError(f"{argument} has no value; write {argument}=value ({comments[name]})")
+        if not argument.startswith("--") or not equals or name not in defaults:
+            raise InputError(
+                f"{argument} is not understood; write --field=value with one of these fields:\n{overview}"
+            )
+        try:
+            values[name] = parse_value(text, kinds[name])
+        except (ValueError, KeyError, OverflowError):
+            raise InputError(
+                f"--{name}={text} is not of type {kinds[name].__name__} ({comments[name]})"
+            ) from None
+    return config_class(**values)
+
+
+def run_script(main: Callable, config_class: type) -> None:
+    """Run main(config) with the command line's config. A mistake of the user is printed as one sentence, and
+    the process ends with status 1."""
+    try:
+        main(parse_config(config_class, sys.argv[1:]))
+        return
+    except InputError as error:
+        message = f"error: {error}"
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        message = f"error: the disk is full ({error}); make room and run the same command again, it continues"
+    print(message, file=sys.stderr, flush=True)  # flush now: other ranks may keep this process from exiting
+    raise SystemExit(1)
+
+
+def check_numbers(settings: dict, positive: Sequence[str]) -> None:
+    """Raise InputError for the first number out of range.
+
+    The `positive` settings must be above zero, all others but the seed at least zero. None may be infinite.
+    Fractions and betas are at most 1.
+    """
+    for name, value in settings.items():
+        if not isinstance(value, int | float) or isinstance(value, bool) or name == "seed":
+            continue
+        if name in positive and not 0 < value < math.inf:
+            raise InputError(f"--{name}={value}: expected a number above zero")
+        if not 0 <= value < math.inf:
+            raise InputError(f"--{name}={value}: expected a number from zero up")
+        if value > 1 and name.endswith(("_fraction", "beta1", "beta2")):
+            raise InputError(f"--{name}={value}: expected a share, from 0 to 1")
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Raise InputError for a value that is none of the choices."""
+    if value not in choices:
+        raise InputError(f"--{name}={value} is unknown; choose {', '.join(choices)}")
+
+
+# -- files ---------------------------------------------------------------------------------------------------
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file; InputError if it is missing, cut short or something else."""
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read ({error}); expected a JSON object") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path} holds a JSON {type(value).__name__}; expected a JSON object")
+    return value
+
+
+def write_json(path: Path, value) -> None:
+    """Replace a JSON file in one step: a reader sees the old or the new one, also after a crash."""
+    replace_file(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def read_records(path: Path) -> list[dict]:
+    """The rows of a file with a JSON object a line, as metrics.jsonl; none if there is no file.
+
+    A last line that a crash cut short is left out. Another damaged line, as after a power failure, is named
+    on stderr and left out.
+    """
+    rows = []
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True) if path.exists() else [], 1):
+        if not line.endswith(b"\n"):
+            break
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            print(f"warning: line {number} of {path} is damaged and left out", file=sys.stderr)
+    return rows
+
+
+def write_records(path: Path, rows: Sequence[dict]) -> None:
+    """Replace a file of records in one step."""
+    replace_file(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Replace a file in one step. Its content is on the disk before the old one goes."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    with open(partial, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def sync_to_disk(path: Path) -> None:
+    """Have the operating system write a file, or a folder's entries, to the disk itself."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def file_sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def fingerprint(value) -> str:
+    """A short hash of a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

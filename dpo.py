@@ -1,0 +1,203 @@
+"""Direct preference optimization: pairs of answers, the loss, and the reference's log-probabilities.
+
+P pairs in a micro-batch, T tokens.
+"""
+
+from collections.abc import Iterator, Sequence
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from common import IGNORE, replace_file
+from distributed import Ranks
+from gpt import GPTModel
+from sft import (
+    Example,
+    SFTDataset,
+    batched,
+    cut_to_length,
+    first_question,
+    render_batch,
+    trained_tokens,
+    user_turn,
+    why_unusable,
+    write_examples,
+)
+from tokenization import TURN_END, TURN_START
+
+
+def conversations(row: dict) -> list:
+    """The chosen and the rejected conversation of a row, each from its first message to the answer."""
+    prompt, sides = row.get("prompt") or [], []
+    prompt = user_turn(prompt) if isinstance(prompt, str) else prompt
+    for name in ("chosen", "rejected"):
+        side = row.get(name)
+        side = [{"role": "assistant", "content": side}] if isinstance(side, str) else side
+        alone = isinstance(side, list) and len(side) == 1 and isinstance(prompt, list)
+        sides.append([*prompt, *side] if alone else side)
+    return sides
+
+
+def why_incomparable(chosen, rejected) -> str | None:
+    """What keeps two conversations from being compared, or None."""
+    for name, messages in (("chosen", chosen), ("rejected", rejected)):
+        if reason := why_unusable(messages):
+            return f"in {name}, {reason}"
+        if messages[-1]["role"] != "assistant" or len(messages) < 2:
+            return f"{name} is not a question and an assistant's answer to it"
+    if chosen[:-1] != rejected[:-1]:
+        return "chosen and rejected differ before the answer"
+    return "chosen and rejected are the same" if chosen == rejected else None
+
+
+def prepare_pairs(folder: Path, rows: Iterator, tokenizer, *, max_length: int, val_fraction: float) -> dict:
+    """Render (row, where it was found) into the datasets of sft.write_examples, each pair as two
+    conversations, the chosen first; of both only the last answer counts, cut at max_length."""
+    turns = tokenizer.convert_tokens_to_ids([TURN_START, TURN_END])
+
+    def last_answer(ids: list[int], labels: list[int]) -> list[int]:
+        header = len(ids) - 1 - ids[::-1].index(turns[0])  # of the last message
+        return [IGNORE] * header + labels[header:]
+
+    def examples() -> Iterator[Example]:
+        for batch in batched(rows):
+            pairs = [conversations(row) for row, _ in batch]
+            reasons = [why_incomparable(*pair) for pair in pairs]
+            usable = [side for pair, reason in zip(pairs, reasons) if reason is None for side in pair]
+            rendered = iter(render_batch(usable, tokenizer))
+            for (chosen, _), (_, where), reason in zip(pairs, batch, reasons):
+                if reason:
+                    yield Example(where, reason)
+                    continue
+                sides = [(ids, last_answer(ids, labels)) for ids, labels in (next(rendered), next(rendered))]
+                pieces = [
+                    piece
+                    for ids, labels in sides
+                    for piece in cut_to_length(
+                        ids, labels, max_length, overlong="truncate", prefix=0, turns=turns
+                    )
+                ]
+                if len(pieces) < 2:
+                    reason = f"no answer begins within {max_length} tokens"
+                elif pieces[0] == pieces[1]:
+                    reason = f"chosen and rejected are the same within {max_length} tokens"
+                answer_tokens = sum(trained_tokens(labels) for _, labels in sides)
+                yield Example(
+                    where,
+                    reason,
+                    question=first_question(chosen),
+                    pieces=[] if reason else pieces,
+                    answer_tokens=answer_tokens,
+                )
+
+    return write_examples(folder, examples(), val_fraction)
+
+
+def pair_batches(
+    dataset: SFTDataset, pairs: Sequence[int], micro_batch_size: int, ranks: Ranks
+) -> Iterator[list[int]]:
+    """A rank's share of some pairs, micro_batch_size at a time, each pair as its two answers' places in the
+    dataset. Longest first, so similar lengths share a batch."""
+    lengths = dataset.lengths().reshape(-1, 2).max(1)
+    own = sorted(pairs, key=lambda pair: -lengths[pair])[ranks.rank :: ranks.world]
+    for i in range(0, len(own), micro_batch_size):
+        yield [answer for pair in own[i : i + micro_batch_size] for answer in (2 * pair, 2 * pair + 1)]
+
+
+def collate(dataset: SFTDataset, answers: Sequence[int], T: int, device: torch.device) -> dict:
+    """Conversations as input_ids and targets, padded to one of four lengths up to T, as each is compiled
+    anew. Padding is on the right, where causality hides it."""
+    rows = [dataset[answer] for answer in answers]
+    quarter, longest = -(-T // 4), max(len(ids) for ids, _ in rows)
+    width = min(T, -(-longest // quarter) * quarter)
+    input_ids = np.zeros((len(rows), width), np.int64)
+    targets = np.full((len(rows), width), IGNORE, np.int64)
+    for b, (ids, labels) in enumerate(rows):
+        input_ids[b, : len(ids)], targets[b, : len(ids) - 1] = ids, labels[1:]
+    batch = {"input_ids": input_ids, "targets": targets}
+    return {name: torch.from_numpy(array).to(device) for name, array in batch.items()}
+
+
+def micro_batches(
+    dataset: SFTDataset, reference: np.ndarray, pairs: Sequence[int], *, T: int, size: int, ranks: Ranks
+) -> Iterator[dict]:
+    """A rank's share of some pairs, `size` at a time, as the keyword arguments of PreferenceModel's
+    forward."""
+    for answers in pair_batches(dataset, pairs, size, ranks):
+        known = torch.from_numpy(reference[answers]).to(ranks.device)
+        yield collate(dataset, answers, T, ranks.device) | {"reference": known}
+
+
+def pairs_in(batch: dict) -> int:
+    return len(batch["targets"]) // 2
+
+
+# -- the loss ------------------------------------------------------------------------------------------------
+
+
+class PreferenceModel(nn.Module):
+    """A language model as direct preference optimization trains it (Rafailov et al. 2023, equation 7,
+    https://arxiv.org/abs/2305.18290).
+
+    With the answers y to a question x, w the preferred and l the other, the loss of a pair is
+
+        -log σ(beta (log π(w|x) - log ref(w|x) - log π(l|x) + log ref(l|x)))
+    """
+
+    def __init__(self, policy: GPTModel, beta: float):
+        super().__init__()
+        self.policy, self.beta = policy, beta
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        targets: torch.Tensor,
+        *,
+        reference: torch.Tensor | None = None,
+        per_token: bool = False,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Log-probabilities (2P,) of the answers in rows (2P, T), chosen and rejected in turn; or, with those
+        of the reference (2P,), the pairs' summed loss in nats; with per_token, named as in GPTModel, each
+        pair's loss (P,) and whether the chosen answer gained more on the reference than the other (P,)."""
+        log_probs = -self.policy(input_ids, targets, per_token=True)[0].sum(1)
+        if reference is None:
+            return log_probs
+        gains = log_probs - reference
+        margins = self.beta * (gains[0::2] - gains[1::2])
+        losses = -F.logsigmoid(margins)
+        return (losses, margins > 0) if per_token else losses.sum()
+
+
+def read_reference(path: Path, dataset: SFTDataset) -> np.ndarray | None:
+    """What reference_log_probs has kept, or None if there is nothing whole."""
+    try:
+        log_probs = np.load(path)
+    except (OSError, ValueError, EOFError):
+        return None
+    return log_probs if log_probs.shape == (len(dataset),) else None
+
+
+@torch.no_grad()
+def reference_log_probs(
+    path: Path, module: nn.Module, dataset: SFTDataset, *, T: int, size: int, ranks: Ranks
+) -> np.ndarray:
+    """Log-probabilities (answers,) by the model that training starts from, fp32: computed once, on all ranks,
+    and kept in a file."""
+    if not ranks.any(ranks.is_main and read_reference(path, dataset) is not None):
+        ranks.print(f"computing the reference log-probabilities of {len(dataset):,} answers")
+        own = torch.zeros(len(dataset), device=ranks.device)  # zero for the answers of other ranks
+        for answers in pair_batches(dataset, range(len(dataset) // 2), size, ranks):
+            ranks.at("the reference log-probabilities")
+            with ranks.autocast():
+                own[answers] = module(**collate(dataset, answers, T, ranks.device))
+        (log_probs,) = ranks.sum(own)
+        if ranks.is_main:
+            content = BytesIO()
+            np.save(content, np.array(log_probs, np.float32))
+            replace_file(path, content.getvalue())
+        ranks.barrier()
+    return read_reference(path, dataset)

@@ -1,0 +1,41 @@
+"""The order in which training reads its samples: a pure function of (seed, step)."""
+
+import numpy as np
+
+
+def mix(x: np.ndarray, key: int) -> np.ndarray:
+    """A well-mixed 64-bit hash of integers (the finalizer of MurmurHash3, with a key)."""
+    x = x ^ np.uint64(key)
+    for multiplier in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
+        x = (x ^ (x >> np.uint64(33))) * np.uint64(multiplier)
+    return x ^ (x >> np.uint64(33))
+
+
+def shuffled(index: np.ndarray, n: int, key: int) -> np.ndarray:
+    """Where a keyed permutation of 0 … n-1 sends each index, in constant memory.
+
+    A Feistel network permutes the 4^k numbers from n on up; an image that is not below n is sent on until it
+    is (Black and Rogaway 2002, "Ciphers with arbitrary finite domains").
+    """
+    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
+    low = (np.uint64(1) << half) - np.uint64(1)
+    x = np.asarray(index, np.uint64)
+    outside = np.ones(x.shape, bool)
+    while outside.any():
+        left, right = x[outside] >> half, x[outside] & low
+        for turn in range(6):
+            left, right = right, left ^ (mix(right, key + turn * 0x9E3779B97F4A7C15 & 2**64 - 1) & low)
+        x[outside] = left << half | right
+        outside = x >= n
+    return x.astype(np.int64)
+
+
+def batch_order(seed: int, step: int, batch: int, n: int) -> np.ndarray:
+    """Which of n samples make up a step's global batch, a pure function; an epoch is a fresh permutation."""
+    positions = np.arange(step * batch, (step + 1) * batch, dtype=np.int64)
+    order = np.empty(batch, np.int64)
+    for epoch in np.unique(positions // n):
+        here = positions // n == epoch
+        key = int(mix(np.array([epoch], np.uint64), int(mix(np.array([seed % 2**64], np.uint64), 0)[0]))[0])
+        order[here] = shuffled(positions[here] % n, n, key)
+    return order

@@ -1,0 +1,197 @@
+"""Where a stopped run goes on: one run a folder, the newest whole checkpoint, the same settings and data."""
+
+import errno
+import fcntl
+import os
+import pickle
+import socket
+import sys
+import typing
+from pathlib import Path
+
+import torch
+
+from checkpoint import damage, find_model, list_checkpoints, newest_checkpoint, step_of
+from common import InputError, file_sha256, fingerprint, read_json
+from distributed import Ranks
+from sources import source_files
+
+# Fields you may change on resume: results stay the same up to rounding. Paths and models are compared by
+# content.
+FREE_FIELDS = (
+    "data_dir tokenizer model out_dir log_every eval_every eval_tokens eval_questions samples max_new_tokens "
+    "save_every keep_last keep_every wandb micro_batch_size timeout_minutes resume force device "
+    "compile"
+).split()
+
+
+def lock_and_resume(
+    out_dir: str | Path,
+    choice: str,
+    *,
+    fixed: dict,
+    content: dict,
+    settings: dict,
+    defaults: dict,
+    force: bool,
+    ranks: Ranks,
+) -> tuple[typing.IO | None, dict | None, dict[str, dict]]:
+    """Make and lock a run's folder, and find where to go on in it.
+
+    Returns the lock (None on other ranks than 0; the folder is free again when it is closed), the state to go
+    on from (None: from the beginning), and the run's identity. lock_folder, load_resumable and check_same_run
+    say what each of the three is and what they raise.
+    """
+    Path(out_dir).mkdir(parents=True, exist_ok=True)
+    lock = lock_folder(out_dir) if ranks.is_main else None
+    state = load_resumable(out_dir, choice, ranks)
+    identity = {"fixed": fixed, "content": content}
+    if state is not None:
+        identity, changes = check_same_run(state, identity, settings=settings, defaults=defaults, force=force)
+        if changes:
+            ranks.print(f"changed since {state['path']}: {', '.join(changes)}")
+    return lock, state, identity
+
+
+def lock_folder(out_dir: str | Path) -> typing.IO:
+    """Lock a run's folder. The lock ends with the file returned or with the process, however that ends.
+
+    Raises InputError while another process holds it: two writers would mix their checkpoints.
+    """
+    file = open(Path(out_dir) / ".lock", "a+")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.seek(0)
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise InputError(
+                f"{out_dir} is in use by {file.read() or 'another process'}; wait for it or end it, or "
+                f"choose another --out_dir"
+            ) from None
+        print(f"warning: {out_dir} cannot be locked ({error}); start nothing else in it", file=sys.stderr)
+        return file
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    return file
+
+
+def find_resumable(out_dir: str | Path, choice: str) -> Path | None:
+    """The checkpoint to go on from, or None to start afresh.
+
+    `choice` is "auto" (the newest whole checkpoint in out_dir, if any), "none" or a checkpoint's path. When
+    torchrun restarts a run that has saved, it is "auto". Raises InputError when out_dir holds checkpoints
+    that the choice does not lead to.
+    """
+    existing = list_checkpoints(out_dir)
+    if existing and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+        choice = "auto"
+    if choice == "none" and existing:
+        raise InputError(
+            f"{out_dir} holds checkpoints already, up to {existing[-1].name}; choose another --out_dir "
+            f"or go on from them with --resume=auto"
+        )
+    if choice in ("none", "auto"):
+        newest = newest_checkpoint(out_dir)  # with "none" there is none
+        if newest is None and existing:
+            raise InputError(
+                f"{out_dir} holds checkpoints up to {existing[-1].name}, but none is whole; bring one back, "
+                f"or delete them to start afresh"
+            )
+        return newest
+    chosen = Path(choice)
+    what = damage(chosen)
+    if what:
+        raise InputError(f"{chosen} cannot be resumed: {what}")
+    step = read_json(chosen / "checkpoint.json")["step"]
+    inside = chosen.resolve().parent == Path(out_dir).resolve()
+    later = [path.name for path in existing if not inside or step_of(path) > step]
+    if later:
+        raise InputError(
+            f"{out_dir} holds other checkpoints ({', '.join(later)}); go on from the newest with "
+            f"--resume=auto, delete them, or choose another --out_dir"
+        )
+    return chosen
+
+
+def load_resumable(out_dir: str | Path, choice: str, ranks: Ranks) -> dict | None:
+    """The training state of the checkpoint that find_resumable finds, with its folder under "path"; or None.
+
+    Raises InputError for a file that could run code, as only a stranger's does, and when ranks see different
+    checkpoints.
+    """
+    path = find_resumable(out_dir, choice)
+    state = load_state(path / "training_state.pt") | {"path": path} if path else None
+    step = state["step"] if state else 0
+    if ranks.sum(step)[0] != step * ranks.world:
+        raise InputError(
+            f"rank {ranks.rank} would go on from {path or 'the beginning'}, and other ranks from elsewhere; "
+            f"{out_dir} has to be one folder that all machines share"
+        )
+    return state
+
+
+def load_state(path: Path) -> dict:
+    """A training state; InputError for a file that could run code."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise InputError(
+            f"{path} holds more than tensors, numbers and text, and is not loaded: it could run code"
+        ) from error
+
+
+def check_same_run(
+    state: dict, identity: dict[str, dict], *, settings: dict, defaults: dict, force: bool
+) -> tuple[dict[str, dict], list[str]]:
+    """Compare a state with the run that wants to go on from it; the run's identity, and what has changed.
+
+    `identity` has under "fixed" what a run can never change. Under "content" it has what the run's data and
+    starting point hold; None means that this cannot be known any more, and then it stays what it was.
+    `defaults` stand for settings that an old checkpoint lacks. Raises InputError for another run, and unless
+    `force` for other content or for other settings than FREE_FIELDS: the run would end elsewhere than an
+    undisturbed one.
+    """
+    fixed = differences(state["fixed"], identity["fixed"])
+    if fixed:
+        raise InputError(
+            f"{state['path']} belongs to another run ({', '.join(fixed)}); take another --out_dir, or the "
+            f"old ones"
+        )
+    changed = differences(defaults | state["config"], settings)
+    breaking = differences(state["content"], identity["content"])
+    breaking += [text for text in changed if text.split()[0] not in FREE_FIELDS]
+    if breaking and not force:
+        raise InputError(
+            f"{state['path']} was trained with other settings ({', '.join(breaking)}); take those, or "
+            f"another --out_dir, or --force to go on with the new ones, which ends elsewhere than an "
+            f"undisturbed run"
+        )
+    content = {
+        name: state["content"].get(name) if value is None else value
+        for name, value in identity["content"].items()
+    }
+    return identity | {"content": content}, breaking + [text for text in changed if text not in breaking]
+
+
+def differences(old: dict, new: dict) -> list[str]:
+    """Each value that is known and was another, as "name old → new"."""
+    return [
+        f"{name} {old.get(name)!r} → {value!r}"
+        for name, value in new.items()
+        if value is not None and old.get(name) != value
+    ]
+
+
+def starting_point(model: str, data: str) -> dict:
+    """The content of a run that starts from this model and reads this data: hashes of local files, None for
+    what is of a hub or a package, or gone."""
+    files = source_files(data) if data != "embedded" else None
+    data_files = fingerprint([[path.name, file_sha256(path)] for path in files]) if files else None
+    folder = Path(find_model(model))
+    weights = [file_sha256(path) for path in sorted(folder.glob("*.safetensors"))] if folder.is_dir() else []
+    return {
+        "model": os.path.normpath(model),
+        "data_files": data_files,
+        "weights": fingerprint(weights) if weights else None,
+    }
