@@ -48,8 +48,8 @@ from training import StepHistory, evaluate, forward_backward
 class Config:
     only: str = "all"  # loss, step, optimizer, generate, save, sft or all
     rounds: int = 7  # times that each candidate runs
-    vocab_size: int = 4096  # V
-    hidden_size: int = 256  # C
+    vocab_size: int = 4096  # ids of the tokenizer
+    hidden_size: int = 256  # width of the residual stream
     num_hidden_layers: int = 4  # blocks
     num_attention_heads: int = 4  # query heads
     context_length: int = 256  # T, tokens in a window

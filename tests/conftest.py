@@ -8,6 +8,7 @@ import sys
 import threading
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,8 @@ import torch
 # One thread: these models are so small that threads cost more than they give.
 os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="disabled", OMP_NUM_THREADS="1")
 torch.set_num_threads(1)
+
+import planted  # noqa: E402
 
 import dpo_gpt  # noqa: E402 - the environment comes first
 import prepare_data  # noqa: E402
@@ -187,6 +190,7 @@ def run(script: str, *arguments: str, ranks: int = 1, **options) -> subprocess.C
 
 # -- faults --------------------------------------------------------------------------------------------------
 
+SMALL = {"max_steps": 6, "micro_batch_size": 2}  # two micro-batches in a step on each of two ranks
 COUNTS = Counter()  # of faults injected, runs compared, runs recovered and bytes lost
 
 
@@ -253,3 +257,39 @@ def fresh():
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=spawn, initializer=import_all) as pool:
         yield pool
+
+
+@pytest.fixture(scope="session")
+def undisturbed(data_dir, tmp_path_factory, fresh):
+    """The folder of a pretraining run of so many ranks that no fault met."""
+    done = {}
+
+    def out_dir(world: int, **changes) -> Path:
+        key = (world, *changes.items())
+        if key not in done:
+            done[key] = tmp_path_factory.mktemp("undisturbed")
+            config = pretrain_config(data_dir, done[key], **SMALL, **changes)
+            codes, log, _ = fresh.submit(planted.forked, "pretrain_gpt", config, world).result(90)
+            assert not any(codes), log
+        return done[key]
+
+    return out_dir
+
+
+@contextmanager
+def torchrun(faults: str, config, *options: str):
+    """Two ranks under torchrun with planted faults; nothing of them is left behind."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *options]
+    job = subprocess.Popen(
+        [*command, str(ROOT / "tests" / "planted.py"), faults, "pretrain_gpt", *flags(config)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"},
+    )
+    try:
+        yield job
+    finally:
+        if job.poll() is None:
+            job.terminate()
+            job.communicate(timeout=60)

@@ -1,0 +1,142 @@
+"""Writing checkpoints, telling whole from damaged ones, finding models."""
+
+import shutil
+
+import planted
+import pytest
+import torch
+from conftest import ALONE, SMALL, pretrain_config, small_model, weights
+from huggingface_hub import ModelCard
+
+import checkpoint
+import pretrain_gpt
+from checkpoint import Checkpoints, find_model, list_checkpoints, newest_checkpoint, step_of
+from common import InputError, read_records
+from resume import load_resumable
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "training_state.pt", "config.json", "checkpoint.json", "tokenizer.json"]
+)
+@pytest.mark.parametrize("cut", [True, False], ids=["cut short", "missing"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(name, cut, base_run, tmp_path, capsys):
+    shutil.copytree(base_run, tmp_path / "run")
+    file = tmp_path / "run" / "step_0000006" / name
+    file.write_bytes(file.read_bytes()[:-10]) if cut else file.unlink()
+    assert newest_checkpoint(tmp_path / "run").name == "step_0000004"
+    assert f"passing over {file.parent}: {name}" in capsys.readouterr().err
+    with pytest.raises(InputError, match=f"cannot be resumed: {name}"):
+        load_resumable(tmp_path / "run", str(file.parent), ALONE)
+
+
+def test_a_crash_while_saving_leaves_the_checkpoint_before(data_dir, tmp_path, monkeypatch):
+    original, calls = checkpoint.torch.save, []
+
+    def crash_at_the_second(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        original(*arguments)
+
+    pretrain_gpt.main(pretrain_config(data_dir, tmp_path / "straight"))
+    monkeypatch.setattr(checkpoint.torch, "save", crash_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain_gpt.main(pretrain_config(data_dir, tmp_path / "run"))
+    assert [p.name for p in list_checkpoints(tmp_path / "run")] == ["step_0000002"]
+    monkeypatch.undo()
+    pretrain_gpt.main(pretrain_config(data_dir, tmp_path / "run"))
+    assert weights(tmp_path / "run", 6) == weights(tmp_path / "straight", 6)
+    assert not list((tmp_path / "run").glob("*.partial"))
+
+
+def test_a_damaged_newer_checkpoint_never_displaces_a_whole_one(data_dir, tmp_path):
+    pretrain_gpt.main(pretrain_config(data_dir, tmp_path, keep_last=2))
+    (tmp_path / "step_0000006" / "model.safetensors").write_bytes(b"")
+    config = pretrain_config(data_dir, tmp_path, keep_last=1, save_every=1)
+    original = Checkpoints.save
+
+    def crash_after_step_5(checkpoints, *arguments, **named):
+        original(checkpoints, *arguments, **named)
+        checkpoints.wait()
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Checkpoints, "save", crash_after_step_5)
+        pretrain_gpt.main(config)
+    assert newest_checkpoint(tmp_path).name == "step_0000005"
+    pretrain_gpt.main(config)
+    assert newest_checkpoint(tmp_path).name == "step_0000006"
+
+
+def test_old_checkpoints_are_deleted_once_the_new_one_is_whole(data_dir, tmp_path):
+    pretrain_gpt.main(pretrain_config(data_dir, tmp_path, keep_last=2))
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["step_0000004", "step_0000006"]
+
+
+def test_a_full_disk_is_told_before_anything_is_written(data_dir, tmp_path, monkeypatch):
+    real = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: real._replace(free=10_000_000))
+    with pytest.raises(InputError, match=r"a checkpoint needs 0\.05 GB and .* has 0\.01 GB free"):
+        pretrain_gpt.main(pretrain_config(data_dir, tmp_path))
+    assert not list(tmp_path.glob("*step_*"))
+
+
+def test_a_disk_that_fills_up_while_saving_leaves_the_checkpoint_before(data_dir, tmp_path, monkeypatch):
+    """Libraries tell of a full disk each in their own way: torch.save by a RuntimeError."""
+    real, original, calls = shutil.disk_usage(tmp_path), torch.save, []
+
+    def full_at_the_second(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: real._replace(free=1_000_000))
+            raise RuntimeError("PytorchStreamWriter failed writing file data/0")
+        original(*arguments)
+
+    monkeypatch.setattr(checkpoint.torch, "save", full_at_the_second)
+    with pytest.raises(InputError, match=r"a checkpoint needs 0\.05 GB and .* has 0\.00 GB free"):
+        pretrain_gpt.main(pretrain_config(data_dir, tmp_path))
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["step_0000002"]
+    assert not list(tmp_path.glob(".step_*"))
+    monkeypatch.undo()
+    pretrain_gpt.main(pretrain_config(data_dir, tmp_path))
+    assert newest_checkpoint(tmp_path).name == "step_0000006"
+
+
+def test_the_model_card_tells_origin_size_and_losses(base_run):
+    card = (base_run / "step_0000006" / "README.md").read_text()
+    found = ModelCard.load(base_run / "step_0000006" / "README.md", ignore_metadata_errors=False)
+    assert found.data.to_dict() == {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    rows = read_records(base_run / "metrics.jsonl")
+    assert card.startswith("---\nlibrary_name: transformers\n") and "texts.jsonl" in card
+    assert "1,536 tokens in 6 steps" in card and "Qwen3ForCausalLM" in card and "max_steps: 6" in card
+    assert "hidden_size: 32\n" in card and "rope_theta: 10000.0\n" in card
+    assert f"step 6, val bpb: {rows[6]['val_bpb']:.4f} bits/byte" in card
+    assert f"step 6, val loss: {rows[6]['val_loss']:.4f} nats/token" in card
+    assert f"step 6, loss: {rows[6]['loss']:.4f} nats/token" in card
+
+
+def test_a_checkpoints_state_holds_no_code(base_run):
+    state = torch.load(base_run / "step_0000006" / "training_state.pt", weights_only=True)
+    assert state["step"] == 6 and set(state["optimizer"]) == set(dict(small_model().named_parameters()))
+
+
+def test_a_model_is_found_by_its_runs_folder(base_run, tmp_path):
+    assert find_model(str(base_run)) == base_run / "step_0000006"
+    assert find_model("someone/model") == "someone/model"
+    assert find_model(str(base_run / "step_0000004")) == str(base_run / "step_0000004")
+    with pytest.raises(InputError, match="holds neither a model"):
+        find_model(str(tmp_path))
+
+
+def test_old_checkpoints_go_but_for_the_newest_and_every_nth(data_dir, tmp_path, fresh):
+    config = pretrain_config(
+        data_dir, tmp_path, **SMALL | {"max_steps": 11}, save_every=1, keep_last=2, keep_every=3
+    )
+    assert fresh.submit(planted.forked, "pretrain_gpt", config).result(90)[0] == [0]
+    assert [step_of(path) for path in list_checkpoints(tmp_path)] == [3, 6, 9, 10, 11]
+
+
+def test_checkpoints_are_in_the_order_of_their_steps_beyond_seven_digits(tmp_path):
+    for step in (10_000_000, 9_999_999, 100_000_000, 5):
+        (tmp_path / f"step_{step:07d}").mkdir()
+    assert [step_of(p) for p in list_checkpoints(tmp_path)] == [5, 9_999_999, 10_000_000, 100_000_000]

@@ -1,0 +1,144 @@
+"""The command line, the user's mistakes, small files."""
+
+import dataclasses
+import errno
+import math
+
+import pytest
+from conftest import run
+
+import bench
+import chat
+import dpo_gpt
+import prepare_data
+import pretrain_gpt
+import sft_gpt
+from common import InputError, field_comments, parse_config, read_records, run_script
+
+SCRIPTS = {
+    script.__name__ + ".py": script.Config
+    for script in (prepare_data, pretrain_gpt, sft_gpt, dpo_gpt, chat, bench)
+}
+
+
+def test_flags_override_fields_of_every_type():
+    config = parse_config(
+        pretrain_gpt.Config, ["--max_steps=1e3", "--batch_tokens=1_024", "--lr=2e-4", "--qk_norm=false"]
+    )
+    assert (config.max_steps, config.batch_tokens, config.lr, config.qk_norm) == (1000, 1024, 2e-4, False)
+    assert config == dataclasses.replace(
+        pretrain_gpt.Config(), max_steps=1000, batch_tokens=1024, lr=2e-4, qk_norm=False
+    )
+
+
+@pytest.mark.parametrize("argument", ["--learning_rate=1", "max_steps=1", "--max_steps 3"])
+def test_an_unknown_flag_is_refused_with_what_exists(argument):
+    with pytest.raises(InputError, match=r"is not understood(.|\n)*--max_steps=2000(.|\n)*optimizer steps"):
+        parse_config(pretrain_gpt.Config, [argument])
+
+
+def test_a_flag_without_its_value_is_told_how_it_is_written():
+    with pytest.raises(InputError, match=r"^--max_steps has no value; write --max_steps=value \(optimizer"):
+        parse_config(pretrain_gpt.Config, ["--max_steps", "3"])
+
+
+@pytest.mark.parametrize(
+    "argument", ["--max_steps=many", "--max_steps=1.5", "--max_steps=inf", "--lr=", "--qk_norm=yes"]
+)
+def test_a_value_of_the_wrong_type_is_refused(argument):
+    with pytest.raises(InputError, match=r"is not of type (int|float|bool)"):
+        parse_config(pretrain_gpt.Config, [argument])
+
+
+@pytest.mark.parametrize("config_class", SCRIPTS.values(), ids=SCRIPTS)
+def test_help_gives_every_field_with_its_default_and_meaning(config_class, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse_config(config_class, ["--help"])
+    printed = capsys.readouterr().out
+    assert stop.value.code == 0
+    for field in dataclasses.fields(config_class):
+        (line,) = [line for line in printed.splitlines() if line.startswith(f"  --{field.name}=")]
+        assert f"={field.default}" in line and len(line.split("  ")[-1]) > 5, line
+
+
+def test_the_help_of_a_flag_does_not_depend_on_where_its_line_is_broken():
+    @dataclasses.dataclass
+    class Broken:
+        name: int = 8  # told here
+        other: str = "# no comment"  # and
+        last: tuple = (  # in two
+            1,  # parts
+        )
+
+    assert field_comments(Broken) == {"name": "told here", "other": "and", "last": "in two parts"}
+
+    @dataclasses.dataclass
+    class Silent:
+        told: int = 1  # one
+        silent: str = "# this is no comment"
+
+    with pytest.raises(ValueError, match=r"Silent has fields without a comment: silent"):
+        field_comments(Silent)
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "sentence"),
+    [
+        ("prepare_data.py", ["--source=missing.jsonl"], "missing.jsonl does not exist"),
+        (
+            "pretrain_gpt.py",
+            ["--data_dir=missing"],
+            "missing holds no token shards; make them with prepare_data.py",
+        ),
+        ("sft_gpt.py", ["--model=no/model"], "no directory no/model"),
+        ("chat.py", ["--temprature=1"], "--temprature=1 is not understood"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_exit_status_1(script, arguments, sentence, tmp_path):
+    result = run(script, *arguments, cwd=tmp_path)
+    assert result.returncode == 1
+    assert f"error: {sentence}" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_a_disk_that_fills_up_while_writing_is_one_sentence(monkeypatch, capsys):
+    def main(_):
+        raise OSError(errno.ENOSPC, "No space left on device", "model.safetensors")
+
+    monkeypatch.setattr("sys.argv", ["pretrain_gpt.py"])
+    with pytest.raises(SystemExit, match="1"):
+        run_script(main, pretrain_gpt.Config)
+    message = capsys.readouterr().err
+    assert "the disk is full" in message and "model.safetensors" in message and "it continues" in message
+
+
+@pytest.mark.parametrize("script", [pretrain_gpt, sft_gpt, dpo_gpt])
+def test_numbers_that_can_mean_nothing_are_refused(script):
+    fields = {f.name for f in dataclasses.fields(script.Config)}
+    for name, value, expected in (
+        ("keep_last", -1, "from zero up"),
+        ("max_steps", -5, "zero"),
+        ("epochs", math.nan, "above zero"),
+        ("epochs", math.inf, "above zero"),
+        ("warmup_fraction", 2.0, "a share"),
+        ("max_grad_norm", -1.0, "from zero up"),
+        ("max_length", -5, "from zero up"),
+        ("beta", math.nan, "above zero"),
+        ("lr", math.nan, "from zero up"),
+        ("micro_batch_size", 0, "above zero"),
+        ("batch_tokens", 0, "above zero"),
+    ):
+        if name in fields:
+            with pytest.raises(InputError, match=f"--{name}={value}: expected a.* {expected.split()[-1]}"):
+                script.main(script.Config(**{name: value}))
+
+
+def test_a_line_that_a_crash_cut_short_is_left_out(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2, "lo')
+    assert read_records(tmp_path / "metrics.jsonl") == [{"step": 1}]
+    assert read_records(tmp_path / "none.jsonl") == []
+
+
+def test_damaged_lines_of_the_metrics_are_told_and_stop_no_run(tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n{"st\0\0\0\xff\n{"step": 3}\n{"step": 4, "lo')
+    assert read_records(tmp_path / "metrics.jsonl") == [{"step": 1}, {"step": 3}]
+    assert f"line 2 of {tmp_path}/metrics.jsonl is damaged" in capsys.readouterr().err

@@ -1,0 +1,87 @@
+"""Whole pretraining runs."""
+
+import math
+
+import pytest
+import torch
+from conftest import dpo_config, flags, losses, pretrain_config, run, sft_config
+
+import chat
+import dpo_gpt
+import pretrain_gpt
+import sft_gpt
+from common import InputError, read_records
+
+
+def test_the_loss_of_a_run_is_token_weighted_validation_included(data_dir, tmp_path):
+    """Validation in micro-batches of 3 windows, the last one smaller, equals one pass over all."""
+    for name, size in (("a", 3), ("b", 16)):
+        pretrain_gpt.main(pretrain_config(data_dir, tmp_path / name, micro_batch_size=size, max_steps=1))
+    a, b = ([row[2] for row in losses(tmp_path / name) if row[2]] for name in "ab")
+    assert a == pytest.approx(b, rel=1e-6)
+
+
+def test_bits_per_byte_follow_from_the_bytes_of_the_text(data_dir, base_run):
+    row = next(row for row in read_records(base_run / "metrics.jsonl") if "val_loss" in row)
+    loader = pretrain_gpt.TokenLoader(data_dir, "val", 64, 320)
+    _, tokenizer = pretrain_gpt.open_data(data_dir)
+    text = "".join(tokenizer.decode(loader.read([w])[1][0]).replace("<|endoftext|>", "") for w in range(8))
+    assert row["val_bpb"] == pytest.approx(row["val_loss"] * 512 / math.log(2) / len(text.encode()))
+
+
+def test_a_sample_is_text_and_always_the_same(base_run):
+    model, tokenizer = chat.load(str(base_run))
+    samples = pretrain_gpt.sample_text(model, tokenizer, seed=0)
+    assert samples == pretrain_gpt.sample_text(model, tokenizer, seed=0)
+    assert all(text.startswith(prompt) for text, prompt in zip(samples, pretrain_gpt.PROMPTS))
+
+
+def test_mistakes_in_a_pretraining_run_are_told(data_dir, tmp_path):
+    for change, message in (
+        ({"hidden_size": 33}, "hidden_size 33 is not divisible by num_attention_heads 2"),
+        ({"context_length": 100_000, "batch_tokens": 200_000}, "too few for one window of 100001"),
+        ({"batch_tokens": 16}, "are 0 windows of 32"),
+        ({"device": "cuda"}, "no CUDA device is visible"),
+        ({"compile": "maybe"}, "--compile=maybe is unknown; choose auto, true, false"),
+        ({"optimizer": "sgd"}, "--optimizer=sgd is unknown; choose muon, adamw"),
+        ({"wandb": "on"}, "--wandb=on is unknown; choose auto, online, offline, off"),
+        ({"keep_every": 3}, "--keep_every=3 is no multiple of --save_every=2"),
+        ({"resume": str(tmp_path / "nothing")}, "cannot be resumed: checkpoint.json is missing"),
+        ({"device": "abacus"}, "--device=abacus cannot be used here"),
+        ({"eval_every": 0}, "--eval_every=0: expected a number above zero"),
+        ({"micro_batch_size": -1}, "--micro_batch_size=-1: expected a number above zero"),
+    ):
+        if not (change.get("device") and torch.cuda.is_available()):
+            with pytest.raises(InputError, match=message):
+                pretrain_gpt.main(pretrain_config(data_dir, tmp_path / "run", **change))
+
+
+def test_compiled_training_gives_the_same_losses(data_dir, tmp_path):
+    for name in ("true", "false"):
+        pretrain_gpt.main(pretrain_config(data_dir, tmp_path / name, compile=name, max_steps=2))
+    for a, b in zip(losses(tmp_path / "true"), losses(tmp_path / "false")):
+        assert all(x == y or math.isclose(x, y, rel_tol=1e-4) for x, y in zip(a, b))
+
+
+@pytest.mark.parametrize("script", ["pretrain_gpt.py", "sft_gpt.py", "dpo_gpt.py"])
+def test_two_and_three_ranks_over_gloo_equal_one_process(
+    script, data_dir, base_run, chats, preferences, tmp_path
+):
+    def config(name):
+        if script == "pretrain_gpt.py":  # 7 windows: 3, 2 and 2 on three ranks
+            return pretrain_config(data_dir, tmp_path / name, batch_tokens=7 * 32, max_steps=4)
+        if script == "dpo_gpt.py":
+            return dpo_config(base_run, preferences, tmp_path / name, batch_pairs=5)
+        return sft_config(base_run, chats, tmp_path / name, batch_tokens=5 * 64)
+
+    {"pretrain_gpt.py": pretrain_gpt, "sft_gpt.py": sft_gpt, "dpo_gpt.py": dpo_gpt}[script].main(
+        config("one")
+    )
+    ranks = 3 if script == "pretrain_gpt.py" else 2
+    (data_dir / ".verified.json").unlink(missing_ok=True)  # rank 0 hashes the shards, the others see it
+    result = run(script, *flags(config("two")), ranks=ranks)
+    assert result.returncode == 0, result.stderr
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert len(one) == len(two)
+    for a, b in zip(one, two):
+        assert all(x == y or math.isclose(x, y, rel_tol=2e-4) for x, y in zip(a, b)), (a, b)

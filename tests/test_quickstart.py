@@ -1,0 +1,47 @@
+"""The quick start, shrunk."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+from conftest import ROOT
+
+
+def test_the_quick_start_shrunk_to_seconds(tmp_path):
+    """From raw text to a chat as a user runs it; a second time, every step finds its result."""
+
+    small = "--log_every=2 --eval_every=4 --batch_tokens=1024 --max_steps=4 --wandb=off"
+    environment = os.environ | {
+        "VENV": sys.prefix,
+        "OUT": str(tmp_path),
+        "PREPARE_FLAGS": "--max_tokens=300_000",
+        "PRETRAIN_FLAGS": f"{small} --hidden_size=64 --num_hidden_layers=2 --eval_tokens=2048",
+        "SFT_FLAGS": f"{small} --eval_questions=4 --max_new_tokens=8",
+    }
+
+    def quickstart() -> str:
+        command = ["bash", str(ROOT / "quickstart.sh")]
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    printed = quickstart()
+    for part in ("train: ", "val_bpb", "tok/s", "| The history of", "val_loss", "What is water?"):
+        assert part in printed, part
+    assert printed.rstrip().endswith(f"Talk to it: python chat.py --model={tmp_path}/chat")
+    for name in (
+        "data/manifest.json",
+        "base/loss.png",
+        "base/metrics.jsonl",
+        "chat/step_0000004/model.safetensors",
+    ):
+        assert (tmp_path / name).exists(), name
+    manifest = json.loads((tmp_path / "data/manifest.json").read_text())
+    assert manifest["vocab_size"] == 4096 and manifest["splits"]["val"]["documents"] > 0
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+    again = quickstart()
+    assert "is already prepared" in again and again.count("is finished") == 2
+    assert times == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+    assert np.all([part in again for part in ("What is water?", "Talk to it")])
