@@ -123,7 +123,7 @@ class Checkpoints:
             write_json(partial / "checkpoint.json", {"step": step, "files": files})
             sync_to_disk(partial)
             metrics = self.out_dir / "metrics.jsonl"
-            if metrics.exists():  # a resumed run will not rewrite the rows up to this step
+            if metrics.exists():  # a resumed run will not make the rows up to this step again
                 sync_to_disk(metrics)
         except (OSError, RuntimeError, SafetensorError) as error:
             # Each library reports a full disk with another exception.
@@ -144,7 +144,10 @@ class Checkpoints:
         earlier = [path for path in list_checkpoints(self.out_dir) if step_of(path) <= step]
         for old in earlier[: -self.keep_last] if self.keep_last else []:
             if not self.keep_every or step_of(old) % self.keep_every:
-                shutil.rmtree(old)
+                try:
+                    shutil.rmtree(old)
+                except OSError as error:  # a link, or a file that NFS still holds
+                    print(f"warning: {old} could not be deleted ({one_line(error)})", file=sys.stderr)
 
 
 def lacking_space(folder: Path, needed: int) -> InputError:
@@ -197,8 +200,11 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step_"))
 
 
-def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint that Checkpoints wrote, or None if it is whole."""
+def damage(checkpoint: Path, *, for_resuming: bool) -> str | None:
+    """What is wrong with a checkpoint that Checkpoints wrote, or None if it is whole.
+
+    The model card may be edited. training_state.pt counts, and is read, for resuming only.
+    """
     if not (checkpoint / "checkpoint.json").exists():
         return "checkpoint.json is missing"
     try:
@@ -206,22 +212,33 @@ def damage(checkpoint: Path) -> str | None:
         files = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
     except (InputError, KeyError, TypeError, AttributeError):
         return "checkpoint.json is cut short or not what was saved"
-    for name, expected in files.items():
-        path = checkpoint / name
-        try:
-            if not path.exists():
-                return f"{name} is missing"
-            if (path.stat().st_size, file_sha256(path)) != expected:
-                return f"{name} is not what was saved"
-        except (OSError, ValueError) as error:  # a failing disk, or a name that no file can have
-            return f"{name} cannot be read ({error})"
+    unread = {"README.md"} if for_resuming else {"README.md", "training_state.pt"}
+    files = {name: expected for name, expected in files.items() if name not in unread}
+    with ThreadPoolExecutor(8) as threads:  # hashing leaves Python's lock to the others
+        results = list(threads.map(lambda item: file_damage(checkpoint, *item), files.items()))
+    return next((what for what in results if what), None)
+
+
+def file_damage(folder: Path, name: str, expected: tuple[int, str]) -> str | None:
+    """What is wrong with a file of this name that should have so many bytes and this SHA-256."""
+    path = folder / name
+    try:
+        if Path(name).name != name:
+            return f"checkpoint.json names {name!r}, which is no file's name"
+        if not path.exists():
+            return f"{name} is missing"
+        size, sha256 = expected
+        if not path.is_file() or path.stat().st_size != size or file_sha256(path) != sha256:
+            return f"{name} is not what was saved"
+    except (OSError, ValueError) as error:  # a failing disk, or a name that no file can have
+        return f"{name!r} cannot be read ({error})"
     return None
 
 
-def newest_checkpoint(out_dir: str | Path) -> Path | None:
+def newest_checkpoint(out_dir: str | Path, *, for_resuming: bool = True) -> Path | None:
     """The newest whole checkpoint of a run, or None; damaged ones are named on stderr and passed over."""
     for checkpoint in reversed(list_checkpoints(out_dir)):
-        what = damage(checkpoint)
+        what = damage(checkpoint, for_resuming=for_resuming)
         if what is None:
             return checkpoint
         print(f"warning: passing over {checkpoint}: {what}", file=sys.stderr)
@@ -247,21 +264,21 @@ def find_model(name: str) -> str | Path:
     if not path.is_dir():
         return name
     if (path / "config.json").exists():
-        what = damage(path) if (path / "checkpoint.json").exists() else None
-        if what:
+        ours = (path / "checkpoint.json").exists()
+        if ours and (what := damage(path, for_resuming=False)):
             raise InputError(f"{name}: {what}; delete checkpoint.json there to use it all the same")
         return name
-    checkpoint = newest_checkpoint(name)
+    checkpoint = newest_checkpoint(name, for_resuming=False)
     if checkpoint is None:
         raise InputError(f"{name} holds neither a model (config.json) nor a whole checkpoint (step_…)")
     return checkpoint
 
 
-def open_model(name: str | Path, ranks: Ranks) -> tuple[GPTModel, object]:
-    """The model that a user named and its tokenizer, on this rank's device, with an embedding for each of the
-    tokenizer's tokens."""
-    with ranks.main_first():
-        path = model_directory(find_model(name))
-        model, tokenizer = GPTModel.from_pretrained(path), load_tokenizer(path)
+def open_model(path: str | Path, ranks: Ranks) -> tuple[GPTModel, object]:
+    """A model directory or hub id, as find_model gives it, and its tokenizer, on this rank's device, with an
+    embedding for each of the tokenizer's tokens."""
+    ranks.from_main(lambda: str(model_directory(path)))  # rank 0 downloads, the others find it
+    path = model_directory(path)
+    model, tokenizer = GPTModel.from_pretrained(path), load_tokenizer(path)
     model.resize_vocabulary(len(tokenizer), tokenizer.new_tokens)
     return model.to(ranks.device), tokenizer

@@ -191,6 +191,17 @@ def replace_file(path: Path, content: bytes) -> None:
     partial.replace(path)
 
 
+def make_folder(path: str | Path) -> None:
+    """Make a folder, and those above it, if it is not there; InputError if it cannot be written to."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        writable = os.access(path, os.W_OK | os.X_OK)
+    except OSError as error:
+        raise InputError(f"{path} cannot be made a folder ({one_line(error)}); choose another") from error
+    if not writable:
+        raise InputError(f"{path} cannot be written to; choose another folder, or change its permissions")
+
+
 def sync_to_disk(path: Path) -> None:
     """Have the operating system write a file, or a folder's entries, to the disk itself."""
     descriptor = os.open(path, os.O_RDONLY)

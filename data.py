@@ -195,12 +195,15 @@ class TokenLoader:
 
     def text_bytes(self, windows: Sequence[int], tokenizer) -> int:
         """UTF-8 bytes of the text that these windows' targets spell: what turns nats into bits per byte."""
-        rows = self.read(windows)[1].tolist()
-        return sum(len(tokenizer.decode(row, skip_special_tokens=True).encode()) for row in rows)
+        total = 0
+        for i in range(0, len(windows), 256):
+            rows = self.read(windows[i : i + 256])[1].tolist()
+            total += sum(len(tokenizer.decode(row, skip_special_tokens=True).encode()) for row in rows)
+        return total
 
 
-def open_data(folder: str | Path, tokenizer_name: str = "") -> tuple[dict, object]:
-    """The manifest and tokenizer of a data directory, its shards verified.
+def verified_manifest(folder: str | Path, tokenizer_name: str = "") -> dict:
+    """The manifest of a data directory, its shards verified.
 
     Shards without a manifest (llm.c's, modded-nanogpt's) need tokenizer_name. Raises InputError for shards
     that differ from the manifest or a tokenizer that is not the one they were made with.
@@ -209,23 +212,23 @@ def open_data(folder: str | Path, tokenizer_name: str = "") -> tuple[dict, objec
     if (folder / "manifest.json").exists():
         manifest = read_json(folder / "manifest.json")
         verify_shards(folder, manifest)
-        tokenizer = load_tokenizer(tokenizer_name or folder / "tokenizer")
-        found, expected = tokenizer_fingerprint(tokenizer), manifest["tokenizer_fingerprint"]
-        if found != expected:
+        name = tokenizer_name or folder / "tokenizer"
+        given, expected = tokenizer_fingerprint(load_tokenizer(name)), manifest["tokenizer_fingerprint"]
+        if given != expected:
             raise InputError(
                 f"the shards in {folder} were made with tokenizer {manifest['tokenizer']} ({expected}), not "
-                f"with {tokenizer_name or folder / 'tokenizer'} ({found}); use that one or prepare again"
+                f"with {name} ({given}); use that one or prepare again"
             )
-        return manifest, tokenizer
+        return manifest
     if not folder.is_dir() or not any(folder.glob("*.bin")):
         raise InputError(f"{folder} holds no token shards; make them with prepare_data.py --out_dir={folder}")
     if not tokenizer_name:
         raise InputError(
             f"{folder} has no manifest.json to name the tokenizer of its shards; give it, as --tokenizer=gpt2"
         )
-    shards = []  # told apart, as many are of one size, by how they begin: hashing all would take minutes
+    shards = []  # identified by size and first MiB; hashing all would take minutes
     for path in sorted(folder.glob("*.bin")):
         with open(path, "rb") as file:
-            begins = hashlib.sha256(file.read(1 << 20)).hexdigest()
-        shards.append({"file": path.name, "bytes": path.stat().st_size, "begins": begins})
-    return {"shards": shards}, load_tokenizer(tokenizer_name)
+            first = hashlib.sha256(file.read(1 << 20)).hexdigest()
+        shards.append({"file": path.name, "bytes": path.stat().st_size, "begins": first})
+    return {"shards": shards}

@@ -1,12 +1,14 @@
 """The processes that torchrun starts, their devices, the signals they get, and a watchdog over them."""
 
 import faulthandler
+import json
 import os
 import signal
 import sys
 import threading
 import time
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -25,7 +27,9 @@ class Ranks:
     rank: int
     world: int
     device: torch.device
+    store: dist.Store | None = None
     watchdog: "Watchdog | None" = None
+    answers: int = 0  # that rank 0 has given so far
 
     @property
     def is_main(self) -> bool:
@@ -53,14 +57,31 @@ class Ranks:
         if self.world > 1:
             dist.barrier()
 
-    @contextmanager
-    def main_first(self):
-        """Rank 0 runs the block before the others do. It downloads or writes what they then find."""
-        if not self.is_main:
-            self.barrier()
-        yield
+    def from_main(self, compute: Callable):
+        """What `compute` gives on rank 0, a JSON value, on all ranks; it runs there only.
+
+        The others ask for it every moment. So they wait as long as rank 0 needs; a collective operation would
+        time out. An InputError of rank 0 is raised on all.
+        """
+        if self.world == 1:
+            return compute()
+        self.answers += 1
+        key = f"answer {self.answers}"
         if self.is_main:
-            self.barrier()
+            try:
+                answer = {"value": compute()}
+            except InputError as error:
+                self.store.set(key, json.dumps({"error": str(error)}))
+                raise
+            self.store.set(key, json.dumps(answer))
+            return answer["value"]
+        while not self.store.check([key]):
+            self.at(f"waiting for rank 0's {key}")
+            time.sleep(0.05)
+        answer = json.loads(self.store.get(key))
+        if "error" in answer:
+            raise InputError(answer["error"])
+        return answer["value"]
 
     def require_shared(self, path: Path) -> None:
         """Wait up to ten seconds for a file of rank 0's; InputError if this rank never sees it."""
@@ -89,7 +110,11 @@ class Ranks:
         return torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else nullcontext()
 
     def leave(self) -> None:
-        """Wait for the others, then part from them: torchrun ends all ranks as soon as one has ended."""
+        """Wait for the others, then part from them: torchrun ends all ranks as soon as one has ended.
+
+        Delete the wrapped model before. Otherwise its destructor destroys the process group, holds Python's
+        lock while it waits for gloo's thread, and that thread may wait for the lock to free a tensor.
+        """
         self.barrier()
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -126,6 +151,7 @@ def join_ranks(device: str) -> Ranks:
     """
     device = usable_device(device)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    store = None
     if world > 1:
         store, *_ = next(dist.rendezvous("env://"))
         if os.environ.get("GROUP_WORLD_SIZE") == "1":
@@ -139,9 +165,9 @@ def join_ranks(device: str) -> Ranks:
             rank=rank,
             world_size=world,
             device_id=device if device.type == "cuda" else None,
-            timeout=timedelta(hours=1),  # the others wait while rank 0 renders a dataset
+            timeout=timedelta(hours=1),  # the watchdog is quicker
         )
-    return Ranks(rank, world, device)
+    return Ranks(rank, world, device, store)
 
 
 def usable_device(name: str) -> torch.device:

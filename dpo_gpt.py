@@ -80,10 +80,11 @@ def prepare(config: Config, tokenizer, *, T: int, content: dict, ranks: Ranks) -
     source = [config.data, config.data_config, config.data_split, content["data_files"]]
     key = fingerprint([source, config.val_fraction, T, tokenizer_fingerprint(tokenizer)])
     folder = Path(config.out_dir) / f"data-{key}"
-    with ranks.main_first():
-        ranks.require_shared(folder / "report.json")
-        rows = source_rows(config.data, config.data_config, config.data_split)
-        report = prepare_pairs(folder, rows, tokenizer, max_length=T, val_fraction=config.val_fraction)
+    rows = source_rows(config.data, config.data_config, config.data_split)
+    report = ranks.from_main(
+        lambda: prepare_pairs(folder, rows, tokenizer, max_length=T, val_fraction=config.val_fraction)
+    )
+    ranks.require_shared(folder / "report.json")
     return folder, report
 
 
@@ -92,17 +93,18 @@ def main(config: Config) -> None:
     ranks = join_ranks(config.device)
 
     # The newest checkpoint of this run, if it was interrupted; else the model to start from.
+    base, content = ranks.from_main(lambda: starting_point(config.model, config.data))
     lock, state, identity = lock_and_resume(
         config.out_dir,
         config.resume,
         fixed={"optimizer": config.optimizer},
-        content=starting_point(config.model, config.data),
+        content=content,
         settings=asdict(config),
         defaults=asdict(Config()),
         force=config.force,
         ranks=ranks,
     )
-    model, tokenizer = open_model(state["path"] if state else config.model, ranks)
+    model, tokenizer = open_model(state["path"] if state else base, ranks)
     T = row_length(config.max_length, model.config.max_position_embeddings)
 
     # Data: pairs of answers, so many a step.
@@ -127,7 +129,7 @@ def main(config: Config) -> None:
         weight_decay=config.weight_decay,
     )
     if state:
-        load_state_by_name(model, optimizer, state["optimizer"])
+        load_state_by_name(model, optimizer, state.pop("optimizer"))
     module = wrap(PreferenceModel(model, config.beta), ranks, config.compile)
     tokens = round(pairs_per_step * train.lengths().sum() / pairs)  # of a step, on average
     ranks.print(
@@ -146,7 +148,7 @@ def main(config: Config) -> None:
     if state and ranks.any(
         read_reference(paths["train"], train) is None or read_reference(paths["val"], val) is None
     ):
-        starting_model = PreferenceModel(open_model(config.model, ranks)[0], config.beta)
+        starting_model = PreferenceModel(open_model(base, ranks)[0], config.beta)
     train_reference, val_reference = (
         reference_log_probs(
             paths[split], starting_model, dataset, T=T, size=config.micro_batch_size, ranks=ranks
@@ -229,6 +231,7 @@ def main(config: Config) -> None:
         # A bad step (its loss or norm is not finite, or a spike) changes nothing. Too many in a row: give up.
         skipped = history.record(loss=loss, grad_norm=grad_norm)
         if history.bad_steps >= config.max_bad_steps:
+            checkpoints.wait()
             raise too_many_bad_steps(config.out_dir, history.bad_steps, skipped)
 
         # The update, at this step's learning rate.
@@ -245,6 +248,7 @@ def main(config: Config) -> None:
     checkpoints.wait()
     signals.close()
     metrics.close()
+    del module  # before its process group, see leave
     ranks.leave()
     if lock:
         lock.close()

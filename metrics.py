@@ -3,7 +3,9 @@
 import json
 import math
 import sys
+from array import array
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 
 from tqdm import tqdm
@@ -41,12 +43,18 @@ class Metrics:
         running = ranks.is_main and start < max_steps
         # None shows the bar on a terminal only
         self.bar = tqdm(total=max_steps, initial=start, unit="step", disable=None if running else True)
-        self.rows, self.run = [], None
+        self.row, self.row_at, self.run = {}, 0, None  # the last row, and where in the file it begins
+        self.points = {name: (array("q"), array("d")) for name in ("loss", "val_loss", "val_bpb")}
         self.wandb_id = state["wandb_id"] if state else None  # kept while wandb is off
         self.seconds, self.steps = 0.0, 0  # since the last report
         if ranks.is_main:  # rows of later steps are made again
-            self.rows = [row for row in read_records(self.path) if row["step"] <= start]
-            write_records(self.path, self.rows)
+            rows = [row for row in read_records(self.path) if row["step"] <= start]
+            write_records(self.path, rows)
+            self.row_at = self.path.stat().st_size
+            for row in rows:
+                self.note_points(row)
+            if rows and rows[-1]["step"] == start:  # it may grow
+                self.row, self.row_at = rows[-1], self.row_at - len(line_of(rows[-1]))
         if running:
             self.run = start_wandb(wandb, out_dir, run_id=self.wandb_id, settings=settings or {})
             self.wandb_id = self.run.id if self.run else self.wandb_id
@@ -55,22 +63,29 @@ class Metrics:
             ranks.print(f"{state['path']} is finished" if done else f"continuing from {state['path']}")
 
     def has(self, step: int, name: str) -> bool:
-        """Whether a number was recorded under a step. All ranks ask together and get the same answer."""
-        return self.ranks.any(any(row["step"] == step and name in row for row in self.rows))
+        """Whether a loss was recorded under a step. All ranks ask together and get the same answer."""
+        steps = self.points[name][0]
+        return self.ranks.any(bool(steps) and steps[-1] == step)
+
+    def note_points(self, row: dict) -> None:
+        for name, (steps, values) in self.points.items():
+            if row.get(name) is not None:
+                steps.append(row["step"])
+                values.append(row[name])
 
     def log(self, step: int, **values: float | str) -> None:
-        """Record values under a step, one row for each step; what is not finite as null, as JSON wants it."""
+        """Add values to the row of a step, the last one or a new one; what is not finite becomes null."""
         values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         if self.ranks.is_main:
-            if self.rows and self.rows[-1]["step"] == step:
-                self.rows[-1] |= values
-                write_records(self.path, self.rows)
-            else:
-                self.rows.append({"step": step, **values})
-                with open(self.path, "a") as file:
-                    file.write(json.dumps(self.rows[-1]) + "\n")
-        if self.run:
-            self.run.log(values, step=step)
+            if self.row and self.row["step"] != step:
+                self.row, self.row_at = {}, self.row_at + len(line_of(self.row))
+            self.row = {"step": step, **self.row, **values}
+            with open(self.path, "r+b") as file:  # the last row is written over as it grows
+                file.seek(self.row_at)
+                file.write(line_of(self.row))
+            self.note_points({"step": step, **values})
+        if self.run:  # with an axis of its own: wandb drops what is logged below its last step
+            self.run.log({"step": step, **values})
 
     def print(self, lines: Sequence[str]) -> None:
         """Print lines, above the progress bar if there is one."""
@@ -114,18 +129,17 @@ class Metrics:
 
     def last_losses(self) -> list[str]:
         """The last of each loss, with its step and unit, for the model card."""
-        lines = []
-        for name, unit in (("loss", self.unit), ("val_loss", self.unit), ("val_bpb", "bits/byte")):
-            for row in [row for row in self.rows if row.get(name) is not None][-1:]:
-                lines.append(f"step {row['step']}, {name.replace('_', ' ')}: {row[name]:.4f} {unit}")
-        return lines
+        units = {"loss": self.unit, "val_loss": self.unit, "val_bpb": "bits/byte"}
+        return [
+            f"step {steps[-1]}, {name.replace('_', ' ')}: {values[-1]:.4f} {units[name]}"
+            for name, (steps, values) in self.points.items()
+            if steps
+        ]
 
     def plot(self) -> None:
-        """Draw loss.png from all rows so far."""
+        """Draw loss.png from all rows so far, at most some thousand points of each curve."""
         if not self.ranks.is_main:
             return
-        from io import BytesIO
-
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(7, 4.5), layout="constrained")
@@ -134,9 +148,10 @@ class Metrics:
             ("loss", "training", {"alpha": 0.6, "linewidth": 1}),
             ("val_loss", "validation", {"marker": "o", "markersize": 3}),
         ):
-            points = [(row["step"], row[name]) for row in self.rows if row.get(name) is not None]
-            if points:
-                axes.plot(*zip(*points), label=label, **style)
+            steps, values = self.points[name]
+            stride = 1 + len(steps) // 2000
+            if steps:
+                axes.plot(steps[::stride], values[::stride], label=label, **style)
         axes.set(xlabel="optimizer step", ylabel=f"loss ({self.unit})", title=self.path.parent.name)
         axes.grid(alpha=0.3)
         axes.legend()
@@ -148,6 +163,10 @@ class Metrics:
         self.bar.close()
         if self.run:
             self.run.finish()
+
+
+def line_of(row: dict) -> bytes:
+    return (json.dumps(row) + "\n").encode()
 
 
 def has_wandb_key() -> bool:
@@ -175,10 +194,14 @@ def start_wandb(mode: str, out_dir: str | Path, *, run_id: str | None, settings:
         "dir": str(out_dir),
         "settings": wandb.Settings(console="off", silent=True, init_timeout=30),
     }
+    run = None
     if mode != "offline" and key:
         try:
-            return wandb.init(mode="online", **options)
+            run = wandb.init(mode="online", **options)
         except wandb.errors.Error as error:
             print(f"warning: wandb cannot be reached ({error})", file=sys.stderr)
-    print(f"wandb logs offline, into {out_dir}/wandb; `wandb sync` sends it later", file=sys.stderr)
-    return wandb.init(mode="offline", **options)
+    if run is None:
+        print(f"wandb logs offline, into {out_dir}/wandb; `wandb sync` sends it later", file=sys.stderr)
+        run = wandb.init(mode="offline", **options)
+    run.define_metric("*", step_metric="step")
+    return run

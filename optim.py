@@ -146,7 +146,7 @@ def state_by_name(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[st
 
 
 def load_state_by_name(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, dict]) -> None:
-    """Put back what state_by_name gave, on each parameter's device."""
+    """Put back a copy of what state_by_name gave, on each parameter's device."""
     for name, p in model.named_parameters():
         if name in state:
-            optimizer.state[p] = {key: value.to(p.device) for key, value in state[name].items()}
+            optimizer.state[p] = {key: value.to(p.device, copy=True) for key, value in state[name].items()}

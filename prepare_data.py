@@ -21,7 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from common import InputError, read_json, run_script, write_json
-from data import ShardWriter, open_data
+from data import ShardWriter, verified_manifest
 from sources import column_of, hash_fraction, source_files, source_rows
 from tokenization import END, encode, load_tokenizer, tokenizer_fingerprint, train_tokenizer
 
@@ -128,7 +128,7 @@ def is_prepared(out_dir: Path, settings: dict) -> bool:
         return False
     (out_dir / "progress.json").unlink(missing_ok=True)  # stopped between the manifest and this
     try:
-        open_data(out_dir)
+        verified_manifest(out_dir)
         return True
     except InputError as error:
         print(f"{error}: preparing again")

@@ -11,19 +11,20 @@ B windows in a micro-batch, T tokens in a window.
 import math
 import time
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 
 from checkpoint import Checkpoints, too_many_bad_steps
 from common import RESUMABLE, InputError, fingerprint, run_script
-from data import TokenLoader, open_data
+from data import TokenLoader, verified_manifest
 from distributed import StopSignals, join_ranks, wrap
 from gpt import GPTConfig, GPTModel
 from metrics import Metrics
 from optim import load_state_by_name, make_optimizer, schedule, set_learning_rate
 from order import batch_order
 from resume import lock_and_resume
-from tokenization import tokenizer_fingerprint
+from tokenization import load_tokenizer, tokenizer_fingerprint
 from training import StepHistory, check_settings, evaluate, forward_backward
 
 
@@ -99,6 +100,9 @@ def sample_text(model: GPTModel, tokenizer, seed: int) -> list[str]:
     prompts = [
         [tokenizer.eos_token_id, *tokenizer(text, add_special_tokens=False).input_ids] for text in PROMPTS
     ]
+    prompts = [prompt for prompt in prompts if len(prompt) < model.config.max_position_embeddings]
+    if not prompts:
+        return []
     steps = model.generate(
         prompts, max_new_tokens=32, temperature=0.8, top_k=50, seed=seed, stop_ids=[tokenizer.eos_token_id]
     )
@@ -112,8 +116,8 @@ def main(config: Config) -> None:
     ranks = join_ranks(config.device)
 
     # Data: the tokenizer, and the windows of a step and of a validation.
-    with ranks.main_first():
-        manifest, tokenizer = open_data(config.data_dir, config.tokenizer)
+    manifest = ranks.from_main(lambda: verified_manifest(config.data_dir, config.tokenizer))
+    tokenizer = load_tokenizer(config.tokenizer or Path(config.data_dir) / "tokenizer")
     shape, T = model_config(config, len(tokenizer)), config.context_length
     train, val = (TokenLoader(config.data_dir, split, T, shape.vocab_size) for split in ("train", "val"))
     windows_per_step = config.batch_tokens // T
@@ -124,7 +128,7 @@ def main(config: Config) -> None:
         )
     eval_windows = max(1, config.eval_tokens // T) if config.eval_tokens else len(val)
     val_windows = range(min(len(val), eval_windows))
-    val_bytes = val.text_bytes(val_windows, tokenizer)
+    val_bytes = ranks.from_main(lambda: val.text_bytes(val_windows, tokenizer))
 
     # The newest checkpoint of this run, if it was interrupted.
     lock, state, identity = lock_and_resume(
@@ -151,7 +155,7 @@ def main(config: Config) -> None:
         weight_decay=config.weight_decay,
     )
     if state:
-        load_state_by_name(model, optimizer, state["optimizer"])
+        load_state_by_name(model, optimizer, state.pop("optimizer"))
     module = wrap(model, ranks, config.compile)
     ranks.print(
         f"{model.num_parameters():,} parameters; {len(train):,} windows of {T} tokens; "
@@ -220,6 +224,7 @@ def main(config: Config) -> None:
         # A bad step (its loss or norm is not finite, or a spike) changes nothing. Too many in a row: give up.
         skipped = history.record(loss=loss, grad_norm=grad_norm)
         if history.bad_steps >= config.max_bad_steps:
+            checkpoints.wait()
             raise too_many_bad_steps(config.out_dir, history.bad_steps, skipped)
 
         # The update, at this step's learning rate.
@@ -236,6 +241,7 @@ def main(config: Config) -> None:
     checkpoints.wait()
     signals.close()
     metrics.close()
+    del module  # before its process group, see leave
     ranks.leave()
     if lock:
         lock.close()

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from checkpoint import damage, find_model, list_checkpoints, newest_checkpoint, step_of
-from common import InputError, file_sha256, fingerprint, read_json
+from common import InputError, file_sha256, fingerprint, make_folder, read_json
 from distributed import Ranks
 from sources import source_files
 
@@ -42,7 +42,7 @@ def lock_and_resume(
     on from (None: from the beginning), and the run's identity. lock_folder, load_resumable and check_same_run
     say what each of the three is and what they raise.
     """
-    Path(out_dir).mkdir(parents=True, exist_ok=True)
+    make_folder(out_dir)
     lock = lock_folder(out_dir) if ranks.is_main else None
     state = load_resumable(out_dir, choice, ranks)
     identity = {"fixed": fixed, "content": content}
@@ -100,7 +100,7 @@ def find_resumable(out_dir: str | Path, choice: str) -> Path | None:
             )
         return newest
     chosen = Path(choice)
-    what = damage(chosen)
+    what = damage(chosen, for_resuming=True)
     if what:
         raise InputError(f"{chosen} cannot be resumed: {what}")
     step = read_json(chosen / "checkpoint.json")["step"]
@@ -117,24 +117,20 @@ def find_resumable(out_dir: str | Path, choice: str) -> Path | None:
 def load_resumable(out_dir: str | Path, choice: str, ranks: Ranks) -> dict | None:
     """The training state of the checkpoint that find_resumable finds, with its folder under "path"; or None.
 
-    Raises InputError for a file that could run code, as only a stranger's does, and when ranks see different
-    checkpoints.
+    Rank 0 looks for it and verifies it. Raises InputError for a file that could run code, as only a
+    stranger's does, and on a rank that does not see the checkpoint.
     """
-    path = find_resumable(out_dir, choice)
-    state = load_state(path / "training_state.pt") | {"path": path} if path else None
-    step = state["step"] if state else 0
-    if ranks.sum(step)[0] != step * ranks.world:
-        raise InputError(
-            f"rank {ranks.rank} would go on from {path or 'the beginning'}, and other ranks from elsewhere; "
-            f"{out_dir} has to be one folder that all machines share"
-        )
-    return state
+    path = ranks.from_main(lambda: (path := find_resumable(out_dir, choice)) and str(path))
+    if path is None:
+        return None
+    ranks.require_shared(Path(path) / "checkpoint.json")
+    return load_state(Path(path) / "training_state.pt") | {"path": Path(path)}
 
 
 def load_state(path: Path) -> dict:
-    """A training state; InputError for a file that could run code."""
+    """A training state, its tensors memory-mapped; InputError for a file that could run code."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         raise InputError(
             f"{path} holds more than tensors, numbers and text, and is not loaded: it could run code"
@@ -158,19 +154,21 @@ def check_same_run(
             f"{state['path']} belongs to another run ({', '.join(fixed)}); take another --out_dir, or the "
             f"old ones"
         )
+    old, new = state["content"], identity["content"]
+    same = {name for name, value in new.items() if value is not None and value == old.get(name)}
+    # What a path leads to counts, not the path: the model's weights, the data's files.
+    free = {*FREE_FIELDS, *(["data"] if "data_files" in same else [])}
+    moved = {"model"} if "weights" in same else set()
     changed = differences(defaults | state["config"], settings)
-    breaking = differences(state["content"], identity["content"])
-    breaking += [text for text in changed if text.split()[0] not in FREE_FIELDS]
+    breaking = differences(old, {name: value for name, value in new.items() if name not in moved})
+    breaking += [text for text in changed if text.split()[0] not in free]
     if breaking and not force:
         raise InputError(
             f"{state['path']} was trained with other settings ({', '.join(breaking)}); take those, or "
             f"another --out_dir, or --force to go on with the new ones, which ends elsewhere than an "
             f"undisturbed run"
         )
-    content = {
-        name: state["content"].get(name) if value is None else value
-        for name, value in identity["content"].items()
-    }
+    content = {name: old.get(name) if value is None else value for name, value in new.items()}
     return identity | {"content": content}, breaking + [text for text in changed if text not in breaking]
 
 
@@ -183,15 +181,28 @@ def differences(old: dict, new: dict) -> list[str]:
     ]
 
 
-def starting_point(model: str, data: str) -> dict:
-    """The content of a run that starts from this model and reads this data: hashes of local files, None for
-    what is of a hub or a package, or gone."""
+def starting_point(model: str, data: str) -> tuple[str, dict]:
+    """Where a run starts: the model's directory or hub id, verified, and the content of model and data.
+
+    The content has hashes of local files, None for what is of a hub or a package, or gone.
+    """
     files = source_files(data) if data != "embedded" else None
     data_files = fingerprint([[path.name, file_sha256(path)] for path in files]) if files else None
-    folder = Path(find_model(model))
-    weights = [file_sha256(path) for path in sorted(folder.glob("*.safetensors"))] if folder.is_dir() else []
-    return {
+    path = str(find_model(model))
+    weights = weight_hashes(Path(path)) if Path(path).is_dir() else []
+    content = {
         "model": os.path.normpath(model),
         "data_files": data_files,
         "weights": fingerprint(weights) if weights else None,
     }
+    return path, content
+
+
+def weight_hashes(folder: Path) -> list[str]:
+    """The SHA-256 of each weight file; find_model has compared those that checkpoint.json tells."""
+    manifest = folder / "checkpoint.json"
+    told = read_json(manifest)["files"] if manifest.exists() else {}
+    return [
+        told[path.name]["sha256"] if path.name in told else file_sha256(path)
+        for path in sorted(folder.glob("*.safetensors"))
+    ]

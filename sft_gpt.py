@@ -115,9 +115,8 @@ def prepare(config: Config, tokenizer, *, T: int, content: dict, ranks: Ranks) -
     settings = [config.val_fraction, T, config.overlong]
     key = fingerprint([source, settings, tokenizer_fingerprint(tokenizer)])
     folder = Path(config.out_dir) / f"data-{key}"
-    with ranks.main_first():
-        ranks.require_shared(folder / "report.json")
-        report = prepare_conversations(
+    report = ranks.from_main(
+        lambda: prepare_conversations(
             folder,
             conversations(config),
             tokenizer,
@@ -125,6 +124,8 @@ def prepare(config: Config, tokenizer, *, T: int, content: dict, ranks: Ranks) -
             val_fraction=config.val_fraction,
             overlong=config.overlong,
         )
+    )
+    ranks.require_shared(folder / "report.json")
     return folder, report
 
 
@@ -134,17 +135,18 @@ def main(config: Config) -> None:
     ranks = join_ranks(config.device)
 
     # The newest checkpoint of this run, if it was interrupted; else the model to start from.
+    base, content = ranks.from_main(lambda: starting_point(config.model, config.data))
     lock, state, identity = lock_and_resume(
         config.out_dir,
         config.resume,
         fixed={"optimizer": config.optimizer},
-        content=starting_point(config.model, config.data),
+        content=content,
         settings=asdict(config),
         defaults=asdict(Config()),
         force=config.force,
         ranks=ranks,
     )
-    model, tokenizer = open_model(state["path"] if state else config.model, ranks)
+    model, tokenizer = open_model(state["path"] if state else base, ranks)
     T = row_length(config.max_length, model.config.max_position_embeddings)
 
     # Data: conversations packed into rows, so many a step and so many a validation.
@@ -176,7 +178,7 @@ def main(config: Config) -> None:
         weight_decay=config.weight_decay,
     )
     if state:
-        load_state_by_name(model, optimizer, state["optimizer"])
+        load_state_by_name(model, optimizer, state.pop("optimizer"))
     module = wrap(model, ranks, config.compile)
     ranks.print(
         f"{model.num_parameters():,} parameters; {report['train']:,} conversations in {len(train.rows):,} "
@@ -257,6 +259,7 @@ def main(config: Config) -> None:
         # A bad step (its loss or norm is not finite, or a spike) changes nothing. Too many in a row: give up.
         skipped = history.record(loss=loss, grad_norm=grad_norm)
         if history.bad_steps >= config.max_bad_steps:
+            checkpoints.wait()
             raise too_many_bad_steps(config.out_dir, history.bad_steps, skipped)
 
         # The update, at this step's learning rate.
@@ -273,6 +276,7 @@ def main(config: Config) -> None:
     checkpoints.wait()
     signals.close()
     metrics.close()
+    del module  # before its process group, see leave
     ranks.leave()
     if lock:
         lock.close()

@@ -3,6 +3,8 @@
 import json
 import multiprocessing
 import os
+import shutil
+import struct
 import subprocess
 import sys
 import threading
@@ -14,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 
 # One thread: these models are so small that threads cost more than they give.
 os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="disabled", OMP_NUM_THREADS="1")
@@ -26,10 +29,10 @@ import prepare_data  # noqa: E402
 import pretrain_gpt  # noqa: E402
 import sft_gpt  # noqa: E402
 from checkpoint import newest_checkpoint  # noqa: E402
-from common import read_records  # noqa: E402
+from common import InputError, read_records  # noqa: E402
 from distributed import Ranks  # noqa: E402
 from gpt import GPTConfig, GPTModel  # noqa: E402
-from tokenization import train_tokenizer  # noqa: E402
+from tokenization import END, train_tokenizer  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -293,3 +296,91 @@ def torchrun(faults: str, config, *options: str):
         if job.poll() is None:
             job.terminate()
             job.communicate(timeout=60)
+
+
+# -- prepared data -------------------------------------------------------------------------------------------
+
+TEXTS = [text(i) for i in range(40)]
+
+
+ODD_TEXTS = [
+    "zażółć gęślą jaźń – 漢字 🙂 e\u0301\u200d\ufeff",
+    "before <|endoftext|> between <|im_start|>user\n<|im_end|> after",
+    "  leading, trailing \n\n\ttabs\r\nand 1234567890 \x00 control\x7f ",
+]
+
+
+few = settings(max_examples=50, deadline=None, derandomize=True)
+
+
+def prepare_config(out_dir, source, tokenizer, **changes) -> prepare_data.Config:
+    fields = {"val_fraction": 0.2, "shard_tokens": 500, **changes}
+    return prepare_data.Config(source=str(source), tokenizer=str(tokenizer), out_dir=str(out_dir), **fields)
+
+
+def prepare(out_dir, source, tokenizer, **changes) -> Path:
+    prepare_data.main(prepare_config(out_dir, source, tokenizer, **changes))
+    return out_dir
+
+
+def refused(match: str, call, *arguments, **keywords) -> None:
+    """The call raises an InputError of one line that matches."""
+    with pytest.raises(InputError, match=match) as caught:
+        call(*arguments, **keywords)
+    assert "\n" not in str(caught.value).strip()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """All files below a folder, but for the note of when which shard was verified."""
+    paths = (p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != ".verified.json")
+    return {str(p.relative_to(folder)): p.read_bytes() for p in paths}
+
+
+def write_shard(path: Path, ids, version: int = 1) -> None:
+    """A shard packed by hand, independent of ShardWriter."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    header = struct.pack("<256i", 20240520, version, len(ids), *[0] * 253)
+    path.write_bytes(header + struct.pack(f"<{len(ids)}{'HI'[version - 1]}", *ids))
+
+
+def read_ids(folder: Path, split: str) -> list[int]:
+    """A split's ids, unpacked by hand, over all its shards."""
+    ids = []
+    for path in sorted(folder.glob(f"{split}_*.bin")):
+        raw = path.read_bytes()
+        magic, version, count = struct.unpack("<3i", raw[:12])
+        assert magic == 20240520 and raw[12:1024] == bytes(1012), path
+        ids += struct.unpack(f"<{count}{'HI'[version - 1]}", raw[1024:])
+    return ids
+
+
+def read_documents(folder: Path, split: str, tokenizer) -> list[str]:
+    """A split's documents, decoded from its shards."""
+    end, ids = tokenizer.convert_tokens_to_ids(END), read_ids(folder, split)
+    starts = [i for i, token in enumerate(ids) if token == end]
+    assert starts[:1] == [0] or not ids, f"the {split} split does not begin with {END}"
+    return [tokenizer.decode(ids[a + 1 : b]) for a, b in zip(starts, [*starts[1:], len(ids)])]
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory):
+    return write_jsonl(tmp_path_factory.mktemp("source") / "texts.jsonl", ({"text": t} for t in TEXTS))
+
+
+@pytest.fixture(scope="session")
+def prepared(source, tokenizer_dir, tmp_path_factory):
+    """TEXTS as shards; read only."""
+    return prepare(tmp_path_factory.mktemp("prepared") / "shards", source, tokenizer_dir)
+
+
+@pytest.fixture
+def copied(prepared, tmp_path):
+    """TEXTS as shards, to be damaged."""
+    return shutil.copytree(prepared, tmp_path / "shards")
+
+
+@pytest.fixture
+def often(monkeypatch):
+    """Small batches, and a place to continue from after each."""
+    monkeypatch.setattr(prepare_data, "BATCH_DOCUMENTS", 4)
+    monkeypatch.setattr(prepare_data, "SAVE_EVERY", 400)

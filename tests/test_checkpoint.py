@@ -1,5 +1,6 @@
 """Writing checkpoints, telling whole from damaged ones, finding models."""
 
+import json
 import shutil
 
 import planted
@@ -10,7 +11,7 @@ from huggingface_hub import ModelCard
 
 import checkpoint
 import pretrain_gpt
-from checkpoint import Checkpoints, find_model, list_checkpoints, newest_checkpoint, step_of
+from checkpoint import Checkpoints, damage, find_model, list_checkpoints, newest_checkpoint, step_of
 from common import InputError, read_records
 from resume import load_resumable
 
@@ -140,3 +141,42 @@ def test_checkpoints_are_in_the_order_of_their_steps_beyond_seven_digits(tmp_pat
     for step in (10_000_000, 9_999_999, 100_000_000, 5):
         (tmp_path / f"step_{step:07d}").mkdir()
     assert [step_of(p) for p in list_checkpoints(tmp_path)] == [5, 9_999_999, 10_000_000, 100_000_000]
+
+
+def test_a_model_card_may_be_edited_and_a_damaged_optimizer_state_stops_no_chat(base_run, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(base_run, run)
+    newest = run / "step_0000006"
+    (newest / "README.md").write_text("mine")
+    assert damage(newest, for_resuming=True) is None
+    (newest / "training_state.pt").write_bytes(b"cut")
+    assert damage(newest, for_resuming=True) == "training_state.pt is not what was saved"
+    assert find_model(str(run)) == newest and newest_checkpoint(run).name == "step_0000004"
+    (newest / "config.json").write_text("{}")
+    assert find_model(str(run)).name == "step_0000004"
+    assert "passing over" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["/dev/zero", "../x", "..", "", "a/b", "x" * 300, "a\0b"])
+def test_a_manifest_that_names_other_places_is_damaged_and_nothing_there_is_read(
+    name, base_run, tmp_path, monkeypatch
+):
+    shutil.copytree(base_run / "step_0000006", tmp_path / "run")
+    (tmp_path / "x").write_text("secret")
+    manifest = json.loads((tmp_path / "run" / "checkpoint.json").read_text())
+    manifest["files"] = {name: {"bytes": 6, "sha256": ""}}
+    (tmp_path / "run" / "checkpoint.json").write_text(json.dumps(manifest))
+    monkeypatch.setattr(checkpoint, "file_sha256", None)  # never called
+    assert damage(tmp_path / "run", for_resuming=True)
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_is_told_and_the_others_go(tmp_path, capsys):
+    for step in (1, 3, 4):
+        (tmp_path / f"step_{step:07d}").mkdir()
+    (tmp_path / "step_0000002").symlink_to(tmp_path / "step_0000004")
+    checkpoints = Checkpoints(
+        tmp_path, ALONE, tokenizer=None, identity={}, settings={}, origin="", keep_last=1, keep_every=0
+    )
+    checkpoints.delete_old(4)
+    assert [step_of(path) for path in list_checkpoints(tmp_path)] == [2, 4]
+    assert f"warning: {tmp_path}/step_0000002 could not be deleted" in capsys.readouterr().err

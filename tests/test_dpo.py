@@ -1,4 +1,4 @@
-"""Preference pairs, their loss, and runs of dpo_gpt.py."""
+"""Preference pairs, their loss, and whole runs."""
 
 import json
 import math
@@ -8,31 +8,39 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import dpo_config, preference, small_model, write_jsonl
-from test_training import losses, weights
+from conftest import ALONE, dpo_config, losses, preference, small_model, weights, write_jsonl
+from transformers import AutoModelForCausalLM
 
 import dpo_gpt
 import sft
-import training
-from dpo_gpt import PreferenceModel, collate, deal, micro_batches, prepare_pairs
-from gpt import IGNORE, GPTModel, InputError
-from training import Ranks
+from common import IGNORE, InputError, read_records
+from distributed import Ranks
+from dpo import (
+    PreferenceModel,
+    collate,
+    conversations,
+    micro_batches,
+    pair_batches,
+    prepare_pairs,
+    reference_log_probs,
+)
+from gpt import GPTModel
+from sources import source_rows
+from tokenization import TURN_END
 
-ALONE = Ranks(0, 1, torch.device("cpu"))
 
-
-def pairs_of(rows, tokenizer, folder, max_length: int = 64, **changes):
+def pairs_of(rows, tokenizer, folder, max_length: int = 64):
     """The prepared datasets of some rows and what was found."""
     folder.mkdir(exist_ok=True)
     source = write_jsonl(folder / "pairs.jsonl", rows)
-    config = dpo_config("", source, folder, val_fraction=0.5, **changes)
-    found = prepare_pairs(folder / "data", config, tokenizer, max_length)
+    rows = source_rows(str(source), "", "")
+    found = prepare_pairs(folder / "data", rows, tokenizer, max_length=max_length, val_fraction=0.5)
     return [sft.SFTDataset(folder / "data" / split) for split in ("train", "val")], found
 
 
-# -- pairs ---------------------------------------------------------------------------------------------------
-
 QUESTION = {"role": "user", "content": "Why?"}
+
+
 YES, NO = ({"role": "assistant", "content": text} for text in ("Yes.", "No."))
 
 
@@ -48,7 +56,7 @@ YES, NO = ({"role": "assistant", "content": text} for text in ("Yes.", "No."))
     ids=["ultrafeedback", "no prompt", "text as prompt", "messages as prompt", "texts"],
 )
 def test_all_spellings_of_a_pair_are_the_same_conversations(row):
-    assert dpo_gpt.conversations(row) == [[QUESTION, YES], [QUESTION, NO]]
+    assert conversations(row) == [[QUESTION, YES], [QUESTION, NO]]
 
 
 @pytest.mark.parametrize(
@@ -78,7 +86,7 @@ def test_only_the_last_answers_count_and_both_follow_the_same_prompt(tokenizer, 
         earlier = [{"role": "user", "content": f"Why {i}?"}, YES]
         rows.append({name: [*earlier, *preference(i)[name]] for name in ("chosen", "rejected")})
     (train, _), _ = pairs_of(rows, tokenizer, tmp_path, max_length=200)
-    end = tokenizer.convert_tokens_to_ids(dpo_gpt.TURN_END)
+    end = tokenizer.convert_tokens_to_ids(TURN_END)
     for a, b in zip(range(0, len(train), 2), range(1, len(train), 2)):
         sides = [train[a], train[b]]
         starts = [int(np.argmax(labels != IGNORE)) for _, labels in sides]
@@ -114,13 +122,10 @@ def test_every_pair_is_dealt_once_whatever_the_ranks(tokenizer, tmp_path):
         dealt = [
             answers
             for rank in range(world)
-            for answers in deal(train, pairs, size, Ranks(rank, world, torch.device("cpu")))
+            for answers in pair_batches(train, pairs, size, Ranks(rank, world, torch.device("cpu")))
         ]
         assert sorted(answer for part in dealt for answer in part) == list(range(len(train)))
         assert all(a % 2 == 0 and b == a + 1 for part in dealt for a, b in zip(part[::2], part[1::2]))
-
-
-# -- the loss ------------------------------------------------------------------------------------------------
 
 
 def log_prob(model, ids, labels) -> torch.Tensor:
@@ -134,7 +139,7 @@ def test_the_loss_and_its_gradients_are_those_of_the_formula(tokenizer, tmp_path
     model, beta = small_model().double(), 0.5
     module = PreferenceModel(model, beta)
     reference = np.linspace(-90, -30, len(train))
-    (batch,) = micro_batches(train, reference, range(len(train) // 2), 64, 100, ALONE)
+    (batch,) = micro_batches(train, reference, range(len(train) // 2), T=64, size=100, ranks=ALONE)
     loss = module(**batch)
     ours = torch.autograd.grad(loss, list(model.parameters()))
     expected = 0.0
@@ -153,7 +158,7 @@ def test_any_split_of_a_batch_gives_the_same_gradients(tokenizer, tmp_path):
     pairs, reference, seen = range(8), np.full(len(train), -50.0), []
     for size in (8, 4, 1):
         model.zero_grad()
-        for batch in micro_batches(train, reference, pairs, 64, size, ALONE):
+        for batch in micro_batches(train, reference, pairs, T=64, size=size, ranks=ALONE):
             (PreferenceModel(model, 0.5)(**batch) / len(pairs)).backward()
         seen.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     for gradient in seen[1:]:
@@ -168,12 +173,9 @@ def test_padding_changes_no_log_probability(tokenizer, tmp_path):
         assert value == pytest.approx(log_prob(module.policy, *train[i]).item(), abs=1e-3, rel=1e-5)
 
 
-# -- runs ----------------------------------------------------------------------------------------------------
-
-
 def test_a_run_begins_at_ln_2_and_learns_what_is_preferred(base_run, preferences, tmp_path):
     dpo_gpt.main(dpo_config(base_run, preferences, tmp_path, max_steps=12, eval_every=6))
-    rows = {row["step"]: row for row in training.read_jsonl(tmp_path / "metrics.jsonl")}
+    rows = {row["step"]: row for row in read_records(tmp_path / "metrics.jsonl")}
     assert rows[0]["val_loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert rows[12]["val_loss"] < 0.3 and rows[12]["val_accuracy"] == 1.0
     assert rows[1]["targets"] == 8
@@ -184,7 +186,7 @@ def test_a_run_begins_at_ln_2_and_learns_what_is_preferred(base_run, preferences
 def test_a_step_has_no_pair_twice(base_run, preferences, tmp_path, capsys):
     dpo_gpt.main(dpo_config(base_run, preferences, tmp_path, batch_pairs=1000, max_steps=0, epochs=2.0))
     pairs = len(sft.SFTDataset(next(tmp_path.glob("data-*/train")))) // 2
-    rows = training.read_jsonl(tmp_path / "metrics.jsonl")
+    rows = read_records(tmp_path / "metrics.jsonl")
     assert [row["targets"] for row in rows if "targets" in row] == [pairs, pairs]
     assert f"{pairs} pairs and {60 - pairs} held out" in capsys.readouterr().out
 
@@ -254,7 +256,6 @@ def test_mistakes_in_a_tuning_run_are_told(base_run, preferences, tmp_path):
 def test_the_loss_and_its_gradients_are_those_of_trl(base_run, tokenizer, tmp_path):
     """TRL's DPOTrainer, with a reference model beside the policy, on the same tokens."""
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM
     from trl import DPOConfig, DPOTrainer
 
     (train, _), _ = pairs_of(map(preference, range(12)), tokenizer, tmp_path)
@@ -279,8 +280,8 @@ def test_the_loss_and_its_gradients_are_those_of_trl(base_run, tokenizer, tmp_pa
     theirs.backward()
 
     judge, module = (PreferenceModel(GPTModel.from_pretrained(path), 0.5) for path in (reference, policy))
-    known = dpo_gpt.reference_log_probs(tmp_path / "reference.npy", judge, train, 64, 4, ALONE)
-    (batch,) = micro_batches(train, known, range(len(train) // 2), 64, 100, ALONE)
+    known = reference_log_probs(tmp_path / "reference.npy", judge, train, T=64, size=4, ranks=ALONE)
+    (batch,) = micro_batches(train, known, range(len(train) // 2), T=64, size=100, ranks=ALONE)
     ours = module(**batch) / dpo_gpt.pairs_in(batch)
     ours.backward()
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)

@@ -37,7 +37,7 @@ WORKER = """
 import gc, importlib, json, os, signal, sys, time, traceback
 import datasets, huggingface_hub, pandas, pyarrow.parquet
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
-import chat, prepare_data, sft_gpt, training
+import chat, common, prepare_data, sft_gpt
 
 datasets.config.USE_PARQUET_EXPORT = False  # it would look up the host datasets-server.127.0.0.1
 prepare_data.BATCH_DOCUMENTS, prepare_data.SAVE_EVERY = 16, 2000
@@ -55,7 +55,7 @@ for line in sys.stdin:
     sys.argv = [script, *arguments]
     module = importlib.import_module(script)
     try:
-        training.run_script(module.main, module.Config)
+        common.run_script(module.main, module.Config)
     except SystemExit as end:  # as Python itself does
         status = end.code or 0
         if isinstance(status, str):

@@ -10,7 +10,9 @@ import chat
 import dpo_gpt
 import pretrain_gpt
 import sft_gpt
+from checkpoint import newest_checkpoint
 from common import InputError, read_records
+from tokenization import load_tokenizer
 
 
 def test_the_loss_of_a_run_is_token_weighted_validation_included(data_dir, tmp_path):
@@ -24,7 +26,7 @@ def test_the_loss_of_a_run_is_token_weighted_validation_included(data_dir, tmp_p
 def test_bits_per_byte_follow_from_the_bytes_of_the_text(data_dir, base_run):
     row = next(row for row in read_records(base_run / "metrics.jsonl") if "val_loss" in row)
     loader = pretrain_gpt.TokenLoader(data_dir, "val", 64, 320)
-    _, tokenizer = pretrain_gpt.open_data(data_dir)
+    tokenizer = load_tokenizer(data_dir / "tokenizer")
     text = "".join(tokenizer.decode(loader.read([w])[1][0]).replace("<|endoftext|>", "") for w in range(8))
     assert row["val_bpb"] == pytest.approx(row["val_loss"] * 512 / math.log(2) / len(text.encode()))
 
@@ -85,3 +87,17 @@ def test_two_and_three_ranks_over_gloo_equal_one_process(
     assert len(one) == len(two)
     for a, b in zip(one, two):
         assert all(x == y or math.isclose(x, y, rel_tol=2e-4) for x, y in zip(a, b)), (a, b)
+
+
+def test_a_context_too_short_for_the_samples_prompts_leaves_them_out(data_dir, tmp_path):
+    pretrain_gpt.main(pretrain_config(data_dir, tmp_path, context_length=4, samples=True, max_steps=1))
+    assert newest_checkpoint(tmp_path).name == "step_0000001"
+
+
+@pytest.mark.parametrize("place", ["a file", "below a file"])
+def test_an_out_dir_that_cannot_be_a_folder_is_one_sentence(place, data_dir, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    out_dir = tmp_path / "file" if place == "a file" else tmp_path / "file" / "run"
+    with pytest.raises(InputError, match=f"{out_dir} cannot be made a folder"):
+        pretrain_gpt.main(pretrain_config(data_dir, out_dir))
+    assert (tmp_path / "file").read_text() == "mine"

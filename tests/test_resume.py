@@ -9,15 +9,19 @@ from pathlib import Path
 import planted
 import pytest
 import torch
-from conftest import SMALL, losses, pretrain_config, sft_config, text, weights, write_jsonl
+from conftest import ALONE, SMALL, losses, pretrain_config, sft_config, text, weights, write_jsonl
 
+import checkpoint
 import dpo_gpt
 import prepare_data
 import pretrain_gpt
+import resume
 import sft_gpt
 from checkpoint import damage, newest_checkpoint
 from common import InputError, file_sha256, read_records
-from resume import FREE_FIELDS
+from gpt import GPTModel
+from optim import load_state_by_name, make_optimizer
+from resume import FREE_FIELDS, load_resumable
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
@@ -194,7 +198,7 @@ def test_a_checkpoint_from_a_stranger_runs_no_code(data_dir, tmp_path, fresh):
     file = path / "training_state.pt"
     manifest["files"][file.name] = {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
     (path / "checkpoint.json").write_text(json.dumps(manifest))
-    assert damage(path) is None
+    assert damage(path, for_resuming=True) is None
     codes, log, _ = fresh.submit(planted.forked, "pretrain_gpt", config).result(90)
     assert codes == [1] and not mark.exists(), log
     assert f"error: {file} holds more than tensors, numbers and text" in log, log
@@ -208,3 +212,49 @@ class Evil:
 
     def __reduce__(self):
         return Path.touch, (self.mark,)
+
+
+def test_a_model_or_data_that_only_moved_is_the_same(base_run, chats, tmp_path):
+    base, data = tmp_path / "base", tmp_path / "data" / chats.name
+    sft_gpt.main(sft_config(base_run, chats, tmp_path / "run"))
+    shutil.copytree(base_run, base)
+    data.parent.mkdir()
+    shutil.copy(chats, data)
+    sft_gpt.main(sft_config(base, data, tmp_path / "run"))
+    data.write_text(data.read_text().replace("stone", "store"))
+    with pytest.raises(InputError, match=r"with other settings \(data_files .*, data "):
+        sft_gpt.main(sft_config(base, data, tmp_path / "run"))
+
+
+def test_a_start_reads_each_file_once_to_verify_it_and_a_base_models_optimizer_state_never(
+    base_run, chats, tmp_path, monkeypatch
+):
+    hashed = []
+
+    def counting(path):
+        hashed.append(path)
+        return file_sha256(path)
+
+    for room in (checkpoint, resume):
+        monkeypatch.setattr(room, "file_sha256", counting)
+    base = base_run / "step_0000006"
+    sft_gpt.main(sft_config(base_run, chats, tmp_path / "run", max_steps=2))
+    of_base = [path.name for path in hashed if path.parent == base]
+    assert "model.safetensors" in of_base and len(of_base) == len(set(of_base))
+    assert "training_state.pt" not in of_base
+    hashed.clear()
+    sft_gpt.main(sft_config(base_run, chats, tmp_path / "run", max_steps=2))
+    assert len(hashed) == len(set(hashed))
+    assert tmp_path / "run" / "step_0000002" / "training_state.pt" in hashed
+
+
+def test_the_optimizers_state_is_not_kept_twice(base_run):
+    state = load_resumable(base_run, "auto", ALONE)
+    model = GPTModel.from_pretrained(state["path"])
+    optimizer = make_optimizer(model, "muon", lr=0.1, matrix_lr=0.1, betas=(0.9, 0.9), weight_decay=0.0)
+    loaded = state.pop("optimizer")
+    load_state_by_name(model, optimizer, loaded)
+    for name, p in model.named_parameters():
+        for key, value in optimizer.state[p].items():
+            assert torch.equal(value, loaded[name][key])
+            assert value.data_ptr() != loaded[name][key].data_ptr()  # a copy: the file's pages may go

@@ -1,26 +1,33 @@
-"""sft.py: what is trained on, and that packing changes nothing."""
+"""Conversations: what is trained on, and what packing keeps apart."""
 
-import json
 import multiprocessing
 
 import numpy as np
 import pytest
 import tokenizers
 import torch
-from conftest import conversation, sentence, sft_config, small_model, text, write_jsonl
+from conftest import ALONE, conversation, sft_config, small_model, text, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-import embedded
 import gpt
 import sft
 import sft_gpt
-import training
-from data import END, SPECIALS, TURN_END, TURN_START, with_chatml
-from gpt import IGNORE, InputError
-from sft import PackedLoader, SFTDataset, collate, fit, pack, problem, prompt_ids, render_chatml
-from training import Ranks
+from common import IGNORE, InputError, read_records
+from distributed import Ranks, wrap
+from sft import (
+    PackedLoader,
+    SFTDataset,
+    collate,
+    cut_to_length,
+    pack,
+    prompt_ids,
+    render_chatml,
+    why_unusable,
+)
+from tokenization import END, SPECIALS, TURN_END, TURN_START, with_chatml
+from training import evaluate, forward_backward, targets_in
 
 
 def marked(messages, tokenizer) -> str:
@@ -122,11 +129,10 @@ def test_a_tokenizer_that_begins_texts_with_a_space_renders_as_its_template_does
     assert tokenizer.decode([label for label in labels if label != IGNORE]).count("▁a") == 0
 
 
-# -- what cannot be trained on -------------------------------------------------------------------------------
-
-
 def prepare(rows, tokenizer, folder, max_length: int = 64, val_fraction: float = 0.5) -> dict:
-    return sft.prepare_conversations(folder, rows, tokenizer, max_length, val_fraction)
+    return sft.prepare_conversations(
+        folder, rows, tokenizer, max_length=max_length, val_fraction=val_fraction
+    )
 
 
 GOOD = [(conversation(i)["messages"], f"row {i}") for i in range(10)]
@@ -145,10 +151,10 @@ GOOD = [(conversation(i)["messages"], f"row {i}") for i in range(10)]
     ],
 )
 def test_unusable_conversations_are_counted_named_and_skipped(messages, reason, tokenizer, tmp_path):
-    assert reason in problem(messages)
+    assert reason in why_unusable(messages)
     report = prepare([*GOOD, (messages, "row 10"), (messages, "row 11")], tokenizer, tmp_path / "data")
     assert report["train"] + report["val"] == 10
-    assert report["skipped"] == [{"count": 2, "reason": problem(messages), "first": "row 10"}]
+    assert report["skipped"] == [{"count": 2, "reason": why_unusable(messages), "first": "row 10"}]
     with pytest.raises(InputError, match=r"nothing is left to train on .*row 10"):
         prepare([(messages, "row 10")], tokenizer, tmp_path / "none")
 
@@ -157,7 +163,7 @@ def test_rows_of_a_file_that_hold_no_text_are_skipped_and_a_missing_column_is_na
     bad = [{"messages": 7}, {"messages": [{"role": "user", "content": 3}]}]
     path = write_jsonl(tmp_path / "chats.jsonl", [*map(conversation, range(50)), *bad])
     found = list(sft_gpt.conversations(sft_config("", path, "")))
-    assert [where for messages, where in found if problem(messages)] == [
+    assert [where for messages, where in found if why_unusable(messages)] == [
         f"row 51 of {path}",
         f"row 52 of {path}",
     ]
@@ -181,14 +187,11 @@ def test_an_interrupted_preparation_begins_anew_and_a_finished_one_is_read_again
     assert [len(side) for side in sides] == [report["train"], report["val"]]
 
 
-# -- length --------------------------------------------------------------------------------------------------
-
-
 def pieces(messages, tokenizer, max_length: int, overlong: str) -> list[tuple[list[int], list[int]]]:
     ids, labels = render_chatml(messages, tokenizer)
     start, end = tokenizer.convert_tokens_to_ids([TURN_START, TURN_END])
     prefix = ids.index(start, 1) if messages[0]["role"] == "system" else 0
-    return fit(ids, labels, max_length, overlong, prefix, (start, end))
+    return cut_to_length(ids, labels, max_length, overlong=overlong, prefix=prefix, turns=(start, end))
 
 
 def rendered(messages, tokenizer) -> tuple[list[int], list[int]]:
@@ -262,9 +265,6 @@ def test_conversations_with_no_answer_within_the_length_are_counted(tokenizer, t
     ]
 
 
-# -- the dataset and its packing -----------------------------------------------------------------------------
-
-
 def prepared(tokenizer, folder, max_length: int = 64) -> SFTDataset:
     """Some fifty conversations of one to three turns."""
     rows = ((conversation(i, turns=1 + i % 3)["messages"], f"row {i}") for i in range(60))
@@ -310,7 +310,7 @@ def test_every_supervised_token_is_seen_once_an_epoch_whatever_the_ranks(tokeniz
     )
     orders = []
     for world, size, epoch in ((1, 4, 0), (2, 1, 0), (3, 2, 1)):
-        loader = PackedLoader(dataset, 64, batch_rows=5, seed=3)
+        loader = PackedLoader(dataset, row_length=64, rows_per_step=5, seed=3)
         steps = range(epoch * loader.steps_per_epoch, (epoch + 1) * loader.steps_per_epoch)
         seen = []
         for step in steps:
@@ -333,17 +333,17 @@ def test_every_supervised_token_is_seen_once_an_epoch_whatever_the_ranks(tokeniz
 
 def test_the_rows_of_a_step_depend_on_seed_and_step_only(tokenizer, tmp_path):
     dataset = prepared(tokenizer, tmp_path / "data")
-    loader = PackedLoader(dataset, 64, batch_rows=5, seed=3)
+    loader = PackedLoader(dataset, row_length=64, rows_per_step=5, seed=3)
     straight = [loader.step_rows(step) for step in range(3 * loader.steps_per_epoch)]
-    again = PackedLoader(dataset, 64, batch_rows=5, seed=3)
+    again = PackedLoader(dataset, row_length=64, rows_per_step=5, seed=3)
     for step in (20, 3, 11, 0):
         assert again.step_rows(step) == straight[step]
-    assert PackedLoader(dataset, 64, batch_rows=5, seed=4).step_rows(0) != straight[0]
+    assert PackedLoader(dataset, row_length=64, rows_per_step=5, seed=4).step_rows(0) != straight[0]
 
 
 def test_a_packed_row_gives_the_loss_and_gradients_of_its_conversations_run_alone(tokenizer, tmp_path):
     dataset, model = prepared(tokenizer, tmp_path / "data"), small_model(max_position_embeddings=256)
-    for row in PackedLoader(dataset, 256, 4, seed=0).rows[:6]:
+    for row in PackedLoader(dataset, row_length=256, rows_per_step=4, seed=0).rows[:6]:
         assert len(row) > 1
         packed = model(**collate([[dataset[c] for c in row]], 256))
         packed.backward()
@@ -363,7 +363,7 @@ def test_a_packed_row_gives_the_loss_and_gradients_of_its_conversations_run_alon
 
 def test_packed_logits_equal_those_of_each_conversation_alone(tokenizer, tmp_path):
     dataset, model = prepared(tokenizer, tmp_path / "data"), small_model(max_position_embeddings=256)
-    row = max(PackedLoader(dataset, 256, 4, seed=0).rows, key=len)
+    row = max(PackedLoader(dataset, row_length=256, rows_per_step=4, seed=0).rows, key=len)
     assert len(row) > 3
     batch = collate([[dataset[c] for c in row]], 256)
     packed, at = model(batch["input_ids"], positions=batch["positions"], mask=batch["mask"]), 0
@@ -400,7 +400,7 @@ def test_nothing_in_a_packed_row_sees_or_predicts_across_conversations(data):
         assert torch.equal(mask[0], (owner[:, None] == owner).tril())
 
 
-def reference_varlen_attention(q, k, v, starts, _, longest, __, window_size, enable_gqa):
+def reference_varlen_attention(q, k, v, starts, _, longest, __, *, window_size, enable_gqa):
     """What the CUDA kernel promises, on (tokens, heads, D): causal attention within each sequence."""
     parts = []
     for a, b in zip(starts.tolist(), starts.tolist()[1:]):
@@ -420,11 +420,14 @@ def test_sequences_give_what_the_mask_gives(groups, kernel, tokenizer, tmp_path,
         monkeypatch.setitem(gpt.VARLEN, "cpu", reference_varlen_attention)
     dataset = prepared(tokenizer, tmp_path / "data")
     model = small_model(max_position_embeddings=256, num_key_value_heads=groups)
-    rows = [[dataset[c] for c in row] for row in PackedLoader(dataset, 256, 4, seed=0).rows[-3:]] + [[]]
+    rows = [
+        [dataset[c] for c in row]
+        for row in PackedLoader(dataset, row_length=256, rows_per_step=4, seed=0).rows[-3:]
+    ] + [[]]
     found = []
     for varlen in (False, True):
         batch = collate(rows, 256, varlen=varlen)
-        assert ("mask" in batch) != varlen and ("sequences" in batch) == varlen
+        assert ("mask" in batch) != varlen and ("cu_seqlens" in batch) == varlen
         loss = model(**batch)
         loss.backward()
         found.append((loss, model(**{**batch, "targets": None}), [p.grad for p in model.parameters()]))
@@ -435,23 +438,14 @@ def test_sequences_give_what_the_mask_gives(groups, kernel, tokenizer, tmp_path,
     assert all((g2 - g).norm() <= 1e-5 * g.norm() for g, g2 in zip(gradients, gradients2))
 
 
-# -- the step ------------------------------------------------------------------------------------------------
-
-ALONE = Ranks(0, 1, torch.device("cpu"))
-
-
 def gradients(folder, size: int, ranks: Ranks) -> tuple[dict, int]:
     """Of the first step on a dataset's rows, eight of them, and how many targets this rank has of it."""
-    loader, model, seen = PackedLoader(SFTDataset(folder), 64, 8, seed=4), small_model(), {}
-    optimizer = torch.optim.SGD(model.parameters())
-    optimizer.param_groups[0]["peak_lr"] = 0.0
-    optimizer.register_step_pre_hook(
-        lambda *_: seen.update({name: p.grad.clone() for name, p in model.named_parameters()})
-    )
+    loader = PackedLoader(SFTDataset(folder), row_length=64, rows_per_step=8, seed=4)
+    model = small_model()
     batches = list(loader.micro_batches(loader.step_rows(0), size, ranks))
-    module, history = training.wrap(model, ranks, "false"), training.StepHistory(sft_gpt.Config(), None)
-    training.train_step(module, optimizer, batches, 1.0, 0.0, history, ranks)
-    return seen, sum(int(training.targets_in(batch)) for batch in batches)
+    forward_backward(wrap(model, ranks, "false"), batches, max_grad_norm=0.0, ranks=ranks)
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    return gradients, sum(int(targets_in(batch)) for batch in batches)
 
 
 def gradients_of_a_rank(rank: int, folder) -> None:
@@ -480,7 +474,7 @@ def test_gradients_are_the_same_for_any_micro_batch_and_for_two_ranks_of_unequal
 
 def test_neftune_noise_is_uniform_up_to_alpha_over_the_root_of_length_times_width_and_nothing_in_padding():
     lengths, C, alpha = (100, 25), 64, 5.0
-    noise = sft.neftune_noise(lengths, 200, C, alpha, seed=1)
+    noise = sft.neftune_noise(lengths, 200, C, alpha=alpha, seed=1)
     at = 0
     for length in lengths:
         bound, part = alpha / (length * C) ** 0.5, noise[at : at + length]
@@ -489,12 +483,12 @@ def test_neftune_noise_is_uniform_up_to_alpha_over_the_root_of_length_times_widt
         assert abs(part.mean()) < 0.05 * bound
         at += length
     assert not noise[at:].any()
-    assert torch.equal(noise, sft.neftune_noise(lengths, 200, C, alpha, seed=1))
-    assert not torch.equal(noise, sft.neftune_noise(lengths, 200, C, alpha, seed=2))
+    assert torch.equal(noise, sft.neftune_noise(lengths, 200, C, alpha=alpha, seed=1))
+    assert not torch.equal(noise, sft.neftune_noise(lengths, 200, C, alpha=alpha, seed=2))
 
 
 def test_neftune_noise_depends_on_seed_step_and_row_only(tokenizer, tmp_path):
-    loader = PackedLoader(prepared(tokenizer, tmp_path / "data"), 64, 7, seed=0)
+    loader = PackedLoader(prepared(tokenizer, tmp_path / "data"), row_length=64, rows_per_step=7, seed=0)
     n = len(loader.step_rows(0))
 
     def noises(step: int, size: int, world: int, seed: int = 0) -> torch.Tensor:
@@ -517,33 +511,18 @@ def test_neftune_noise_changes_training_and_no_evaluation(base_run, chats, tmp_p
     for name, alpha in (("without", 0.0), ("with", 5.0)):
         length = {"max_steps": 1, "eval_questions": 0}
         sft_gpt.main(sft_config(base_run, chats, tmp_path / name, neftune_alpha=alpha, lr=0.0, **length))
-    without, noisy = (training.read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("without", "with"))
+    without, noisy = (read_records(tmp_path / name / "metrics.jsonl") for name in ("without", "with"))
     values = [[row["val_loss"] for row in rows if "val_loss" in row] for rows in (without, noisy)]
     assert values[0] == values[1] and len(values[0]) == 2
     assert without[-1]["loss"] != noisy[-1]["loss"]
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 1000])
-def test_token_losses_and_their_gradients_equal_those_of_cross_entropy(chunk, monkeypatch):
-    monkeypatch.setattr(gpt, "ROWS_AT_LEAST", chunk)
-    monkeypatch.setitem(gpt.LOGITS_AT_ONCE, "cpu", 1)
-    torch.manual_seed(0)
-    x, weight = torch.randn(3, 10, 16, requires_grad=True), torch.randn(50, 16, requires_grad=True)
-    targets = torch.randint(50, (3, 10)).masked_fill(torch.rand(3, 10) < 0.4, IGNORE)
-    share = torch.randn(3, 10)  # of each token in a loss made of them
-    logits = torch.nn.functional.linear(x, weight)
-    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
-    wanted = torch.autograd.grad((expected.view(3, 10) * share).sum(), (x, weight))
-    losses, right = gpt.token_losses(x, weight, targets)
-    torch.testing.assert_close(losses, expected.view(3, 10), rtol=1e-5, atol=1e-6)
-    assert torch.equal(right, logits.argmax(-1) == targets)
-    for found, gradient in zip(torch.autograd.grad((losses * share).sum(), (x, weight)), wanted):
-        torch.testing.assert_close(found, gradient, rtol=1e-5, atol=1e-5)
-
-
 def test_the_evaluated_loss_and_accuracy_equal_a_plain_count(tokenizer, tmp_path):
-    loader, model = PackedLoader(prepared(tokenizer, tmp_path / "data"), 64, 4, seed=0), small_model()
-    nats, right, targets = training.evaluate(model, loader.micro_batches(loader.rows, 3, ALONE), ALONE)
+    loader, model = (
+        PackedLoader(prepared(tokenizer, tmp_path / "data"), row_length=64, rows_per_step=4, seed=0),
+        small_model(),
+    )
+    nats, correct, targets = evaluate(model, loader.micro_batches(loader.rows, 3, ALONE), ALONE)
     expected = [0.0, 0, 0]
     for c in range(len(loader.dataset)):
         ids, labels = (torch.tensor(np.array(x), dtype=torch.long) for x in loader.dataset[c])
@@ -553,11 +532,8 @@ def test_the_evaluated_loss_and_accuracy_equal_a_plain_count(tokenizer, tmp_path
         expected[0] += torch.nn.functional.cross_entropy(logits, labels[1:], reduction="sum").item()
         expected[1] += int((logits.argmax(-1) == labels[1:])[kept].sum())
         expected[2] += int(kept.sum())
-    assert [right, targets] == expected[1:] and right > 0
+    assert [correct, targets] == expected[1:] and correct > 0
     assert nats == pytest.approx(expected[0], rel=1e-5)
-
-
-# -- the script's data ---------------------------------------------------------------------------------------
 
 
 def test_held_out_questions_begin_no_training_conversation(tokenizer, tmp_path):
@@ -574,57 +550,3 @@ def test_held_out_questions_begin_no_training_conversation(tokenizer, tmp_path):
     train, val = questions("train"), questions("val")
     assert not set(train) & set(val) and len(train) + len(val) == 200 and 10 < len(val) < 80
     assert sorted(report["questions"] * 2) == sorted(val)
-
-
-def test_embedded_conversations_are_usable_and_answer_in_whole_sentences(monkeypatch, tmp_path):
-    articles = [
-        {
-            "title": f"Thing {i}",
-            "topic": "People" if i % 2 else "Arts",
-            "extract": " ".join(sentence(i + k) for k in range(9)),
-        }
-        for i in range(20)
-    ]
-    country = {
-        "Government": {
-            "Country name": {"conventional short form": {"text": "Freedonia"}},
-            "Capital": {"name": {"text": "Rufusville; old name"}},
-        }
-    }
-    monkeypatch.setattr(embedded, "wiki_articles", lambda: articles)
-    monkeypatch.setattr(embedded, "countries", lambda: [country])
-    monkeypatch.setattr(embedded, "dialogues", lambda: [["Hello", "Hi"]])
-    rows = [row["messages"] for row in embedded.conversations()]
-    assert all(problem(messages) is None for messages in rows) and len(rows) == 22
-    assert [m["content"] for m in rows[-2]] == [
-        "What is the capital of Freedonia?",
-        "The capital of Freedonia is Rufusville.",
-    ]
-    for article, messages in zip(articles, rows):
-        answers = [m["content"] for m in messages if m["role"] == "assistant"]
-        assert article["extract"].startswith(" ".join(answers)) and all(
-            answer.endswith(".") for answer in answers
-        )
-        assert article["title"] in messages[0]["content"]
-
-
-def test_a_fine_tuning_run_answers_before_during_and_after(base_run, chats, tmp_path, capsys):
-    sft_gpt.main(sft_config(base_run, chats, tmp_path / "chat"))
-    printed = capsys.readouterr().out
-    assert "before" in printed and "python chat.py --model=" in printed and "What is water?" in printed
-    rows = training.read_jsonl(tmp_path / "chat" / "answers.jsonl")
-    assert {row["step"] for row in rows} == {0, 2, 4} and len(rows) == 3 * (4 + len(sft.QUESTIONS))
-    metrics = training.read_jsonl(tmp_path / "chat" / "metrics.jsonl")
-    validations = [row for row in metrics if "val_loss" in row]
-    losses = [row["val_loss"] for row in validations]
-    assert len(losses) == 3 and losses[-1] < losses[0]
-    assert all(0 <= row["val_accuracy"] < 1 and 0 <= row["stopped"] <= 1 for row in validations)
-    assert printed.count("  | What is water?") == 3
-    assert all(row["targets"] > 0 for row in metrics if "targets" in row)
-    sft_gpt.main(
-        sft_config(base_run, chats, tmp_path / "chat")
-    )  # again: finished, the answers are shown from the file
-    assert "is finished" in (again := capsys.readouterr().out) and "What is water?" in again
-    assert json.loads((tmp_path / "chat" / "step_0000004" / "generation_config.json").read_text())[
-        "eos_token_id"
-    ] == [2, 0]

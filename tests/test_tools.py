@@ -13,9 +13,9 @@ import torch
 from conftest import conversation, sentence, text, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
+from checkpoint import newest_checkpoint
 from gpt import GPTModel
 from sft import prompt_ids
-from training import newest_checkpoint
 
 pytestmark = pytest.mark.slow
 

@@ -6,7 +6,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
-from gpt import IGNORE
+from common import IGNORE
 from sft import render_chatml
 
 

@@ -12,9 +12,8 @@ import planted
 import pytest
 from conftest import SMALL, assert_recovered, losses, pretrain_config, torchrun
 
-import checkpoint
-import resume
 from checkpoint import newest_checkpoint
+from distributed import Ranks
 from metrics import Metrics
 
 
@@ -113,20 +112,20 @@ def stop_after(step: int, _) -> None:
     Metrics.step = noted
 
 
-def test_ranks_that_find_different_checkpoints_do_not_train(data_dir, tmp_path, fresh):
+def test_ranks_without_a_common_folder_do_not_train(data_dir, tmp_path, fresh):
     """As on two machines with a folder of their own each."""
     config = pretrain_config(data_dir, tmp_path / "run", **SMALL)
     assert not any(fresh.submit(planted.forked, "pretrain_gpt", config, 2).result(90)[0])
-    prepare = partial(elsewhere, tmp_path / "other")
-    codes, log, _ = fresh.submit(planted.forked, "pretrain_gpt", config, 2, (), prepare).result(90)
-    assert codes == [1, 1] and "has to be one folder that all machines share" in log, log
+    codes, log, _ = fresh.submit(planted.forked, "pretrain_gpt", config, 2, (), elsewhere).result(90)
+    assert codes[1] == 1 and codes[0] != 0, log
+    assert "rank 1 does not see" in log and "has to be one folder for all machines" in log, log
 
 
-def elsewhere(folder: Path, _) -> None:
-    """Have rank 1 look for checkpoints in another folder."""
+def elsewhere(out_dir: Path) -> None:
+    """Have rank 1 look for the checkpoint in another folder."""
     if os.environ["RANK"] == "1":
-        original = resume.list_checkpoints
-        resume.list_checkpoints = checkpoint.list_checkpoints = lambda out_dir: original(folder)
+        original = Ranks.require_shared
+        Ranks.require_shared = lambda ranks, path: original(ranks, out_dir / "elsewhere" / path.name)
 
 
 def test_a_second_start_in_the_same_folder_is_refused_while_the_first_runs(

@@ -1,4 +1,4 @@
-"""x"""
+"""Whole fine-tuning runs."""
 
 import dataclasses
 

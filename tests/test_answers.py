@@ -1,0 +1,31 @@
+"""A model's own answers."""
+
+import json
+
+from conftest import sft_config
+
+import sft_gpt
+from answers import FIXED_QUESTIONS
+from common import read_records
+
+
+def test_a_fine_tuning_run_answers_before_during_and_after(base_run, chats, tmp_path, capsys):
+    sft_gpt.main(sft_config(base_run, chats, tmp_path / "chat"))
+    printed = capsys.readouterr().out
+    assert "before" in printed and "python chat.py --model=" in printed and "What is water?" in printed
+    rows = read_records(tmp_path / "chat" / "answers.jsonl")
+    assert {row["step"] for row in rows} == {0, 2, 4} and len(rows) == 3 * (4 + len(FIXED_QUESTIONS))
+    metrics = read_records(tmp_path / "chat" / "metrics.jsonl")
+    validations = [row for row in metrics if "val_loss" in row]
+    losses = [row["val_loss"] for row in validations]
+    assert len(losses) == 3 and losses[-1] < losses[0]
+    assert all(0 <= row["val_accuracy"] < 1 and 0 <= row["stopped"] <= 1 for row in validations)
+    assert printed.count("  | What is water?") == 3
+    assert all(row["targets"] > 0 for row in metrics if "targets" in row)
+    sft_gpt.main(
+        sft_config(base_run, chats, tmp_path / "chat")
+    )  # again: finished, the answers are shown from the file
+    assert "is finished" in (again := capsys.readouterr().out) and "What is water?" in again
+    assert json.loads((tmp_path / "chat" / "step_0000004" / "generation_config.json").read_text())[
+        "eos_token_id"
+    ] == [2, 0]

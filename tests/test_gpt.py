@@ -1,0 +1,279 @@
+"""The model and its generation, against Hugging Face's and against themselves."""
+
+import itertools
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import small_model
+from torch.distributed.fsdp import fully_shard
+from transformers import AutoModelForCausalLM
+
+from common import InputError
+from gpt import AttentionInputs, GPTConfig, GPTModel, sample
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+LLAMA3_WIDE = {"head_dim": 16, "rope_theta": 5e5, "rope_scaling": LLAMA3}
+
+
+SWITCHES = [
+    {"tie_word_embeddings": tied, "num_key_value_heads": groups, "qk_norm": qk_norm, **rest}
+    for tied, groups, qk_norm, rest in itertools.product(
+        (False, True),
+        (4, 2, 1),
+        (False, True),
+        ({}, {"head_dim": 16, "rope_theta": 5e5}, {"rope_scaling": LLAMA3}, LLAMA3_WIDE),
+    )
+]
+
+
+def random_ids(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, 320, shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("switches", SWITCHES, ids=str)
+def test_logits_and_gradients_equal_hugging_faces(switches, tmp_path):
+    model = small_model(**switches)
+    model.save_pretrained(tmp_path)
+    theirs, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values()), report
+    assert type(theirs).__name__ == ("Qwen3ForCausalLM" if switches["qk_norm"] else "LlamaForCausalLM")
+    ids = random_ids(2, 48)
+    ours, expected = model(ids), theirs(ids).logits
+    assert (ours - expected).abs().max() <= 1e-5
+    ours.square().sum().backward()
+    expected.square().sum().backward()
+    gradients = dict(model.named_parameters())
+    for name, p in theirs.named_parameters():
+        assert (gradients[name].grad - p.grad).norm() <= 1e-5 * p.grad.norm(), name
+
+
+@pytest.mark.parametrize("switches", SWITCHES, ids=str)
+def test_greedy_generation_equals_hugging_faces(switches, tmp_path):
+    model = small_model(**switches, max_position_embeddings=128)
+    model.save_pretrained(tmp_path)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
+    prompt = random_ids(1, 20)
+    options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    expected = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=64, **options)
+    assert [i for (i,) in model.generate(prompt.tolist(), 64)] == expected[0, 20:].tolist()
+
+
+@pytest.mark.parametrize("switches", SWITCHES[:12], ids=str)
+def test_shapes_of_every_switch(switches):
+    model = GPTModel(
+        GPTConfig(vocab_size=192, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, **switches)
+    )
+    assert model(random_ids(2, 5) % 192).shape == (2, 5, 192)
+    assert model(random_ids(2, 5) % 192, random_ids(2, 5) % 192).shape == ()
+    assert model.config.intermediate_size == 128  # 8/3 of 32, up to a multiple of 64
+    tables = 192 * 32 * (1 if switches["tie_word_embeddings"] else 2)
+    assert model.num_parameters() == tables + sum(p.numel() for p in model.model.layers.parameters()) + 32
+
+
+def test_a_later_token_never_changes_an_earlier_logit():
+    model, ids = small_model(), random_ids(1, 32)
+    before = model(ids)
+    for t in (1, 15, 31):
+        changed = ids.clone()
+        changed[0, t:] = (changed[0, t:] + 1) % 320
+        after = model(changed)
+        torch.testing.assert_close(after[:, :t], before[:, :t], atol=0, rtol=0)
+        assert (after[:, t:] != before[:, t:]).any()
+
+
+def test_grouped_query_attention_equals_repeated_heads():
+    grouped, full = small_model(num_key_value_heads=2), small_model()
+    state = grouped.state_dict()
+    for name in list(state):
+        if "k_proj" in name or "v_proj" in name:
+            heads = state[name].view(2, 8, 32)
+            state[name] = heads.repeat_interleave(2, dim=0).reshape(32, 32)
+    full.load_state_dict(state)
+    ids = random_ids(2, 20)
+    torch.testing.assert_close(grouped(ids), full(ids), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("vocab_size, hidden_size", [(4096, 256), (512, 64), (49152, 512)])
+def test_the_first_loss_is_ln_v(tied, vocab_size, hidden_size):
+    torch.manual_seed(0)
+    config = GPTConfig(
+        vocab_size=vocab_size, hidden_size=hidden_size, num_hidden_layers=1, tie_word_embeddings=tied
+    )
+    ids = torch.randint(0, vocab_size, (2, 129))
+    with torch.no_grad():
+        loss = GPTModel(config)(ids[:, :-1], ids[:, 1:]) / 256
+    assert abs(loss / math.log(vocab_size) - 1) < 0.02
+
+
+def test_blocks_start_as_the_identity_and_the_ffn_has_its_full_width():
+    model = GPTModel(GPTConfig(vocab_size=128, hidden_size=512, num_hidden_layers=1))
+    x = torch.randn(1, 4, 512)
+    assert torch.equal(model.model.layers[0](x, AttentionInputs((model.rope_cos[:4], model.rope_sin[:4]))), x)
+    assert model.model.layers[0].mlp.gate_proj.weight.shape == (1408, 512)
+
+
+def test_a_small_model_overfits_one_batch():
+    torch.manual_seed(0)
+    model = GPTModel(GPTConfig(vocab_size=64, hidden_size=64, num_hidden_layers=2, num_attention_heads=4))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    ids = torch.randint(0, 64, (4, 33))
+    for _ in range(80):
+        loss = model(ids[:, :-1], ids[:, 1:]) / 128
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.05
+
+
+def packed_batch() -> dict:
+    """Two rows of two sequences each, as keyword arguments of the model's forward."""
+    ids = random_ids(2, 17)
+    positions = torch.cat([torch.arange(10), torch.arange(6)]).expand(2, -1)
+    cu_seqlens = torch.tensor([0, 10, 16, 26, 32], dtype=torch.int32)
+    return {"input_ids": ids[:, :-1], "targets": ids[:, 1:], "positions": positions, "cu_seqlens": cu_seqlens}
+
+
+def loss_and_gradients(module, model) -> tuple[float, list[torch.Tensor]]:
+    loss = module(**packed_batch())
+    loss.backward()
+    whole = (p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad for p in model.parameters())
+    return loss.item(), [g.clone() for g in whole]
+
+
+def assert_the_same(results, expected) -> None:
+    assert results[0] == pytest.approx(expected[0], rel=1e-6)
+    for g, other in zip(expected[1], results[1], strict=True):
+        assert (other - g).norm() <= 1e-5 * g.norm()
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    """A process group of one."""
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("engine", ["DDP", "FSDP2"])
+def test_attention_inputs_travel_through_data_parallel_and_sharded_models(engine, process_group):
+    expected = loss_and_gradients(*[small_model()] * 2)
+    model = small_model()
+    if engine == "DDP":
+        module = torch.nn.parallel.DistributedDataParallel(model)
+    else:
+        for layer in model.model.layers:
+            fully_shard(layer)
+        module = fully_shard(model)
+    assert_the_same(loss_and_gradients(module, model), expected)
+
+
+@pytest.mark.slow
+def test_attention_inputs_travel_through_compiled_models():
+    expected = loss_and_gradients(*[small_model()] * 2)
+    model = small_model()
+    assert_the_same(loss_and_gradients(torch.compile(model, dynamic=False), model), expected)
+
+
+def uncached(model: GPTModel, prompt: list[int], n: int) -> list[int]:
+    ids = list(prompt)
+    for _ in range(n):
+        ids.append(model(torch.tensor([ids]))[0, -1].argmax().item())
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("groups", [4, 2])
+def test_cached_generation_equals_uncached_alone_and_in_a_batch(groups):
+    model = small_model(num_key_value_heads=groups)
+    prompts = [random_ids(1, n, seed=n)[0].tolist() for n in (1, 17, 30, 5)]
+    alone = [[i for (i,) in model.generate([prompt], 30)] for prompt in prompts]
+    assert alone == [uncached(model, prompt, 30) for prompt in prompts]
+    assert [list(row) for row in zip(*model.generate(prompts, 30))] == alone
+
+
+def test_generation_stops_at_a_stop_id_which_it_yields_and_then_gives_none():
+    model = small_model()
+    prompts = [random_ids(1, n, seed=n)[0].tolist() for n in (4, 9)]
+    free = [list(row) for row in zip(*model.generate(prompts, 20))]
+    stop = free[0][5]
+    stopped = [list(row) for row in zip(*model.generate(prompts, 20, stop_ids=[stop]))]
+    for before, after in zip(free, stopped):
+        end = before.index(stop) + 1 if stop in before else 20
+        assert after == (before[:end] + [None] * 20)[: len(after)]
+    lengths = [row.index(stop) + 1 if stop in row else 20 for row in free]
+    assert len(stopped[0]) == max(lengths)
+
+
+def test_generation_ends_when_the_context_is_full():
+    model = small_model()  # of 64 positions
+    rows = list(zip(*model.generate([[1] * 60, [1] * 50], 100)))
+    assert [sum(i is not None for i in row) for row in rows] == [
+        5,
+        15,
+    ]  # the last id fills no position any more
+    assert list(rows[0][:5]) == uncached(model, [1] * 60, 5)
+    with pytest.raises(InputError, match="from 1 to 63"):
+        next(model.generate([[1] * 64]))
+    with pytest.raises(InputError, match="from 1 to 63"):
+        next(model.generate([[]]))
+
+
+def test_sampling_is_repeatable_with_a_seed_and_keeps_to_top_k_and_top_p():
+    model, prompt = small_model(), [1, 2, 3]
+
+    def draw(**options):
+        return [i for (i,) in model.generate([prompt], 40, temperature=1.0, **options)]
+
+    assert draw(seed=1) == draw(seed=1) != draw(seed=2)
+    for options in ({"temperature": -1.0}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}):
+        with pytest.raises(InputError, match="expected a temperature"):
+            next(model.generate([prompt], 40, **options))
+    assert draw(seed=1, top_k=1) == draw(seed=1, top_p=1e-9) == [i for (i,) in model.generate([prompt], 40)]
+
+
+def test_sample_draws_each_id_as_often_as_its_probability_says():
+    probs = torch.tensor([0.5, 0.25, 0.125, 0.0625, 0.0625])
+    generator = torch.Generator().manual_seed(0)
+    rows = probs.log().expand(20_000, -1)
+
+    def frequencies(temperature=1.0, **options):
+        drawn = sample(rows, temperature=temperature, generator=generator, **options)
+        return drawn.bincount(minlength=5) / 20_000
+
+    squared = probs.square() / probs.square().sum()
+    for drawn, expected in (
+        (frequencies(), probs),
+        (frequencies(top_k=2), torch.tensor([2 / 3, 1 / 3, 0, 0, 0])),
+        (frequencies(top_p=0.8), torch.tensor([4, 2, 1, 0, 0]) / 7),
+        (frequencies(0.5), squared),
+    ):
+        torch.testing.assert_close(drawn, expected, atol=0.015, rtol=0)
+
+
+def test_a_shape_that_does_not_divide_is_refused():
+    with pytest.raises(InputError, match="hidden_size 100 is not divisible by num_attention_heads 8"):
+        GPTConfig(hidden_size=100)
+    with pytest.raises(InputError, match="num_key_value_heads 3"):
+        GPTConfig(num_key_value_heads=3)
+
+
+def test_a_grown_vocabulary_keeps_the_old_logits_and_starts_new_rows_at_the_mean():
+    for tied in (False, True):
+        model, ids = small_model(tie_word_embeddings=tied), random_ids(1, 9)
+        before, mean = model(ids), model.lm_head.weight.mean(0)
+        model.resize_vocabulary(322)
+        assert model.config.vocab_size == 384 and model(ids).shape[-1] == 384
+        torch.testing.assert_close(model(ids)[..., :320], before)
+        torch.testing.assert_close(model.lm_head.weight[320:], mean.expand(64, -1))
+        assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied

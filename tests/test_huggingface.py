@@ -1,0 +1,331 @@
+"""Files of Hugging Face models: ours in transformers, others' here, and what is refused."""
+
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, sft_config, small_model, text
+from huggingface_hub import save_torch_state_dict
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+)
+
+import chat
+import huggingface
+import sft_gpt
+from common import InputError
+from gpt import GPTConfig, GPTModel
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+LLAMA3_WIDE = {"head_dim": 16, "rope_theta": 5e5, "rope_scaling": LLAMA3}
+
+
+SWITCHES = [
+    {"tie_word_embeddings": tied, "num_key_value_heads": groups, "qk_norm": qk_norm, **rest}
+    for tied, groups, qk_norm, rest in itertools.product(
+        (False, True),
+        (4, 2, 1),
+        (False, True),
+        ({}, {"head_dim": 16, "rope_theta": 5e5}, {"rope_scaling": LLAMA3}, LLAMA3_WIDE),
+    )
+]
+
+
+def random_ids(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, 320, shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("switches", SWITCHES, ids=str)
+def test_save_load_save_gives_the_same_bytes(switches, tmp_path, tokenizer):
+    small_model(**switches).save_pretrained(tmp_path / "a", tokenizer)
+    GPTModel.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b", tokenizer)
+    names = sorted(path.name for path in (tmp_path / "a").iterdir())
+    assert {"config.json", "model.safetensors", "generation_config.json", "tokenizer.json"} <= set(names)
+    assert names == sorted(path.name for path in (tmp_path / "b").iterdir())
+    for name in names:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_and_sharded_weights_of_others_are_read(dtype, tmp_path):
+    theirs = AutoModelForCausalLM.from_config(
+        LlamaConfig(
+            vocab_size=320, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4
+        )
+    ).to(dtype)
+    theirs.save_pretrained(tmp_path, max_shard_size="40KB")
+    assert (tmp_path / "model.safetensors.index.json").exists()
+    ids = random_ids(1, 16)
+    torch.testing.assert_close(
+        GPTModel.from_pretrained(tmp_path)(ids), theirs.float()(ids).logits, atol=1e-5, rtol=1e-5
+    )
+
+
+PEAK = """
+import re, sys, threading, time
+from pathlib import Path
+import safetensors, torch
+from gpt import GPTConfig, GPTModel
+
+def anonymous() -> int:  # bytes of memory that are no file's pages
+    return 1024 * int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+
+def watch():
+    while True:
+        seen.append(anonymous())
+        time.sleep(0.001)
+
+GPTModel(GPTConfig(vocab_size=64, hidden_size=64, num_hidden_layers=1))  # what torch loads at first use
+seen = [anonymous()]
+threading.Thread(target=watch, daemon=True).start()
+model = GPTModel.from_pretrained(sys.argv[1])
+print((max(*seen, anonymous()) - seen[0]) / (4 * model.num_parameters()), len(seen))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's count of memory")
+@pytest.mark.parametrize(
+    ("dtype", "shard"), [(torch.float32, "5GB"), (torch.float16, "60MB"), (torch.bfloat16, "60MB")]
+)
+def test_loading_takes_the_memory_of_one_copy_of_the_weights(dtype, shard, tmp_path):
+    config = GPTConfig(vocab_size=4096, hidden_size=1024, num_hidden_layers=6)
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in GPTModel(config).stored_state().items()}
+    state = {name: torch.ones(shape, dtype=dtype) for name, shape in shapes.items()}
+    assert 4 * sum(t.numel() for t in state.values()) > 300e6
+    save_torch_state_dict(state, tmp_path, max_shard_size=shard)
+    assert (tmp_path / "model.safetensors.index.json").exists() == (shard == "60MB")
+    (tmp_path / "config.json").write_text(json.dumps(config.to_hf()))
+    result = subprocess.run(
+        [sys.executable, "-c", PEAK, str(tmp_path)], capture_output=True, text=True, cwd=ROOT
+    )
+    copies, samples = map(float, result.stdout.split())
+    assert samples > 20 and 0.99 <= copies <= 1.1, result
+
+
+YARN = {"rope_type": "yarn", "factor": 2.0}
+
+
+REFUSED = [  # fields of a config.json, what the sentence says of them, and what it says is supported
+    ({"model_type": "gpt2"}, "model_type='gpt2'", "llama or qwen3"),
+    ({"model_type": "qwen3_moe", "num_experts": 8}, "model_type='qwen3_moe'", "llama or qwen3"),
+    ({"num_experts": 8}, "num_experts=8", "the fields of Llama and Qwen3"),
+    ({"use_qk_norm": True}, "use_qk_norm=True", "the fields of Llama and Qwen3"),
+    ({"qk_norm": True}, "qk_norm=True", "the fields of Llama and Qwen3"),
+    ({"logit_scale": 0.5}, "logit_scale=0.5", "the fields of Llama and Qwen3"),
+    ({"hidden_act": "gelu"}, "hidden_act='gelu'", "silu"),
+    ({"attention_bias": True}, "attention_bias=True", "False"),
+    ({"mlp_bias": True}, "mlp_bias=True", "False"),
+    ({"use_sliding_window": True}, "use_sliding_window=True", "False"),
+    ({"layer_types": ["full_attention", "sliding_attention"]}, "'sliding_attention'", "full_attention"),
+    ({"rope_interleaved": True}, "rope_interleaved=True", "False"),
+    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5", "1"),
+    ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5", "1"),
+    ({"rope_scaling": YARN}, "rope_type='yarn'", "default or llama3"),
+    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type='linear'", "default or llama3"),
+    ({"rope_scaling": {"rope_type": "default", "mrope_section": [1]}}, r"mrope_section=\[1\]", "the fields"),
+    ({"rope_scaling": "linear"}, "rope_scaling='linear'", "an object"),
+    ({"pretraining_tp": 2}, "pretraining_tp=2", "1"),
+    ({"quantization_config": {"bits": 4}}, "quantization_config={'bits': 4}", "null"),
+    ({"is_encoder_decoder": True}, "is_encoder_decoder=True", "False"),
+    ({"hidden_size": "32"}, "hidden_size='32'", "a number above zero"),
+    ({"num_hidden_layers": 0}, "num_hidden_layers=0", "a number above zero"),
+    ({"vocab_size": 320.5}, "vocab_size=320.5", "a number above zero"),
+    ({"tie_word_embeddings": "yes"}, "tie_word_embeddings='yes'", "true or false"),
+]
+
+
+@pytest.mark.parametrize(("fields", "found", "supported"), REFUSED, ids=[r[1] for r in REFUSED])
+def test_what_cannot_be_represented_is_refused_by_name_before_weights_are_read(
+    fields, found, supported, tmp_path
+):
+    config = small_model(qk_norm=False).config.to_hf() | fields
+    (tmp_path / "config.json").write_text(json.dumps(config))  # and no weights
+    with pytest.raises(InputError, match=f"config.json has .*{found}; supported: {supported}"):
+        GPTModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("config_class", [LlamaConfig, Qwen3Config])
+def test_every_field_that_transformers_writes_is_known(config_class):
+    ours = small_model(qk_norm=config_class is Qwen3Config, num_key_value_heads=2, head_dim=8).config
+    theirs = config_class(**ours.to_hf())
+    written = theirs.to_dict()
+    assert GPTConfig.from_hf(written) == GPTConfig.from_hf(theirs.to_diff_dict()) == ours
+    assert GPTConfig.from_hf(written | TRANSFORMERS_4) == ours
+
+
+# What transformers 4.57 writes beyond the fields that 5 does, with a full config.
+TRANSFORMERS_4 = {
+    **dict.fromkeys("add_cross_attention do_sample early_stopping is_decoder output_scores".split(), False),
+    **dict.fromkeys(
+        "remove_invalid_values return_dict_in_generate tf_legacy_loss torchscript".split(), False
+    ),
+    **dict.fromkeys("tie_encoder_decoder use_bfloat16 use_sliding_window".split(), False),
+    **dict.fromkeys(
+        "bad_words_ids begin_suppress_tokens cross_attention_hidden_size finetuning_task".split()
+    ),
+    **dict.fromkeys("forced_bos_token_id forced_eos_token_id prefix sep_token_id suppress_tokens".split()),
+    **dict.fromkeys("exponential_decay_length_penalty task_specific_params tokenizer_class".split()),
+    **{"diversity_penalty": 0.0, "length_penalty": 1.0, "repetition_penalty": 1.0, "temperature": 1.0},
+    **{"encoder_no_repeat_ngram_size": 0, "max_length": 20, "min_length": 0, "no_repeat_ngram_size": 0},
+    **{"num_beam_groups": 1, "num_beams": 1, "num_return_sequences": 1, "pruned_heads": {}, "top_k": 50},
+    **{"top_p": 1.0, "typical_p": 1.0, "transformers_version": "4.57.6", "rope_theta": 10000.0},
+}
+
+
+def test_the_config_of_smollm2_opens():
+    """As HuggingFaceTB/SmolLM2-135M-Instruct has it."""
+    config = GPTConfig.from_hf(
+        {
+            "architectures": ["LlamaForCausalLM"],
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "hidden_act": "silu",
+            "hidden_size": 576,
+            "initializer_range": 0.041666666666666664,
+            "intermediate_size": 1536,
+            "is_llama_config": True,
+            "max_position_embeddings": 8192,
+            "mlp_bias": False,
+            "model_type": "llama",
+            "num_attention_heads": 9,
+            "num_hidden_layers": 30,
+            "num_key_value_heads": 3,
+            "pad_token_id": 2,
+            "pretraining_tp": 1,
+            "rms_norm_eps": 1e-05,
+            "rope_interleaved": False,
+            "rope_scaling": None,
+            "rope_theta": 100000,
+            "tie_word_embeddings": True,
+            "torch_dtype": "bfloat16",
+            "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16", "fp16": "float16"}},
+            "transformers_version": "4.42.3",
+            "use_cache": True,
+            "vocab_size": 49152,
+        }
+    )
+    assert (config.head_dim, config.rope_theta, config.qk_norm, config.rms_norm_eps) == (64, 1e5, False, 1e-5)
+    assert config.tie_word_embeddings and config.num_key_value_heads == 3 and config.rope_scaling is None
+
+
+def test_llama_3_scaling_without_one_of_its_numbers_is_refused_by_name():
+    fields = small_model(qk_norm=False).config.to_hf()
+    scaling = {name: value for name, value in LLAMA3.items() if name != "low_freq_factor"}
+    with pytest.raises(InputError, match=r"config\.json lacks rope_scaling's low_freq_factor"):
+        GPTConfig.from_hf(fields | {"rope_scaling": scaling})
+
+
+def test_a_damaged_model_directory_is_one_sentence(tmp_path):
+    small_model().save_pretrained(tmp_path)
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole[:-100])
+    with pytest.raises(InputError, match=r"model\.safetensors cannot be read"):
+        GPTModel.from_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(InputError, match=r"model\.safetensors cannot be read"):
+        GPTModel.from_pretrained(tmp_path)
+    small_model(hidden_size=64).save_pretrained(tmp_path / "wide")
+    (tmp_path / "model.safetensors").write_bytes((tmp_path / "wide" / "model.safetensors").read_bytes())
+    with pytest.raises(InputError, match=r"of shape .*64.*asks for shape .*32"):
+        GPTModel.from_pretrained(tmp_path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(InputError, match=r"config\.json cannot be read"):
+        GPTModel.from_pretrained(tmp_path)
+    with pytest.raises(InputError, match="no directory nowhere"):
+        GPTModel.from_pretrained("nowhere")
+
+
+def test_fields_that_a_config_leaves_out_mean_what_transformers_takes_them_for():
+    from transformers import AutoConfig
+
+    small = {
+        "vocab_size": 64,
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 32,
+    }
+    llama3 = {k: v for k, v in LLAMA3.items() if k != "original_max_position_embeddings"}
+    for fields in (
+        {"model_type": "llama"},
+        {"model_type": "qwen3"},
+        {"model_type": "llama", "rope_theta": 5e5, "rope_scaling": llama3},
+        {"model_type": "llama", "rope_parameters": {"rope_type": "default"}},
+    ):
+        ours, theirs = GPTConfig.from_hf(fields | small), AutoConfig.for_model(**fields | small)
+        for name in ("num_key_value_heads", "head_dim", "max_position_embeddings", "tie_word_embeddings"):
+            assert getattr(ours, name) == getattr(theirs, name), (fields, name)
+        assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
+    with pytest.raises(InputError, match=r"config\.json lacks vocab_size, intermediate_size"):
+        GPTConfig.from_hf(
+            {k: v for k, v in small.items() if "size" not in k or k == "hidden_size"}
+            | {"model_type": "llama"}
+        )
+
+
+@pytest.fixture(scope="module")
+def plain_tokenizer():
+    """A foreign one, of 300 tokens, none of them special."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+    backend.train_from_iterator((text(i) for i in range(100)), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    ("chatml", "rows", "grown", "new"),
+    [(False, 300, 320, range(300, 320)), (False, 384, 384, range(300, 303)), (True, 320, 320, range(0))],
+    ids=["no ChatML", "no ChatML but padding", "ChatML"],
+)
+def test_fine_tuning_a_foreign_model_uses_its_chatml_ids_or_adds_them_at_the_mean(
+    tied, chatml, rows, grown, new, plain_tokenizer, tokenizer, chats, tmp_path
+):
+    theirs = small_model(vocab_size=rows, tie_word_embeddings=tied, qk_norm=False)
+    theirs.save_pretrained(tmp_path / "theirs")
+    given = tokenizer if chatml else plain_tokenizer
+    given.save_pretrained(tmp_path / "theirs")
+    if not chatml:
+        with pytest.raises(InputError, match="has no ids for ChatML's tokens"):
+            chat.load(str(tmp_path / "theirs"))
+    sft_gpt.main(
+        sft_config(tmp_path / "theirs", chats, tmp_path / "out", lr=0.0, max_steps=1)
+    )  # as it starts
+    folder = tmp_path / "out/step_0000001"
+    model, saved = GPTModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert model.config.vocab_size == grown
+    ids = saved.convert_tokens_to_ids(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    assert ids == ([0, 1, 2] if chatml else [300, 301, 302])
+    for name in ("model.embed_tokens", "lm_head"):
+        before, after = theirs.get_submodule(name).weight, model.get_submodule(name).weight
+        kept = [i for i in range(rows) if i not in new]
+        assert torch.equal(after[kept], before[kept])
+        torch.testing.assert_close(after[list(new)], before[:300].mean(0).expand(len(new), -1))
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+
+
+def test_the_shapes_fields_are_those_of_the_model():
+    ours = GPTConfig.__dataclass_fields__.keys() - {"qk_norm", "rope_scaling"}
+    assert huggingface.HF_SHAPE_FIELDS.keys() == ours

@@ -1,0 +1,429 @@
+"""From text to shards, stopped and continued anywhere."""
+
+import gc
+import hashlib
+import itertools
+import json
+import math
+import os
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from conftest import (
+    ODD_TEXTS,
+    TEXTS,
+    contents,
+    prepare,
+    prepare_config,
+    read_documents,
+    read_ids,
+    refused,
+    text,
+    write_jsonl,
+)
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+
+import prepare_data
+import tokenization
+from common import InputError
+from data import ShardWriter, verified_manifest
+from sources import hash_fraction
+from tokenization import SPECIALS, encode, load_tokenizer, tokenizer_fingerprint
+
+
+@pytest.mark.parametrize("vocab_size, version", [(65_535, 1), (65_536, 2)])
+def test_ids_are_uint32_as_soon_as_the_vocabulary_is_above_65535(
+    tmp_path, monkeypatch, source, vocab_size, version
+):
+    words = [*SPECIALS, *(f"w{i}" for i in range(vocab_size - 3))]
+    big = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=words[-1]))
+    big = PreTrainedTokenizerFast(tokenizer_object=big)
+    monkeypatch.setattr(prepare_data, "load_tokenizer", lambda name: tokenization.with_chatml(big))
+    monkeypatch.setattr(prepare_data, "save_tokenizer", lambda *_: None)
+    prepare(tmp_path / "out", source, "big", val_fraction=0.0)
+    assert len(big) == vocab_size
+    assert read_ids(tmp_path / "out", "train") == [0, vocab_size - 1] * len(TEXTS)
+    assert (tmp_path / "out/train_000000.bin").read_bytes()[4] == version
+
+
+def test_decoded_shards_are_the_documents_in_order_each_behind_endoftext(tmp_path, tokenizer, tokenizer_dir):
+    texts = [*TEXTS[:10], *ODD_TEXTS, *TEXTS[10:20], " ".join(TEXTS)]
+    source = write_jsonl(tmp_path / "texts.jsonl", ({"text": t, "id": i} for i, t in enumerate(texts)))
+    for shard_tokens in (37, 1000, 10**6):
+        out = prepare(tmp_path / str(shard_tokens), source, tokenizer_dir, shard_tokens=shard_tokens)
+        for split in ("train", "val"):
+            side = [t for t in texts if (hash_fraction(t) < 0.2) == (split == "val")]
+            assert side and read_documents(out, split, tokenizer) == side
+            sizes = [s["tokens"] for s in json.loads((out / "manifest.json").read_text())["shards"]]
+            assert max(sizes) <= shard_tokens
+        assert (len(list(out.glob("train*.bin"))) > 1) == (shard_tokens < 10**6)
+
+
+def test_the_manifest_counts_documents_tokens_bytes_and_hashes_each_shard(prepared, source, tokenizer):
+    manifest = json.loads((prepared / "manifest.json").read_text())
+    files = sorted(p.name for p in prepared.glob("*.bin"))
+    assert sorted(shard["file"] for shard in manifest["shards"]) == files and len(files) > 3
+    for shard in manifest["shards"]:
+        raw = (prepared / shard["file"]).read_bytes()
+        assert shard["sha256"] == hashlib.sha256(raw).hexdigest()
+        assert (shard["bytes"], shard["tokens"]) == (len(raw), (len(raw) - 1024) // 2)
+    for split in ("train", "val"):
+        texts = [t for t in TEXTS if (hash_fraction(t) < 0.2) == (split == "val")]
+        assert manifest["splits"][split] == {
+            "documents": len(texts),
+            "tokens": sum(1 + len(tokenizer.backend_tokenizer.encode(t).ids) for t in texts),
+            "bytes": sum(len(t.encode()) for t in texts),
+        }
+    assert (manifest["source"], manifest["vocab_size"]) == (str(source), len(tokenizer))
+    assert tokenizer_fingerprint(load_tokenizer(prepared / "tokenizer")) == manifest["tokenizer_fingerprint"]
+    assert verified_manifest(prepared) == manifest
+
+
+@pytest.mark.parametrize("shard_tokens", [0, 2**31])
+def test_a_shard_size_that_no_header_can_hold_is_refused(
+    tmp_path, monkeypatch, source, tokenizer_dir, shard_tokens
+):
+    opened, opens = itertools.count(), ShardWriter.open
+
+    def open_few(writer):
+        assert next(opened) < 100, "endless empty shards"
+        opens(writer)
+
+    monkeypatch.setattr(ShardWriter, "open", open_few)
+    refused("shard_tokens", prepare, tmp_path / "out", source, tokenizer_dir, shard_tokens=shard_tokens)
+
+
+def test_a_manifest_cut_short_is_refused_and_nothing_is_touched(copied, source, tokenizer_dir):
+    path = copied / "manifest.json"
+    path.write_text(path.read_text()[:100])
+    before = contents(copied)
+    refused("manifest.json cannot be read", verified_manifest, copied)
+    refused("manifest.json cannot be read", prepare, copied, source, tokenizer_dir)
+    assert contents(copied) == before
+
+
+class Stop(BaseException):
+    """What no code catches, as a KeyboardInterrupt."""
+
+
+def stopped(monkeypatch, name: str, after: int, out, *arguments, **changes) -> None:
+    """Prepare until prepare_data.<name>, `documents` or `encode`, has given so many documents or batches."""
+    real = getattr(prepare_data, name)
+
+    def texts(config):
+        yield from itertools.islice(real(config), after)
+        raise Stop
+
+    calls = itertools.count()
+
+    def batches(*arguments):
+        if next(calls) == after:
+            raise Stop
+        return real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_data, name, texts if name == "documents" else batches)
+        with pytest.raises(Stop):
+            prepare(out, *arguments, **changes)
+    gc.collect()  # closes the files of the stopped run, as the end of a process would
+
+
+@pytest.mark.parametrize(
+    "stops",
+    [
+        [("documents", 0)],
+        [("documents", 3)],
+        [("documents", 21)],
+        [("documents", 40)],
+        [("encode", 0)],
+        [("encode", 1)],
+        [("encode", 5), ("encode", 1), ("documents", 33), ("encode", 0), ("documents", 39)],
+    ],
+    ids=str,
+)
+def test_stopped_and_continued_preparation_gives_identical_bytes(
+    tmp_path, monkeypatch, source, tokenizer_dir, prepared, often, stops
+):
+    for name, after in stops:
+        stopped(monkeypatch, name, after, tmp_path / "out", source, tokenizer_dir)
+        assert not (tmp_path / "out/manifest.json").exists()
+    assert contents(prepare(tmp_path / "out", source, tokenizer_dir)) == contents(prepared)
+
+
+def test_stopped_after_shards_finished_since_the_last_place_to_continue_from_gives_identical_bytes(
+    tmp_path, monkeypatch, source, tokenizer_dir, prepared
+):
+    monkeypatch.setattr(prepare_data, "BATCH_DOCUMENTS", 2)
+    out = tmp_path / "out"
+    for save_every, after in ((10**9, 15), (200, 3), (10**9, 12)):
+        monkeypatch.setattr(prepare_data, "SAVE_EVERY", save_every)
+        stopped(monkeypatch, "encode", after, out, source, tokenizer_dir)
+    positions = json.loads((out / "progress.json").read_text())["positions"]
+    assert len(positions["train"]["shards"]) + 1 < len(list(out.glob("train_*.bin")))
+    assert contents(prepare(out, source, tokenizer_dir)) == contents(prepared)
+
+
+@pytest.mark.parametrize("changes", [{}, {"max_tokens": 1500}], ids=str)
+def test_killed_at_any_file_operation_and_continued_gives_identical_bytes(
+    tmp_path, monkeypatch, source, tokenizer_dir, often, changes
+):
+    """Before each operation the folder is copied: what a killed process, its buffers lost, would leave."""
+    out, points = tmp_path / "out", []
+
+    def copying(name, real):
+        def operation(*arguments):
+            if out.exists():
+                points.append(f"{len(points)}, {name} {str(arguments[0]).removeprefix(str(out))}")
+                shutil.copytree(out, tmp_path / str(len(points) - 1))
+            return real(*arguments)
+
+        return operation
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", copying("fsync", lambda descriptor: None))
+        patch.setattr(prepare_data, "encode", copying("encode", encode))
+        for name in ("replace", "rename", "unlink"):
+            patch.setattr(Path, name, copying(name, getattr(Path, name)))
+        prepare(out, source, tokenizer_dir, **changes)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    expected, different = contents(out), []
+    for i, point in enumerate(points):
+        found = contents(prepare(tmp_path / str(i), source, tokenizer_dir, **changes))
+        if found != expected:
+            different.append(
+                (point, sorted(k for k in {**found, **expected} if found.get(k) != expected.get(k)))
+            )
+    assert len(points) > 20 and not different
+
+
+def test_a_trained_tokenizer_survives_the_stop(tmp_path, monkeypatch, source, often):
+    whole = prepare(tmp_path / "whole", source, "train", vocab_size=300)
+    stopped(monkeypatch, "encode", 4, tmp_path / "out", source, "train", vocab_size=300)
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_data, "train_tokenizer", None)  # not called again
+        prepare(tmp_path / "out", source, "train", vocab_size=300)
+    assert contents(tmp_path / "out") == contents(whole)
+
+
+def test_only_the_manifest_s_shards_are_left_when_the_source_shrinks_between_stop_and_continuation(
+    tmp_path, monkeypatch, tokenizer, tokenizer_dir
+):
+    source = write_jsonl(tmp_path / "texts.jsonl", ({"text": t} for t in TEXTS))
+    monkeypatch.setattr(prepare_data, "BATCH_DOCUMENTS", 4)
+    stopped(monkeypatch, "encode", 9, tmp_path / "out", source, tokenizer_dir, shard_tokens=200)
+    write_jsonl(source, ({"text": t} for t in TEXTS[:6]))
+    prepare(tmp_path / "out", source, tokenizer_dir, shard_tokens=200)
+    listed = {s["file"] for s in json.loads((tmp_path / "out/manifest.json").read_text())["shards"]}
+    assert {p.name for p in (tmp_path / "out").glob("*.bin*")} == listed
+
+
+@pytest.mark.parametrize("damage", ["byte", "cut", "gone", "tokenizer gone"])
+def test_a_damaged_finished_preparation_is_made_again_by_the_same_command(
+    copied, prepared, source, tokenizer_dir, damage
+):
+    path = copied / "train_000001.bin"
+    if damage == "byte":
+        path.write_bytes(path.read_bytes()[:-1] + b"\xff")
+    elif damage == "cut":
+        path.write_bytes(path.read_bytes()[:-300])
+    elif damage == "gone":
+        path.unlink()
+    else:
+        shutil.rmtree(copied / "tokenizer")
+    assert contents(prepare(copied, source, tokenizer_dir)) == contents(prepared)
+
+
+def test_files_of_others_stay_when_a_damaged_preparation_is_made_again(
+    copied, prepared, source, tokenizer_dir
+):
+    others = {"pytorch_model.bin": b"weights", "notes.txt": b"mine"}
+    for name, value in others.items():
+        (copied / name).write_bytes(value)
+    (copied / "train_000001.bin").unlink()
+    assert contents(prepare(copied, source, tokenizer_dir)) == {**contents(prepared), **others}
+
+
+@pytest.mark.parametrize("kind", ["given", "train"])
+def test_a_tokenizer_left_over_from_an_earlier_preparation_is_not_taken_for_this_one_s(
+    copied, source, tokenizer_dir, tmp_path, kind
+):
+    for path in [copied / "manifest.json", *copied.glob("*.bin")]:
+        path.unlink()
+    tokenization.train_tokenizer(iter(ODD_TEXTS), 270).save_pretrained(copied / "tokenizer")
+    chosen = {"tokenizer": tokenizer_dir} if kind == "given" else {"tokenizer": "train", "vocab_size": 300}
+    out = prepare(copied, source, **chosen)
+    assert contents(out) == contents(prepare(tmp_path / "fresh", source, **chosen))
+
+
+def test_a_whole_preparation_is_skipped_and_nothing_is_rewritten(
+    copied, source, tokenizer_dir, monkeypatch, capsys
+):
+    monkeypatch.setattr(prepare_data, "documents", None)  # not called
+    times = {copied / name: (copied / name).stat().st_mtime_ns for name in contents(copied)}
+    prepare(copied, source, tokenizer_dir, workers=0)
+    assert {p: p.stat().st_mtime_ns for p in times} == times
+    assert "already prepared" in capsys.readouterr().out
+
+
+def test_another_preparation_in_the_folder_is_refused_and_left_intact(
+    copied, source, tokenizer_dir, tmp_path, monkeypatch, often
+):
+    begun = tmp_path / "begun"
+    stopped(monkeypatch, "encode", 5, begun, source, tokenizer_dir)
+    for out in (copied, begun):
+        before = contents(out)
+        refused(
+            r"holds another preparation \(max_tokens=0 there, 9 here\)",
+            prepare,
+            out,
+            source,
+            tokenizer_dir,
+            max_tokens=9,
+        )
+        refused("val_fraction=0.2 there, 0.3 here", prepare, out, source, tokenizer_dir, val_fraction=0.3)
+        refused("--val_fraction=1.5 is no share", prepare, out, source, tokenizer_dir, val_fraction=1.5)
+        assert contents(out) == before
+
+
+def test_a_source_that_fails_half_way_keeps_what_was_done_and_continues_when_mended(
+    tmp_path, tokenizer_dir, prepared, source, often
+):
+    broken = tmp_path / "texts.jsonl"
+    lines = source.read_text().splitlines(keepends=True)
+    broken.write_text("".join(lines[:30]) + '{"other": 1}\n')
+    changes = {"column": "text", "shard_tokens": 500}
+    refused(f"row 31 of {broken}", prepare, tmp_path / "out", broken, tokenizer_dir, **changes)
+    gc.collect()
+    before = contents(tmp_path / "out")
+    assert json.loads(before["progress.json"])["documents"] >= 20
+    refused(f"row 31 of {broken}", prepare, tmp_path / "out", broken, tokenizer_dir, **changes)
+    assert json.loads((tmp_path / "out/progress.json").read_text()) == json.loads(before["progress.json"])
+    shutil.copy(source, broken)
+    after = contents(prepare(tmp_path / "out", broken, tokenizer_dir, **changes))
+    shards = {name: raw for name, raw in contents(prepared).items() if name.endswith(".bin")}
+    assert {name: raw for name, raw in after.items() if name.endswith(".bin")} == shards
+
+
+@pytest.mark.parametrize(
+    "wrong, right",
+    [
+        ({"column": "content"}, {}),
+        ({"tokenizer": "no/tokenizer/here"}, {}),
+        ({"source": "no/texts.jsonl"}, {}),
+        ({"tokenizer": "train", "vocab_size": 100}, {"tokenizer": "train", "vocab_size": 300}),
+        ({"tokenizer": "train", "vocab_size": 300, "column": "content"}, {}),
+    ],
+    ids=str,
+)
+def test_a_mistake_before_the_first_document_does_not_bind_the_folder_to_it(
+    tmp_path, source, tokenizer_dir, wrong, right
+):
+    arguments = {"source": source, "tokenizer": tokenizer_dir}
+    with pytest.raises(InputError):
+        prepare(tmp_path / "out", **{**arguments, **wrong})
+    out = prepare(tmp_path / "out", **{**arguments, **right})
+    assert contents(out) == contents(prepare(tmp_path / "fresh", **{**arguments, **right}))
+
+
+def test_the_bytes_do_not_depend_on_threads_or_batch(tmp_path, monkeypatch, source, tokenizer_dir, prepared):
+    monkeypatch.setenv("RAYON_NUM_THREADS", "1")  # restored afterwards
+    for batch, workers in ((1, 0), (7, 1), (1000, 3)):
+        monkeypatch.setattr(prepare_data, "BATCH_DOCUMENTS", batch)
+        out = prepare(tmp_path / str(batch), source, tokenizer_dir, workers=workers)
+        assert contents(out) == contents(prepared)
+
+
+def test_no_validation_text_is_trained_on_and_sides_stay_when_documents_are_added_or_repeated(
+    tmp_path, tokenizer, tokenizer_dir
+):
+    sides = []
+    for name, texts in (("some", TEXTS[:25]), ("all", TEXTS[::-1]), ("twice", TEXTS + TEXTS)):
+        source = write_jsonl(tmp_path / f"{name}.jsonl", ({"text": t} for t in texts))
+        out = prepare(tmp_path / name, source, tokenizer_dir)
+        train, val = (Counter(read_documents(out, split, tokenizer)) for split in ("train", "val"))
+        assert val and train and not train.keys() & val.keys() and train + val == Counter(texts)
+        sides.append(set(val))
+    assert sides[0] == sides[1] & set(TEXTS[:25]) and sides[1] == sides[2]
+
+
+@pytest.mark.parametrize("max_tokens", [1, 1200, 10**9, "reached exactly"])
+def test_max_tokens_stops_after_the_document_that_reaches_it(
+    tmp_path, source, tokenizer, tokenizer_dir, max_tokens
+):
+    lengths = [1 + len(ids) for ids in encode(tokenizer, TEXTS)]
+    max_tokens = sum(lengths[:20]) if isinstance(max_tokens, str) else max_tokens
+    out = prepare(tmp_path / "out", source, tokenizer_dir, max_tokens=max_tokens)
+    reached = [n for n in range(1, len(TEXTS)) if sum(lengths[:n]) >= max_tokens]
+    kept = TEXTS[: reached[0]] if reached else TEXTS
+    for split in ("train", "val"):
+        side = [t for t in kept if (hash_fraction(t) < 0.2) == (split == "val")]
+        assert read_documents(out, split, tokenizer) == side
+
+
+def test_the_source_is_read_at_most_two_batches_ahead(tmp_path, monkeypatch, tokenizer_dir):
+    read, done, ahead = 0, 0, []
+
+    def endless(config):
+        nonlocal read
+        while True:
+            read += 1
+            yield text(read)
+
+    def counting(tokenizer, texts):
+        nonlocal done
+        ahead.append(read - done)
+        done += len(texts)
+        return encode(tokenizer, texts)
+
+    monkeypatch.setattr(prepare_data, "BATCH_DOCUMENTS", 8)
+    monkeypatch.setattr(prepare_data, "documents", endless)
+    monkeypatch.setattr(prepare_data, "encode", counting)
+    prepare(tmp_path / "out", "endless", tokenizer_dir, max_tokens=20_000, shard_tokens=10**6)
+    assert len(ahead) > 20 and max(ahead) <= 16 and read - done <= 16
+
+
+def test_a_tokenizer_is_trained_on_no_more_than_the_beginning(tmp_path, monkeypatch):
+    read = []
+    monkeypatch.setattr(prepare_data, "TOKENIZER_BYTES", 5000)
+    monkeypatch.setattr(
+        prepare_data, "documents", lambda c: (read.append(i) or text(i) for i in itertools.count())
+    )
+    tokenizer = prepare_data.make_tokenizer(prepare_config(tmp_path, "endless", "train", vocab_size=280))
+    assert sum(len(text(i)) for i in read[:-1]) < 5000 <= sum(len(text(i)) for i in read)
+    assert len(tokenizer) == 280
+
+
+@pytest.mark.parametrize("val_fraction", [-0.1, 1.0, 7.0, math.nan])
+def test_a_val_fraction_that_is_no_share_is_refused_before_anything_is_written(
+    tmp_path, source, tokenizer_dir, val_fraction
+):
+    out = tmp_path / "out"
+    refused(
+        "--val_fraction=.* expected 0 to below 1",
+        prepare,
+        out,
+        source,
+        tokenizer_dir,
+        val_fraction=val_fraction,
+    )
+    assert not out.exists()
+
+
+def test_one_text_file_alone_gives_both_splits_and_too_little_text_says_what_to_do(
+    tmp_path, tokenizer_dir, capsys
+):
+    (tmp_path / "input.txt").write_text("".join(text(i) + "\n" for i in range(5000)))
+    (tmp_path / "short.txt").write_text(text(1))
+    for name in ("input", "short"):
+        source, out_dir = str(tmp_path / f"{name}.txt"), str(tmp_path / name)
+        prepare_data.main(
+            prepare_data.Config(
+                source=source, tokenizer=str(tokenizer_dir), out_dir=out_dir, val_fraction=0.1
+            )
+        )
+    splits = json.loads((tmp_path / "input" / "manifest.json").read_text())["splits"]
+    assert splits["train"]["documents"] > 20 and splits["val"]["documents"] > 0
+    assert f"needs both: delete {tmp_path}/short, raise --val_fraction" in capsys.readouterr().out

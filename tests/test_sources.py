@@ -1,0 +1,238 @@
+"""Reading text and rows from files, folders and the hub."""
+
+import gzip
+import hashlib
+import json
+import os
+import sys
+import tracemalloc
+import types
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from conftest import ODD_TEXTS, TEXTS, prepare, prepare_config, refused, text, write_jsonl
+
+import prepare_data
+import sources
+from sources import hash_fraction
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst"])
+def test_reading_a_file_takes_memory_for_some_of_its_rows_only(tmp_path, suffix):
+    row, path = json.dumps({"text": "x" * 4000}).encode() + b"\n", tmp_path / f"texts{suffix}"
+    with compressed(path) as file:
+        for _ in range(4000):
+            file.write(row)
+    next(sources.source_rows(str(path), "", ""))
+    before = pyarrow.total_allocated_bytes()
+    tracemalloc.start()
+    try:
+        used = 0
+        for n, _ in enumerate(sources.source_rows(str(path), "", "")):
+            if n % 100 == 0:
+                used = max(used, pyarrow.total_allocated_bytes() - before)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert n == 3999 and peak + used < 4_000_000  # of 16,000,000
+
+
+@pytest.mark.parametrize("groups", [1, 10])
+def test_reading_a_parquet_file_takes_memory_for_some_of_its_rows_only(tmp_path, groups):
+    texts = [os.urandom(2000).hex() for _ in range(4000)]
+    table, path = pyarrow.table({"text": texts}), tmp_path / "texts.parquet"
+    pyarrow.parquet.write_table(table, path, 4000 // groups, use_dictionary=False, compression="none")
+    del table
+    before, used = pyarrow.total_allocated_bytes(), []
+    for (row, _), expected in zip(sources.source_rows(str(path), "", ""), texts):
+        assert row["text"] == expected
+        used.append(pyarrow.total_allocated_bytes() - before)
+    assert len(used) == 4000 and max(used) < 8_000_000  # of 16,000,000
+
+
+def test_a_long_txt_file_is_cut_at_line_ends_into_pieces_that_join_to_the_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "TXT_PIECE", 300)
+    whole = "\n".join(TEXTS) + "\n" + "no line end " * 100 + "zażółć"
+    (tmp_path / "long.txt").write_text(whole, encoding="utf-8")
+    pieces = [row["text"] for row, _ in sources.source_rows(str(tmp_path / "long.txt"), "", "")]
+    assert "".join(pieces) == whole and len(pieces) > 10
+    assert max(map(len, pieces)) <= 600
+    assert all(piece.endswith("\n") for piece in pieces[: len(TEXTS) // 3])
+
+
+def compressed(path: Path):
+    codec = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix)
+    return pyarrow.output_stream(str(path), compression=codec)
+
+
+def write_kind(folder: Path, kind: str, texts: list[str]) -> str:
+    """The texts as a source of this kind; returns what --source takes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    raw = "".join(json.dumps({"id": i, "text": t}) + "\n" for i, t in enumerate(texts)).encode()
+    path = folder / f"texts.{kind.removesuffix(' in frames').removesuffix(' folder')}"
+    if kind == "parquet":
+        table = pyarrow.table({"id": range(len(texts)), "text": texts})
+        pyarrow.parquet.write_table(table, path, row_group_size=7)
+    elif kind == "txt":
+        for i, t in enumerate(texts):
+            (folder / f"{i:03d}.txt").write_text(t, encoding="utf-8", newline="")
+        return str(folder)
+    elif kind == "mixed folder":
+        write_kind(folder / "b" / "c", "jsonl.gz", texts[20:])
+        write_kind(folder / "b", "parquet", texts[30:])
+        write_kind(folder / "a", "jsonl", texts[:20])
+        (folder / "b" / "notes.md").write_text("not a source")
+        return f"{folder}/a,{folder}/b/c/texts.jsonl.gz"
+    else:
+        frames = [raw[:1000], raw[1000:1001], raw[1001:]] if kind.endswith(" in frames") else [raw]
+        for frame in frames:
+            with compressed(folder / f"frame{path.suffix}") as file:
+                file.write(frame)
+            with open(path, "ab") as file:
+                file.write((folder / f"frame{path.suffix}").read_bytes())
+            (folder / f"frame{path.suffix}").unlink()
+    return str(path)
+
+
+KINDS = [
+    "jsonl",
+    "jsonl.gz",
+    "jsonl.zst",
+    "jsonl.gz in frames",
+    "jsonl.zst in frames",
+    "parquet",
+    "txt",
+    "mixed folder",
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_source_gives_the_same_documents(tmp_path, kind):
+    texts = [*TEXTS, ODD_TEXTS[0], ODD_TEXTS[1]]
+    source = write_kind(tmp_path / "source", kind, texts)
+    assert list(prepare_data.documents(prepare_config(tmp_path, source, ""))) == texts
+
+
+def test_a_folder_is_read_in_the_order_of_its_paths_whatever_they_hold(tmp_path):
+    for name, part in (("a/z", TEXTS[:5]), ("b", TEXTS[5:9]), ("c/d/e", TEXTS[9:20])):
+        write_kind(tmp_path / name, {"a/z": "parquet", "b": "jsonl.zst", "c/d/e": "txt"}[name], part)
+    assert list(prepare_data.documents(prepare_config(tmp_path, tmp_path, ""))) == TEXTS[:20]
+
+
+def test_texts_without_a_letter_are_left_out_and_another_column_can_be_named(tmp_path):
+    rows = [{"body": t} for t in (" \n", "one", "", "two", "\t")]
+    path = write_jsonl(tmp_path / "texts.jsonl", rows)
+    path.write_text(path.read_text().replace("\n", "\n\n"))
+    assert list(prepare_data.documents(prepare_config(tmp_path, path, "", column="body"))) == ["one", "two"]
+
+
+def test_a_hub_dataset_is_streamed_and_its_rows_are_the_documents(monkeypatch, tmp_path):
+    asked = []
+
+    def load_dataset(*arguments, **keywords):
+        asked.append((arguments, keywords))
+        return ({"text": t} for t in TEXTS)
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    for name in ("sample-10BT", ""):
+        texts = prepare_data.documents(
+            prepare_config(tmp_path, "some/dataset", "", config=name, split="validation")
+        )
+        assert list(texts) == TEXTS
+        assert asked.pop() == (("some/dataset", name or None), {"split": "validation", "streaming": True})
+
+
+def test_a_hub_dataset_that_cannot_be_had_is_refused(tmp_path, source, tokenizer_dir):
+    refused(
+        "no file or folder nobody/nothing, and no dataset", prepare, tmp_path, "nobody/nothing", tokenizer_dir
+    )
+
+
+def test_a_hub_stream_that_breaks_off_is_refused_with_the_row_it_reached(monkeypatch):
+    def rows():
+        yield from ({"text": t} for t in TEXTS[:3])
+        raise ConnectionError("server disconnected")
+
+    fake = types.SimpleNamespace(load_dataset=lambda *_, **__: rows())
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    refused("some/dataset", list, sources.source_rows("some/dataset", "", "train"))
+
+
+def raw(name: str, value: bytes):
+    """A source of these bytes."""
+
+    def make(folder: Path) -> Path:
+        (folder / name).write_bytes(value)
+        return folder / name
+
+    return make
+
+
+ROW, GOOD = b'{"text": "fine"}\n', b'{"text": "fine"}\n' * 2
+
+
+BAD_SOURCES = {
+    "missing": (lambda folder: folder / "no.jsonl", r"no.jsonl does not exist"),
+    "one of two missing": (lambda folder: f"{raw('a.txt', b'x')(folder)},{folder}/b", r"/b does not exist"),
+    "empty folder": (lambda folder: folder, r"holds nothing to read; expected .*\.jsonl"),
+    "unknown suffix": (raw("a.csv", b"text\nfine\n"), r"a.csv holds nothing to read"),
+    "empty jsonl": (raw("a.jsonl", b""), r"a.jsonl holds no text"),
+    "empty txt": (raw("a.txt", b" \n"), r"a.txt holds no text"),
+    "empty gz": (raw("a.jsonl.gz", b""), r"a.jsonl.gz"),
+    "empty parquet": (raw("a.parquet", b""), r"a.parquet cannot be read"),
+    "no such column": (
+        raw("a.jsonl", b'{"body": "x", "id": 1}\n'),
+        r"row 1 of .*no column 'text', but 'body', 'id'",
+    ),
+    "not a string": (raw("a.jsonl", GOOD + b'{"text": 5}\n'), r"row 3 of .*'text' is int, expected str"),
+    "null": (raw("a.jsonl", GOOD + b'{"text": null}\n'), r"row 3 of .*'text' is NoneType, expected str"),
+    "not an object": (raw("a.jsonl", GOOD + b'["text"]\n'), r"row 3 of .* is list, expected a JSON object"),
+    "invalid JSON": (raw("a.jsonl", GOOD + b'{"text": "cut\n'), r"row [23].*a.jsonl|a.jsonl.*row [23]"),
+    "jsonl in Latin-1": (raw("a.jsonl", GOOD + b'{"text": "caf\xe9"}\n'), r"a.jsonl cannot be read.*utf-8"),
+    "txt in Latin-1": (raw("a.txt", b"caf\xe9\n"), r"a.txt cannot be read.*utf-8"),
+    "half of a surrogate pair": (raw("a.jsonl", GOOD + b'{"text": "x\\ud800"}\n'), r"row 3 of .*a.jsonl"),
+    "gz that is none": (raw("a.jsonl.gz", GOOD), r"a.jsonl.gz cannot be read"),
+    "zst that is none": (raw("a.jsonl.zst", GOOD), r"a.jsonl.zst cannot be read"),
+    "gz with a wrong checksum": (
+        raw("a.jsonl.gz", gzip.compress(GOOD)[:-8] + bytes(4) + gzip.compress(GOOD)[-4:]),
+        r"a.jsonl.gz cannot be read",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_SOURCES)
+@pytest.mark.parametrize("kind", ["given", "train"])
+def test_a_bad_source_is_refused_in_one_sentence_that_names_it(tmp_path, tokenizer_dir, name, kind):
+    make, match = BAD_SOURCES[name]
+    (tmp_path / "in").mkdir()
+    chosen = {"tokenizer": tokenizer_dir} if kind == "given" else {"tokenizer": "train", "vocab_size": 300}
+    refused(match, prepare, tmp_path / "out", source=make(tmp_path / "in"), **chosen)
+    assert not (tmp_path / "out/manifest.json").exists()
+
+
+@pytest.mark.parametrize("kind", ["jsonl.gz", "jsonl.zst", "parquet"])
+def test_a_compressed_file_cut_short_anywhere_is_refused_by_name(tmp_path, kind):
+    path = Path(write_kind(tmp_path, kind, TEXTS))
+    whole = path.read_bytes()
+    cuts = {
+        1,
+        2,
+        3,
+        10,
+        17,
+        18,
+        *range(20, len(whole), len(whole) // 20),
+        *range(len(whole) - 12, len(whole)),
+    }
+    for cut in sorted(cuts):
+        path.write_bytes(whole[:cut])
+        refused(f"{path} cannot be read", list, sources.source_rows(str(path), "", ""))
+
+
+def test_the_side_is_the_first_48_bits_of_the_text_s_sha256():
+    texts = [text(i) for i in range(1000)] + ODD_TEXTS
+    for t in texts:
+        assert hash_fraction(t) == int(hashlib.sha256(t.encode()).hexdigest()[:12], 16) / 2**48
+    assert 60 < sum(hash_fraction(t) < 0.1 for t in texts) < 140
