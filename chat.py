@@ -18,7 +18,7 @@ from distributed import usable_device
 from gpt import GPTModel
 from huggingface import model_directory
 from sft import prompt_ids
-from tokenization import END, TURN_END, load_tokenizer
+from tokenization import END, TURN_END, load_tokenizer, vocabulary_size
 
 
 @dataclass
@@ -38,8 +38,8 @@ def load(name: str, device: str = "cpu") -> tuple[GPTModel, object]:
     """The model that a user named, on a device, and its tokenizer; InputError if it does not know ChatML."""
     path = model_directory(find_model(name))
     model, tokenizer = GPTModel.from_pretrained(path).to(device), load_tokenizer(path)
-    added = tokenizer.convert_tokens_to_ids(TURN_END) >= len(tokenizer) - tokenizer.new_tokens
-    if added or len(tokenizer) > model.config.vocab_size:
+    unknown = tokenizer.convert_tokens_to_ids(TURN_END) in tokenizer.new_ids
+    if unknown or vocabulary_size(tokenizer) > model.config.vocab_size:
         raise InputError(f"{name} has no ids for ChatML's tokens; fine-tune it with sft_gpt.py first")
     return model, tokenizer
 

@@ -21,7 +21,7 @@ from distributed import Ranks
 from gpt import GPTModel
 from huggingface import model_directory
 from optim import state_by_name
-from tokenization import load_tokenizer
+from tokenization import load_tokenizer, vocabulary_size
 
 # -- writing -------------------------------------------------------------------------------------------------
 
@@ -280,5 +280,5 @@ def open_model(path: str | Path, ranks: Ranks) -> tuple[GPTModel, object]:
     ranks.from_main(lambda: str(model_directory(path)))  # rank 0 downloads, the others find it
     path = model_directory(path)
     model, tokenizer = GPTModel.from_pretrained(path), load_tokenizer(path)
-    model.resize_vocabulary(len(tokenizer), tokenizer.new_tokens)
+    model.resize_vocabulary(vocabulary_size(tokenizer), tokenizer.new_ids)
     return model.to(ranks.device), tokenizer

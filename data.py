@@ -51,11 +51,13 @@ class ShardWriter:
         self.totals["documents"] += 1
         self.totals["tokens"] += len(ids)
         self.totals["bytes"] += text_bytes
+        dtype = DTYPES[self.version]
+        assert ids.min() >= 0 and ids.max() <= np.iinfo(dtype).max, (ids.min(), ids.max(), dtype)
         while len(ids):
             if self.file is None:
                 self.open()
             part, ids = np.split(ids, [self.shard_tokens - self.count])
-            self.file.write(part.astype(DTYPES[self.version]).tobytes())
+            self.file.write(part.astype(dtype).tobytes())
             self.count += len(part)
             if self.count == self.shard_tokens:
                 self.finish()

@@ -81,10 +81,7 @@ class GPTConfig:
 
 @dataclass(slots=True)
 class AttentionInputs:
-    """What every block's attention takes besides the hidden states; the same object goes through all blocks.
-
-    Without mask and cu_seqlens attention is causal over all T positions.
-    """
+    """What attention takes besides the hidden states. Without mask and cu_seqlens it is causal."""
 
     rope: tuple[torch.Tensor, torch.Tensor]  # cos and sin, (T, D) or (B, 1, T, D)
     mask: torch.Tensor | None = None  # (B, 1, T, S), True where a query may see a key
@@ -305,19 +302,19 @@ class GPTModel(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     @torch.no_grad()
-    def resize_vocabulary(self, tokens: int, new: int = 0) -> None:
-        """Make room for a tokenizer's ids, if need be up to a multiple of 64.
-
-        New rows start as the mean of the old. The rows of the last `new` ids are reset too, even if padding
-        rows already existed.
-        """
-        old, known = self.config.vocab_size, min(tokens - new, self.config.vocab_size)
+    def resize_vocabulary(self, tokens: int, new_ids: Sequence[int] = ()) -> None:
+        """Make room for a tokenizer's ids, if need be up to a multiple of 64. New rows, and those of new_ids
+        even if the model had them before as padding, start as the mean of the known ones."""
+        old = self.config.vocab_size
         size = old if tokens <= old else -(-tokens // 64) * 64
+        known = torch.zeros(size, dtype=torch.bool, device=self.lm_head.weight.device)
+        known[: min(tokens, old)] = True
+        known[list(new_ids)] = False
         self.config.vocab_size = size
         for module in (self.model.embed_tokens, self.lm_head):
-            mean = module.weight[:known].mean(0, keepdim=True)
+            mean = module.weight[known[:old]].mean(0, keepdim=True)
             weight = torch.cat([module.weight, mean.expand(size - old, -1)])
-            weight[known:tokens] = mean
+            weight[list(new_ids)] = mean
             module.weight = nn.Parameter(weight)
         self.model.embed_tokens.num_embeddings = self.lm_head.out_features = size
         self.tie_weights()
@@ -330,10 +327,8 @@ class GPTModel(nn.Module):
         return state
 
     def save_pretrained(self, path: str | Path, tokenizer=None, state_dict: dict | None = None) -> None:
-        """Write a Hugging Face model directory, with the tokenizer's files if it is given.
-
-        state_dict is an earlier stored_state; without it the weights are as they are now.
-        """
+        """Write a Hugging Face model directory, with the tokenizer's files if it is given. state_dict is an
+        earlier stored_state; without it the weights are as they are now."""
         weights = self.stored_state() if state_dict is None else state_dict
         write_model(path, config=self.config.to_hf(), weights=weights, tokenizer=tokenizer)
 
@@ -403,11 +398,10 @@ class GPTModel(nn.Module):
 
 def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
     """Raise InputError for numbers that describe no sampling."""
-    if temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
-        raise InputError(
-            f"temperature {temperature}, top_k {top_k}, top_p {top_p}: expected a temperature from "
-            f"0 up, a top_k of at least 1, a top_p above 0 and at most 1"
-        )
+    if not 0 <= temperature < float("inf") or 0 < temperature < 1e-6:
+        raise InputError(f"temperature is {temperature}; expected 0 (the likeliest token) or at least 1e-6")
+    if (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
+        raise InputError(f"top_k {top_k}, top_p {top_p}: expected at least 1, and above 0 and at most 1")
 
 
 def pad_prompts(

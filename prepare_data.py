@@ -23,7 +23,7 @@ from tqdm import tqdm
 from common import InputError, read_json, run_script, write_json
 from data import ShardWriter, verified_manifest
 from sources import column_of, hash_fraction, source_files, source_rows
-from tokenization import END, encode, load_tokenizer, tokenizer_fingerprint, train_tokenizer
+from tokenization import END, encode, load_tokenizer, tokenizer_fingerprint, train_tokenizer, vocabulary_size
 
 BATCH_DOCUMENTS = 256  # tokenized together
 SAVE_EVERY = 20_000_000  # tokens between two places to continue from
@@ -139,7 +139,7 @@ def is_prepared(out_dir: Path, settings: dict) -> bool:
 def write_shards(config: Config, tokenizer, settings: dict) -> dict[str, ShardWriter]:
     """Tokenize the source into whole shards, from where progress.json says; returns each split's writer."""
     out_dir, end = Path(config.out_dir), tokenizer.convert_tokens_to_ids(END)
-    version = 1 if len(tokenizer) <= 65_535 else 2
+    version = 1 if vocabulary_size(tokenizer) <= 65_535 else 2
     writers = {
         split: ShardWriter(out_dir, split, version=version, shard_tokens=config.shard_tokens)
         for split in ("train", "val")
@@ -222,7 +222,7 @@ def main(config: Config) -> None:
             "source": config.source,
             "tokenizer": config.tokenizer,
             "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
-            "vocab_size": len(tokenizer),
+            "vocab_size": vocabulary_size(tokenizer),
             "splits": {split: writer.totals for split, writer in writers.items()},
             "shards": [shard for writer in writers.values() for shard in writer.shards],
         },

@@ -24,7 +24,7 @@ from metrics import Metrics
 from optim import load_state_by_name, make_optimizer, schedule, set_learning_rate
 from order import batch_order
 from resume import lock_and_resume
-from tokenization import load_tokenizer, tokenizer_fingerprint
+from tokenization import load_tokenizer, tokenizer_fingerprint, vocabulary_size
 from training import StepHistory, check_settings, evaluate, forward_backward
 
 
@@ -118,7 +118,7 @@ def main(config: Config) -> None:
     # Data: the tokenizer, and the windows of a step and of a validation.
     manifest = ranks.from_main(lambda: verified_manifest(config.data_dir, config.tokenizer))
     tokenizer = load_tokenizer(config.tokenizer or Path(config.data_dir) / "tokenizer")
-    shape, T = model_config(config, len(tokenizer)), config.context_length
+    shape, T = model_config(config, vocabulary_size(tokenizer)), config.context_length
     train, val = (TokenLoader(config.data_dir, split, T, shape.vocab_size) for split in ("train", "val"))
     windows_per_step = config.batch_tokens // T
     if windows_per_step < ranks.world:

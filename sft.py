@@ -25,7 +25,7 @@ from common import IGNORE, InputError, read_json, sync_to_disk, write_json
 from distributed import Ranks
 from order import batch_order
 from sources import half_surrogate, hash_fraction
-from tokenization import TURN_END, TURN_START, encode
+from tokenization import TURN_END, TURN_START, encode, encode_after_newline
 
 ROLES = ("system", "user", "assistant")
 QUESTIONS_KEPT = 1000  # held-out questions that the report lists
@@ -53,7 +53,7 @@ def render_batch(conversations: Sequence[list[dict]], tokenizer) -> list[tuple[l
     *headers, newline = encode(tokenizer, [*(role + "\n" for role in ROLES), "\n"])
     headers = dict(zip(ROLES, headers))
     contents = iter(
-        encode_contents(tokenizer, [m["content"] for messages in conversations for m in messages])
+        encode_after_newline(tokenizer, [m["content"] for messages in conversations for m in messages])
     )
     rendered = []
     for messages in conversations:
@@ -69,18 +69,6 @@ def render_batch(conversations: Sequence[list[dict]], tokenizer) -> list[tuple[l
             )
         rendered.append((ids, labels))
     return rendered
-
-
-def encode_contents(tokenizer, contents: list[str]) -> list[list[int]]:
-    """Ids of texts that follow a newline.
-
-    Some tokenizers, as Llama 2's, begin every text with a space. Encode after a newline, then drop it, so no
-    content gains a leading space.
-    """
-    newline, alone, after = encode(tokenizer, ["\n", "a", "\na"])
-    if after == newline + alone or after[: len(newline)] != newline:
-        return encode(tokenizer, contents)
-    return [ids[len(newline) :] for ids in encode(tokenizer, ["\n" + text for text in contents])]
 
 
 def render_chatml(messages: list[dict], tokenizer) -> tuple[list[int], list[int]]:

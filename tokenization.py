@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import string
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -48,15 +49,15 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int):
 
 def load_tokenizer(name: str | Path):
     """Any Hugging Face tokenizer, by directory or hub id, made ready for ChatML; or InputError."""
-    from huggingface_hub.utils import httpx
     from transformers import AutoTokenizer
 
     files = [Path(name) / file for file in ("tokenizer.json", "tokenizer.model", "vocab.json")]
     if Path(name).is_dir() and not any(file.exists() for file in files):  # else an empty one would be made up
         raise InputError(f"{name} holds no tokenizer; expected a tokenizer.json")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(name))
-    except (OSError, ValueError, KeyError, httpx.HTTPError) as error:
+        # A stranger's folder may name code of its own. It is never run, and nobody is asked.
+        tokenizer = AutoTokenizer.from_pretrained(str(name), trust_remote_code=False)
+    except Exception as error:  # tokenizers raises Exception itself, transformers many kinds
         raise InputError(f"no tokenizer could be loaded from {name}: {one_line(error)}") from error
     if not tokenizer.is_fast:
         raise InputError(
@@ -66,15 +67,33 @@ def load_tokenizer(name: str | Path):
 
 
 def with_chatml(tokenizer):
-    """Add the special tokens that a tokenizer lacks, `new_tokens` of them, and set the ChatML template."""
+    """Add the special tokens that a tokenizer lacks, their ids are `new_ids`, and set the ChatML template.
+
+    Raises InputError if an added token would get the id of another, as when a vocabulary leaves ids out.
+    """
     from tokenizers import AddedToken
 
-    tokenizer.new_tokens = tokenizer.add_tokens(
+    known = tokenizer.get_vocab()
+    tokenizer.add_tokens(
         [AddedToken(t, special=True, normalized=False) for t in SPECIALS], special_tokens=True
     )
+    ids = dict(zip(SPECIALS, tokenizer.convert_tokens_to_ids(list(SPECIALS))))
+    taken = set(known.values())
+    for token, id in ids.items():
+        if token not in known and id in taken:
+            raise InputError(
+                f"the tokenizer leaves ids out, so that {token} would get {id}, which another token has; add "
+                f"{', '.join(SPECIALS)} to it with ids of their own"
+            )
+    tokenizer.new_ids = [id for token, id in ids.items() if token not in known]
     tokenizer.eos_token = tokenizer.pad_token = END
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
+
+
+def vocabulary_size(tokenizer) -> int:
+    """The largest id + 1: more than len(tokenizer) if the vocabulary leaves ids out."""
+    return max(tokenizer.get_vocab().values()) + 1
 
 
 def encode(tokenizer, texts: Sequence[str]) -> list[list[int]]:
@@ -82,11 +101,66 @@ def encode(tokenizer, texts: Sequence[str]) -> list[list[int]]:
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()  # a tokenizer may have been saved with them
     backend.no_padding()
-    backend.encode_special_tokens = True  # the library's name for: as the text that they are spelled with
+    backend.encode_special_tokens = True  # despite its name: encode the spellings of special tokens as text
     try:
-        return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        encodings = backend.encode_batch_fast(list(texts), add_special_tokens=False)
     finally:
         backend.encode_special_tokens = False
+    special = {*tokenizer.convert_tokens_to_ids(list(SPECIALS)), *tokenizer.all_special_ids}
+    special.discard(tokenizer.unk_token_id)
+    return [
+        ids if special.isdisjoint(ids := encoding.ids) else spelled_out(tokenizer, ids, special)
+        for encoding in encodings
+    ]
+
+
+def spelled_out(tokenizer, ids: Sequence[int], special: set[int]) -> list[int]:
+    """Ids in which each special one is replaced by its characters, or their bytes.
+
+    The tokenizer's model itself can give a special id, if its vocabulary has that text as a piece. Raises
+    InputError if it has no pieces to spell the text otherwise.
+    """
+    vocab, result = tokenizer.get_vocab(), []
+    for id in ids:
+        if id not in special:
+            result.append(id)
+            continue
+        token = tokenizer.convert_ids_to_tokens(id)
+        pieces = [p for c in token for p in ([c] if c in vocab else [f"<0x{b:02X}>" for b in c.encode()])]
+        spelling = [vocab.get(piece, id) for piece in pieces]
+        if id in spelling or tokenizer.backend_tokenizer.decode(spelling, False) != token:
+            raise InputError(
+                f"the tokenizer turns the text {token!r} into its special id {id} and cannot spell it "
+                f"otherwise; take another tokenizer"
+            )
+        result += spelling
+    return result
+
+
+def encode_after_newline(tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    """Ids of texts that follow a newline.
+
+    Some tokenizers, as Llama 2's, begin every text with a space. Encode after a newline, then drop it, so no
+    text gains a leading space.
+    """
+    newline, alone, after = encode(tokenizer, ["\n", "a", "\na"])
+    if after == newline + alone or after[: len(newline)] != newline:
+        return encode(tokenizer, texts)
+    encoded = encode(tokenizer, ["\n" + text for text in texts])
+    for i, (text, ids) in enumerate(zip(texts, encoded)):
+        # A text that begins with a newline may merge with the one before it; then a letter takes its place.
+        merged = ids[: len(newline)] != newline
+        encoded[i] = encode_after_letter(tokenizer, text) if merged else ids[len(newline) :]
+    return encoded
+
+
+def encode_after_letter(tokenizer, text: str) -> list[int]:
+    """Ids of a text that follows a letter with which it does not merge."""
+    for letter in string.ascii_letters:
+        alone, both = encode(tokenizer, [letter, letter + text])
+        if both[: len(alone)] == alone:
+            return both[len(alone) :]
+    return encode(tokenizer, [text])[0]  # with the tokenizer's own space before it
 
 
 def tokenizer_fingerprint(tokenizer) -> str:

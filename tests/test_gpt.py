@@ -236,8 +236,16 @@ def test_sampling_is_repeatable_with_a_seed_and_keeps_to_top_k_and_top_p():
         return [i for (i,) in model.generate([prompt], 40, temperature=1.0, **options)]
 
     assert draw(seed=1) == draw(seed=1) != draw(seed=2)
-    for options in ({"temperature": -1.0}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}):
-        with pytest.raises(InputError, match="expected a temperature"):
+    for options in (
+        {"temperature": -1.0},
+        {"temperature": 1e-45},
+        {"top_k": 0},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+    ):
+        with pytest.raises(
+            InputError, match=r"temperature is .*; expected 0|expected at least 1, and above 0 and at most 1"
+        ):
             next(model.generate([prompt], 40, **options))
     assert draw(seed=1, top_k=1) == draw(seed=1, top_p=1e-9) == [i for (i,) in model.generate([prompt], 40)]
 
@@ -277,3 +285,13 @@ def test_a_grown_vocabulary_keeps_the_old_logits_and_starts_new_rows_at_the_mean
         torch.testing.assert_close(model(ids)[..., :320], before)
         torch.testing.assert_close(model.lm_head.weight[320:], mean.expand(64, -1))
         assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+
+
+def test_only_the_rows_of_new_ids_are_touched_when_a_vocabulary_grows():
+    model = small_model()
+    before = model.lm_head.weight.detach().clone()
+    model.resize_vocabulary(300, new_ids=[5, 299])  # 20 padding rows stay
+    mean = before[[i for i in range(300) if i not in (5, 299)]].mean(0)
+    after = model.lm_head.weight.detach()
+    for i in range(320):
+        torch.testing.assert_close(after[i], mean if i in (5, 299) else before[i])

@@ -1,18 +1,28 @@
 """Tokenizers: special tokens, ChatML, training one."""
 
 import itertools
+import json
 from pathlib import Path
 
 import pytest
 from conftest import TEXTS, conversation, few, prepare, refused, text
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 import data
 import tokenization
-from tokenization import END, SPECIALS, encode, load_tokenizer
+from common import InputError
+from tokenization import (
+    END,
+    SPECIALS,
+    encode,
+    encode_after_newline,
+    load_tokenizer,
+    vocabulary_size,
+    with_chatml,
+)
 
 
 @few
@@ -126,3 +136,128 @@ def test_a_vocabulary_too_small_for_all_bytes_is_refused_with_the_least_there_is
     match = "vocab_size is 258; a byte-level one needs at least 259"
     refused(match, prepare, tmp_path / "out", source, "train", vocab_size=258)
     assert len(tokenization.train_tokenizer(iter(TEXTS), 259)) == 259
+
+
+# -- special tokens that a model of a tokenizer can give ----------------------------------------------------
+
+
+def forging(kind: str) -> PreTrainedTokenizerFast:
+    """A tokenizer whose model holds the special tokens' texts as pieces of its own."""
+    pieces = [*(chr(i) for i in range(32, 127)), "\n", "▁", "▁the", "\n\n", *SPECIALS]
+    texts = [*SPECIALS * 100, *map(text, range(50))]
+    if kind == "BPE without a pattern":
+        backend = Tokenizer(models.BPE())
+        backend.decoder = decoders.Fuse()
+        trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=pieces[:96], show_progress=False)
+        backend.train_from_iterator(texts, trainer)
+    elif kind == "byte-level BPE":
+        backend = Tokenizer(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        backend.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
+        backend.train_from_iterator(texts, trainer)
+    else:
+        fallback = kind == "Unigram with bytes"
+        scores = [(piece, -len(piece) / 10 - 1.0) for piece in ["<unk>", *pieces]]
+        scores += [(f"<0x{i:02X}>", -20.0) for i in range(256)] if fallback else []
+        backend = Tokenizer(models.Unigram(scores, unk_id=0, byte_fallback=fallback))
+        backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    assert all(backend.token_to_id(token) is not None for token in SPECIALS)
+    return with_chatml(PreTrainedTokenizerFast(tokenizer_object=backend, unk_token=None))
+
+
+KINDS = ["BPE without a pattern", "byte-level BPE", "Unigram", "Unigram with bytes"]
+FORGERS = {}
+
+
+@few
+@given(
+    st.sampled_from(KINDS),
+    st.lists(st.sampled_from([*SPECIALS, "<|im_", "end|>", "the ", "a", "\n", "|", "x<"]), max_size=8),
+)
+def test_no_content_gives_a_special_id_whatever_the_tokenizers_model_and_decoding_gives_the_text(kind, parts):
+    tokenizer = FORGERS.get(kind) or FORGERS.setdefault(kind, forging(kind))
+    content = "".join(parts)
+    special = set(tokenizer.convert_tokens_to_ids(list(SPECIALS)))
+    (ids,) = encode(tokenizer, [content])
+    assert special.isdisjoint(ids)
+    assert tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=False) == content
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_forging_tokenizers_models_do_give_special_ids_by_themselves(kind):
+    tokenizer = forging(kind)
+    backend = tokenizer.backend_tokenizer
+    backend.encode_special_tokens = True
+    ids = backend.encode(SPECIALS[1], add_special_tokens=False).ids
+    backend.encode_special_tokens = False
+    assert tokenizer.convert_tokens_to_ids(SPECIALS[1]) in ids
+
+
+def test_only_ids_that_the_vocabulary_lacked_are_new(tmp_path):
+    for kind in KINDS:
+        assert forging(kind).new_ids == []
+    known = load_tokenizer(plain_tokenizer(tmp_path / "a", *SPECIALS, special=False))
+    assert known.new_ids == []
+    lacking = load_tokenizer(plain_tokenizer(tmp_path / "b", *SPECIALS[:1]))
+    assert lacking.new_ids == lacking.convert_tokens_to_ids(list(SPECIALS[1:]))
+
+
+def with_holes(*tokens: str) -> PreTrainedTokenizerFast:
+    vocab = {chr(i): 1000 * (i - 32) for i in range(32, 127)}
+    top = max(vocab.values())
+    backend = Tokenizer(models.BPE(vocab | {t: top + 1 + i for i, t in enumerate(tokens)}, []))
+    return PreTrainedTokenizerFast(tokenizer_object=backend)
+
+
+def test_a_vocabulary_with_holes_has_the_size_of_its_largest_id_and_new_tokens_never_take_an_id():
+    tokenizer = with_chatml(with_holes(*SPECIALS))
+    assert vocabulary_size(tokenizer) == 94_000 + 4 > len(tokenizer) and tokenizer.new_ids == []
+    try:
+        tokenizer = with_chatml(with_holes())
+    except InputError as error:
+        assert "leaves ids out" in str(error)
+    else:
+        assert len(set(tokenizer.get_vocab().values())) == len(tokenizer.get_vocab())
+
+
+def test_a_tokenizer_that_names_code_of_its_own_runs_none_and_asks_nobody(tmp_path, monkeypatch):
+    folder = plain_tokenizer(tmp_path / "stranger")
+    settings = {"auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}, "tokenizer_class": "Evil"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
+    monkeypatch.setattr("builtins.input", None)
+    try:
+        load_tokenizer(folder)
+    except InputError as error:
+        assert "no tokenizer could be loaded" in str(error)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer_config.json", "[]"),
+        ("tokenizer.json", '{"version": "9.0", "model": {"type": "New"}}'),
+        ("added_tokens.json", '{"<x>": "five"}'),
+        ("tokenizer_config.json", "[" * 100_000),
+    ],
+)
+def test_a_strange_tokenizer_file_is_one_sentence_or_harmless(name, content, tmp_path):
+    folder = plain_tokenizer(tmp_path)
+    (folder / name).write_text(content)
+    try:
+        load_tokenizer(folder)
+    except InputError as error:
+        assert "\n" not in str(error) and str(folder) in str(error)
+
+
+@pytest.mark.parametrize("kind", KINDS[2:])
+def test_a_text_after_a_newline_keeps_its_own_leading_newlines(kind):
+    tokenizer = forging(kind)
+    backend = tokenizer.backend_tokenizer
+    backend.normalizer = normalizers.Prepend("▁")  # begins each text with a space, as Llama 2's does
+    texts = ["\nthe", "\n\nthe", "\n", "the\n\nthe", ""]
+    for text_, ids in zip(texts, encode_after_newline(tokenizer, texts)):
+        assert backend.decode(ids, skip_special_tokens=False) == text_
