@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import errno
+import fcntl
 import hashlib
 import inspect
 import io
@@ -10,6 +11,7 @@ import json
 import math
 import os
 import re
+import socket
 import sys
 import textwrap
 import tokenize
@@ -124,13 +126,17 @@ def check_numbers(settings: dict, positive: Sequence[str]) -> None:
     Fractions and betas are at most 1.
     """
     for name, value in settings.items():
-        if not isinstance(value, int | float) or isinstance(value, bool) or name == "seed":
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            continue
+        if name == "seed":
+            if abs(value) >= 2**63:
+                raise InputError(f"--seed={value}: expected a number of at most 63 bits")
             continue
         if name in positive and not 0 < value < math.inf:
             raise InputError(f"--{name}={value}: expected a number above zero")
         if not 0 <= value < math.inf:
             raise InputError(f"--{name}={value}: expected a number from zero up")
-        if value > 1 and name.endswith(("_fraction", "beta1", "beta2")):
+        if value > 1 and name.endswith(("_fraction", "beta1", "beta2", "max_bad_rows")):
             raise InputError(f"--{name}={value}: expected a share, from 0 to 1")
 
 
@@ -147,8 +153,8 @@ def read_json(path: Path) -> dict:
     """The object in a JSON file; InputError if it is missing, cut short or something else."""
     try:
         value = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read ({error}); expected a JSON object") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} cannot be read ({one_line(error)}); expected a JSON object") from error
     if not isinstance(value, dict):
         raise InputError(f"{path} holds a JSON {type(value).__name__}; expected a JSON object")
     return value
@@ -200,6 +206,29 @@ def make_folder(path: str | Path) -> None:
         raise InputError(f"{path} cannot be made a folder ({one_line(error)}); choose another") from error
     if not writable:
         raise InputError(f"{path} cannot be written to; choose another folder, or change its permissions")
+
+
+def lock_folder(out_dir: str | Path) -> typing.IO:
+    """Lock a folder to write in. The lock ends with the file returned or with the process, however that ends.
+
+    Raises InputError while another process holds it: two writers would mix their files.
+    """
+    file = open(Path(out_dir) / ".lock", "a+")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.seek(0)
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise InputError(
+                f"{out_dir} is in use by {file.read() or 'another process'}; wait for it or end it, or "
+                f"choose another --out_dir"
+            ) from None
+        print(f"warning: {out_dir} cannot be locked ({error}); start nothing else in it", file=sys.stderr)
+        return file
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    return file
 
 
 def sync_to_disk(path: Path) -> None:

@@ -11,7 +11,9 @@ T context length in tokens.
 
 import hashlib
 import os
+import re
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,7 @@ from distributed import Ranks
 from tokenization import load_tokenizer, tokenizer_fingerprint
 
 MAGIC, HEADER_INTS = 20240520, 256
+SHARDS_OPEN = 128  # at once, of a loader; a process may often have 1,024 files
 DTYPES = {1: np.dtype("<u2"), 2: np.dtype("<u4")}  # by the header's version
 
 
@@ -98,10 +101,9 @@ class ShardWriter:
         path = self.path()
         if path.exists():  # it was finished after the position was taken
             path.replace(path.with_suffix(".bin.partial"))
-        for later in self.folder.glob(f"{self.split}_*.bin*"):
-            if later.name.split(".")[0] > path.stem or (
-                position["count"] == 0 and later.name.split(".")[0] == path.stem
-            ):
+        for later in self.folder.iterdir():
+            name = re.fullmatch(rf"({self.split}_\d{{6,}})\.bin(\.partial)?", later.name)
+            if name and (name[1] > path.stem or (position["count"] == 0 and name[1] == path.stem)):
                 later.unlink()
         self.count = position["count"]
         if self.count:
@@ -110,8 +112,8 @@ class ShardWriter:
             self.file.seek(0, os.SEEK_END)
 
 
-def read_shard(path: Path) -> np.ndarray:
-    """A shard's ids, memory-mapped; InputError if its header is not one of ours or the file is cut short."""
+def shard_header(path: Path) -> tuple[np.dtype, int]:
+    """The type and number of a shard's ids; InputError if it is no shard of ours or is cut short."""
     header = np.fromfile(path, "<i4", HEADER_INTS)
     if len(header) < HEADER_INTS or header[0] != MAGIC or header[1] not in DTYPES:
         raise InputError(f"{path} is no token shard: expected a header with magic {MAGIC} and version 1 or 2")
@@ -121,35 +123,57 @@ def read_shard(path: Path) -> np.ndarray:
         raise InputError(
             f"{path} has {path.stat().st_size} bytes, its header says {expected}; copy or prepare it again"
         )
+    return dtype, count
+
+
+def read_shard(path: Path) -> np.ndarray:
+    """A shard's ids, memory-mapped: the file stays open as long as they are used."""
+    dtype, count = shard_header(path)
     return np.memmap(path, dtype, "r", offset=4 * HEADER_INTS, shape=(count,))
 
 
-def verify_shards(folder: Path, manifest: dict) -> None:
-    """Compare every shard with the manifest; InputError names the first that differs.
+def read_manifest(folder: Path) -> dict:
+    """The manifest of a data directory; InputError if it is not one that prepare_data.py writes."""
+    manifest = read_json(folder / "manifest.json")
+    shards, texts = manifest.get("shards"), ("tokenizer", "tokenizer_fingerprint")
+    right = isinstance(shards, list) and all(isinstance(manifest.get(name), str) for name in texts)
+    for shard in shards if right else ():
+        file = shard.get("file") if isinstance(shard, dict) else None
+        right &= isinstance(file, str) and bool(re.fullmatch(r"[\w.-]+\.bin", file))
+        right = right and isinstance(shard.get("bytes"), int) and isinstance(shard.get("sha256"), str)
+    if not right:
+        raise InputError(
+            f"{folder / 'manifest.json'} is not one that prepare_data.py writes; give the folder of shards"
+        )
+    return manifest
+
+
+def damaged_shards(folder: Path, manifest: dict) -> dict[str, str]:
+    """What is wrong with each shard that differs from the manifest, by file.
 
     Hashing reads all the data, so shards found right are noted by modification time in `.verified.json`, and
     later runs only look at size and time.
     """
     note = folder / ".verified.json"
     seen = read_json(note) if note.exists() else {}
-    before = dict(seen)
+    before, damaged = dict(seen), {}
     for shard in manifest["shards"]:
         path = folder / shard["file"]
         size = path.stat().st_size if path.exists() else None
         if size != shard["bytes"]:
-            raise InputError(
-                f"{path} has {size or 'no'} bytes, the manifest says {shard['bytes']}; prepare the data again"
-            )
+            damaged[path.name] = f"{path} has {size or 'no'} bytes, the manifest says {shard['bytes']}"
+            continue
         stamp = [shard["sha256"], path.stat().st_mtime_ns]
-        if seen.get(shard["file"]) != stamp:
+        if seen.get(path.name) != stamp:
             if file_sha256(path) != shard["sha256"]:
-                raise InputError(
-                    f"{path} is not what was prepared: its SHA-256 differs from the manifest's; "
-                    f"prepare the data again"
+                damaged[path.name] = (
+                    f"{path} is not what was prepared: its SHA-256 differs from the manifest's"
                 )
-            seen[shard["file"]] = stamp
+                continue
+            seen[path.name] = stamp
     if seen != before and os.access(folder, os.W_OK):
         write_json(note, seen)
+    return damaged
 
 
 class TokenLoader:
@@ -161,10 +185,11 @@ class TokenLoader:
     def __init__(self, folder: str | Path, split: str, context_length: int, vocab_size: int):
         self.folder, self.T, self.vocab_size = Path(folder), context_length, vocab_size
         self.paths = sorted(self.folder.glob(f"*{split}*.bin"))
-        self.shards = [read_shard(path) for path in self.paths]
-        self.ends = np.cumsum([max(0, (len(shard) - 1) // context_length) for shard in self.shards])
+        tokens = [shard_header(path)[1] for path in self.paths]
+        self.ends = np.cumsum([max(0, (count - 1) // context_length) for count in tokens])
+        self.shard = lru_cache(SHARDS_OPEN)(read_shard)
         if not len(self.ends) or self.ends[-1] == 0:
-            amount = f"{sum(map(len, self.shards))} tokens" if self.shards else "no shard"
+            amount = f"{sum(tokens)} tokens" if tokens else "no shard"
             raise InputError(
                 f"the {split} split in {folder} has {amount}, too few for one window of "
                 f"{context_length + 1}; prepare more data, raise --val_fraction, or lower --context_length"
@@ -179,7 +204,7 @@ class TokenLoader:
         for row, window in zip(rows, windows):
             shard = int(np.searchsorted(self.ends, window, side="right"))
             start = (window - (self.ends[shard - 1] if shard else 0)) * self.T
-            row[:] = self.shards[shard][start : start + self.T + 1]
+            row[:] = self.shard(self.paths[shard])[start : start + self.T + 1]
             if row.max() >= self.vocab_size:
                 raise InputError(
                     f"{self.paths[shard]} holds token id {row.max()}, beyond the vocabulary of "
@@ -212,8 +237,9 @@ def verified_manifest(folder: str | Path, tokenizer_name: str = "") -> dict:
     """
     folder = Path(folder)
     if (folder / "manifest.json").exists():
-        manifest = read_json(folder / "manifest.json")
-        verify_shards(folder, manifest)
+        manifest = read_manifest(folder)
+        for what in damaged_shards(folder, manifest).values():
+            raise InputError(f"{what}; prepare the data again")
         name = tokenizer_name or folder / "tokenizer"
         given, expected = tokenizer_fingerprint(load_tokenizer(name)), manifest["tokenizer_fingerprint"]
         if given != expected:

@@ -30,8 +30,10 @@ from sft import (
 from tokenization import TURN_END, TURN_START
 
 
-def conversations(row: dict) -> list:
+def conversations(row) -> list:
     """The chosen and the rejected conversation of a row, each from its first message to the answer."""
+    if not isinstance(row, dict):
+        return [row, row]
     prompt, sides = row.get("prompt") or [], []
     prompt = user_turn(prompt) if isinstance(prompt, str) else prompt
     for name in ("chosen", "rejected"):
@@ -54,7 +56,15 @@ def why_incomparable(chosen, rejected) -> str | None:
     return "chosen and rejected are the same" if chosen == rejected else None
 
 
-def prepare_pairs(folder: Path, rows: Iterator, tokenizer, *, max_length: int, val_fraction: float) -> dict:
+def prepare_pairs(
+    folder: Path,
+    rows: Iterator,
+    tokenizer,
+    *,
+    max_length: int,
+    val_fraction: float,
+    max_bad_rows: float = 1.0,
+) -> dict:
     """Render (row, where it was found) into the datasets of sft.write_examples, each pair as two
     conversations, the chosen first; of both only the last answer counts, cut at max_length."""
     turns = tokenizer.convert_tokens_to_ids([TURN_START, TURN_END])
@@ -71,7 +81,7 @@ def prepare_pairs(folder: Path, rows: Iterator, tokenizer, *, max_length: int, v
             rendered = iter(render_batch(usable, tokenizer))
             for (chosen, _), (_, where), reason in zip(pairs, batch, reasons):
                 if reason:
-                    yield Example(where, reason)
+                    yield Example(where, reason, unusable=True)
                     continue
                 sides = [(ids, last_answer(ids, labels)) for ids, labels in (next(rendered), next(rendered))]
                 pieces = [
@@ -94,7 +104,7 @@ def prepare_pairs(folder: Path, rows: Iterator, tokenizer, *, max_length: int, v
                     answer_tokens=answer_tokens,
                 )
 
-    return write_examples(folder, examples(), val_fraction)
+    return write_examples(folder, examples(), val_fraction, max_bad_rows)
 
 
 def pair_batches(

@@ -38,6 +38,7 @@ class Config:
     data: str = "HuggingFaceH4/ultrafeedback_binarized"  # a hub dataset's id, or files and folders: a,b
     data_config: str = ""  # the hub dataset's configuration; empty for its default
     data_split: str = "train_prefs"  # the hub dataset's split
+    max_bad_rows: float = 0.1  # share of the rows that may be unusable; they are skipped and counted
     val_fraction: float = 0.01  # share of the pairs held out, by a hash of their first question
     out_dir: str = "out/dpo"  # folder for checkpoints, metrics.jsonl, loss.png and answers.jsonl
     # optimization
@@ -82,7 +83,14 @@ def prepare(config: Config, tokenizer, *, T: int, content: dict, ranks: Ranks) -
     folder = Path(config.out_dir) / f"data-{key}"
     rows = source_rows(config.data, config.data_config, config.data_split)
     report = ranks.from_main(
-        lambda: prepare_pairs(folder, rows, tokenizer, max_length=T, val_fraction=config.val_fraction)
+        lambda: prepare_pairs(
+            folder,
+            rows,
+            tokenizer,
+            max_length=T,
+            val_fraction=config.val_fraction,
+            max_bad_rows=config.max_bad_rows,
+        )
     )
     ranks.require_shared(folder / "report.json")
     return folder, report

@@ -11,18 +11,28 @@ bytes.
 
 import itertools
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from common import InputError, read_json, run_script, write_json
-from data import ShardWriter, verified_manifest
-from sources import column_of, hash_fraction, source_files, source_rows
+from common import (
+    InputError,
+    check_numbers,
+    file_sha256,
+    lock_folder,
+    make_folder,
+    read_json,
+    run_script,
+    write_json,
+)
+from data import ShardWriter, damaged_shards, read_manifest
+from sources import BadRows, hash_fraction, source_files, source_rows, text_of
 from tokenization import END, encode, load_tokenizer, tokenizer_fingerprint, train_tokenizer, vocabulary_size
 
 BATCH_DOCUMENTS = 256  # tokenized together
@@ -41,22 +51,29 @@ class Config:
     out_dir: str = "data/fineweb-edu"  # folder for the shards
     max_tokens: int = 0  # stop after the document that reaches so many tokens; 0 reads all
     val_fraction: float = 0.005  # share of the documents that go to validation, chosen by a hash of the text
+    max_bad_rows: float = 0.1  # share of the rows that may be unusable; they are skipped and counted
     shard_tokens: int = 100_000_000  # tokens in a shard
     workers: int = 0  # tokenizing threads; 0 for one a core
 
 
-def documents(config: Config) -> Iterator[str]:
-    """The source's texts, in an order that never changes; empty ones are left out."""
+def documents(config: Config, bad_rows: BadRows | None = None) -> Iterator[str]:
+    """The source's texts, in an order that never changes. Empty ones are left out, unusable rows counted."""
+    bad_rows = bad_rows or BadRows(config.max_bad_rows)
     if config.source == "embedded":
         import embedded
 
-        texts = embedded.documents()
-    else:
-        texts = (
-            column_of(row, config.column, str, where)
-            for row, where in source_rows(config.source, config.config, config.split)
-        )
-    return (text for text in texts if text.strip())
+        yield from embedded.documents()
+        return
+    for row, where in source_rows(config.source, config.config, config.split):
+        try:
+            text = text_of(row, config.column)
+        except ValueError as error:
+            bad_rows.skip(where, str(error))
+            continue
+        bad_rows.good()
+        if text.strip():
+            yield text
+    bad_rows.check()
 
 
 def read_ahead(texts: Iterator[str]) -> Iterator[list[str]]:
@@ -92,28 +109,45 @@ def make_tokenizer(config: Config):
     return tokenizer
 
 
+TOKENIZER_FILES = re.compile(r"(tokenizer|special_|added_|chat_template|vocab|merges|spiece).*")
+
+
 def save_tokenizer(tokenizer, folder: Path) -> None:
+    """Replace the tokenizer in a folder in one step, an earlier preparation's too."""
     partial = folder.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)
     tokenizer.save_pretrained(partial)
-    shutil.rmtree(folder, ignore_errors=True)  # an earlier preparation's
+    shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
 
 
-def is_prepared(out_dir: Path, settings: dict) -> bool:
-    """Whether out_dir holds the finished result of these settings; what is damaged is removed, to be made
-    again.
+def refuse_foreign_files(out_dir: Path) -> None:
+    """Raise InputError if a folder has files under our names, but no note that we wrote them."""
+    if not out_dir.is_dir():
+        return
+    tokenizer = out_dir / "tokenizer"
+    foreign = [f"tokenizer/{p.name}" for p in tokenizer.glob("*") if not TOKENIZER_FILES.fullmatch(p.name)]
+    if not any((out_dir / name).exists() for name in ("manifest.json", "progress.json")):
+        foreign += [p.name for p in out_dir.iterdir() if re.match(r"(train|val)_.*\.bin", p.name)]
+        foreign += ["tokenizer"] if tokenizer.exists() else []
+    if foreign:
+        raise InputError(
+            f"{out_dir} holds {', '.join(sorted(foreign))}, not written by prepare_data.py; choose another "
+            f"--out_dir"
+        )
 
-    Raises InputError if it holds another preparation.
-    """
+
+def check_same_preparation(out_dir: Path, settings: dict) -> None:
+    """Raise InputError if a folder holds a preparation by other settings, finished or begun."""
     for name in ("manifest.json", "progress.json"):
         noted = read_json(out_dir / name) if (out_dir / name).exists() else {"documents": 0}
-        if noted.get("documents") == 0:  # nothing done yet binds to nothing
+        if noted.get("documents") == 0:  # an empty preparation has no settings to match
             continue
-        # A source that broke off may be mended before the preparation continues, but not after it is
-        # finished.
+        there = noted.get("settings")
+        if not isinstance(there, dict):
+            raise InputError(f"{out_dir / name} was not written by prepare_data.py; choose another --out_dir")
+        # A source that broke off may be mended before the preparation continues, not after it is finished.
         free = () if name == "manifest.json" else ("source_files",)
-        there = noted["settings"]
         differing = [
             f"{k}={there.get(k)!r} there, {v!r} here"
             for k, v in settings.items()
@@ -124,16 +158,54 @@ def is_prepared(out_dir: Path, settings: dict) -> bool:
                 f"{out_dir} holds another preparation ({', '.join(differing)}); choose another --out_dir or "
                 f"delete it"
             )
-    if not (out_dir / "manifest.json").exists():
-        return False
-    (out_dir / "progress.json").unlink(missing_ok=True)  # stopped between the manifest and this
+
+
+def whole_tokenizer(folder: Path, manifest: dict):
+    """The tokenizer in a prepared folder, or None if it is not the one that made the shards."""
     try:
-        verified_manifest(out_dir)
-        return True
+        tokenizer = load_tokenizer(folder / "tokenizer")
     except InputError as error:
-        print(f"{error}: preparing again")
-        (out_dir / "manifest.json").unlink()  # the writers drop the shards as they begin
-        return False
+        print(error)
+        return None
+    return tokenizer if tokenizer_fingerprint(tokenizer) == manifest["tokenizer_fingerprint"] else None
+
+
+def mend(config: Config, settings: dict) -> None:
+    """Make again what of a finished preparation is damaged. What is whole stays, and so does the manifest.
+
+    Raises InputError, having changed nothing, if the source or the tokenizer is not what it was.
+    """
+    out_dir = Path(config.out_dir)
+    manifest = read_manifest(out_dir)
+    tokenizer = whole_tokenizer(out_dir, manifest)
+    if tokenizer is None:
+        tokenizer = make_tokenizer(config)
+        if tokenizer_fingerprint(tokenizer) != manifest["tokenizer_fingerprint"]:
+            raise InputError(
+                f"{out_dir}/tokenizer is damaged and {config.tokenizer} is not the tokenizer that made the "
+                f"shards; bring it back, or prepare into another --out_dir (nothing was changed)"
+            )
+        save_tokenizer(tokenizer, out_dir / "tokenizer")
+    damaged = damaged_shards(out_dir, manifest)
+    if not damaged:
+        return
+    print(f"{'; '.join(damaged.values())}: preparing again")
+    again = out_dir / ".again"
+    again.mkdir(exist_ok=True)
+    if not (again / "progress.json").exists():
+        save_progress(again, settings, 0, {})
+    write_shards(replace(config, out_dir=str(again)), tokenizer, settings)
+    expected = {shard["file"]: shard["sha256"] for shard in manifest["shards"]}
+    for name in damaged:
+        if not (again / name).exists() or file_sha256(again / name) != expected[name]:
+            shutil.rmtree(again)
+            raise InputError(
+                f"{config.source} does not give {name} again as it was; prepare into another --out_dir "
+                f"(nothing was changed)"
+            )
+    for name in damaged:
+        (again / name).replace(out_dir / name)
+    shutil.rmtree(again)
 
 
 def write_shards(config: Config, tokenizer, settings: dict) -> dict[str, ShardWriter]:
@@ -144,7 +216,7 @@ def write_shards(config: Config, tokenizer, settings: dict) -> dict[str, ShardWr
         split: ShardWriter(out_dir, split, version=version, shard_tokens=config.shard_tokens)
         for split in ("train", "val")
     }
-    progress = read_json(out_dir / "progress.json")
+    progress, bad_rows = read_json(out_dir / "progress.json"), BadRows(config.max_bad_rows)
     done = progress["documents"]
     for split, writer in writers.items():
         writer.seek(progress["positions"].get(split, writer.position()))
@@ -154,11 +226,9 @@ def write_shards(config: Config, tokenizer, settings: dict) -> dict[str, ShardWr
     def tokens() -> int:
         return sum(writer.totals["tokens"] for writer in writers.values())
 
-    saved = tokens()
-    with tqdm(
-        total=config.max_tokens or None, initial=saved, unit="tok", unit_scale=True, disable=None
-    ) as bar:
-        for texts in read_ahead(itertools.islice(documents(config), done, None)):
+    saved, total = tokens(), config.max_tokens or None
+    with tqdm(total=total, initial=saved, unit="tok", unit_scale=True, disable=None) as bar:
+        for texts in read_ahead(itertools.islice(documents(config, bad_rows), done, None)):
             for text, ids in zip(texts, encode(tokenizer, texts)):
                 if config.max_tokens and tokens() >= config.max_tokens:
                     break
@@ -176,6 +246,9 @@ def write_shards(config: Config, tokenizer, settings: dict) -> dict[str, ShardWr
         raise InputError(f"{config.source} holds no text; nothing was prepared")
     for writer in writers.values():
         writer.finish()
+    bad_rows.check()
+    if note := bad_rows.note():
+        print(note)
     return writers
 
 
@@ -187,33 +260,48 @@ def save_progress(out_dir: Path, settings: dict, done: int, writers: dict[str, S
     write_json(out_dir / "progress.json", {"settings": settings, "documents": done, "positions": positions})
 
 
-def main(config: Config) -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "true"
-    if config.workers:
-        os.environ["RAYON_NUM_THREADS"] = str(config.workers)
-    if not 0 <= config.val_fraction < 1:
-        raise InputError(
-            f"--val_fraction={config.val_fraction} is no share of the documents; expected 0 to below 1"
-        )
-    if not 0 < config.shard_tokens < 2**31:  # the header's count is an int32
+def check_settings(config: Config) -> None:
+    """Raise InputError for a setting that can mean nothing, before anything is read."""
+    check_numbers(asdict(config), positive=("vocab_size", "shard_tokens"))
+    if config.val_fraction == 1:
+        raise InputError("--val_fraction=1.0 leaves nothing to train on; expected 0 to below 1")
+    if config.shard_tokens >= 2**31:  # the header's count is an int32
         raise InputError(
             f"--shard_tokens={config.shard_tokens} is no size of a shard; expected 1 to {2**31 - 1}"
         )
+
+
+def main(config: Config) -> None:
+    check_settings(config)
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+    if config.workers:
+        os.environ["RAYON_NUM_THREADS"] = str(config.workers)
+
+    # What is there already: nothing, a part, or the whole of this very preparation.
     out_dir = Path(config.out_dir)
     files = source_files(config.source) if config.source != "embedded" else None
-    settings = {k: v for k, v in asdict(config).items() if k not in ("out_dir", "workers")}
+    settings = {k: v for k, v in asdict(config).items() if k not in ("out_dir", "workers", "max_bad_rows")}
     settings["source_files"] = [[path.name, path.stat().st_size] for path in files or []]
-    if is_prepared(out_dir, settings):
+    refuse_foreign_files(out_dir)
+    check_same_preparation(out_dir, settings)
+    make_folder(out_dir)
+    lock = lock_folder(out_dir)
+    if (out_dir / "manifest.json").exists():
+        (out_dir / "progress.json").unlink(missing_ok=True)  # stopped between the manifest and this
+        mend(config, settings)
         print(f"{out_dir} is already prepared")
         return
-    out_dir.mkdir(parents=True, exist_ok=True)
+
+    # The tokenizer, new or that of the part that is done.
     progress = out_dir / "progress.json"
     if progress.exists() and read_json(progress)["documents"]:
         tokenizer = load_tokenizer(out_dir / "tokenizer")
     else:
         tokenizer = make_tokenizer(config)
+        save_progress(out_dir, settings, 0, {})  # from here on the folder is ours
         save_tokenizer(tokenizer, out_dir / "tokenizer")
-        save_progress(out_dir, settings, 0, {})
+
+    # The shards, and last of all the manifest that vouches for them.
     writers = write_shards(config, tokenizer, settings)
     write_json(
         out_dir / "manifest.json",
@@ -227,13 +315,14 @@ def main(config: Config) -> None:
             "shards": [shard for writer in writers.values() for shard in writer.shards],
         },
     )
-    (out_dir / "progress.json").unlink()
+    progress.unlink()
     for split, writer in writers.items():
         print(f"{split}: " + ", ".join(f"{value:,} {name}" for name, value in writer.totals.items()))
         if not writer.totals["documents"]:
             print(
                 f"no document is in {split}, pretraining needs both: delete {out_dir}, raise --val_fraction"
             )
+    lock.close()
 
 
 if __name__ == "__main__":

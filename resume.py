@@ -1,18 +1,14 @@
 """Where a stopped run goes on: one run a folder, the newest whole checkpoint, the same settings and data."""
 
-import errno
-import fcntl
 import os
 import pickle
-import socket
-import sys
 import typing
 from pathlib import Path
 
 import torch
 
 from checkpoint import damage, find_model, list_checkpoints, newest_checkpoint, step_of
-from common import InputError, file_sha256, fingerprint, make_folder, read_json
+from common import InputError, file_sha256, fingerprint, lock_folder, make_folder, read_json
 from distributed import Ranks
 from sources import source_files
 
@@ -51,29 +47,6 @@ def lock_and_resume(
         if changes:
             ranks.print(f"changed since {state['path']}: {', '.join(changes)}")
     return lock, state, identity
-
-
-def lock_folder(out_dir: str | Path) -> typing.IO:
-    """Lock a run's folder. The lock ends with the file returned or with the process, however that ends.
-
-    Raises InputError while another process holds it: two writers would mix their checkpoints.
-    """
-    file = open(Path(out_dir) / ".lock", "a+")
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        file.seek(0)
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            raise InputError(
-                f"{out_dir} is in use by {file.read() or 'another process'}; wait for it or end it, or "
-                f"choose another --out_dir"
-            ) from None
-        print(f"warning: {out_dir} cannot be locked ({error}); start nothing else in it", file=sys.stderr)
-        return file
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}")
-    file.flush()
-    return file
 
 
 def find_resumable(out_dir: str | Path, choice: str) -> Path | None:

@@ -24,7 +24,7 @@ import torch
 from common import IGNORE, InputError, read_json, sync_to_disk, write_json
 from distributed import Ranks
 from order import batch_order
-from sources import half_surrogate, hash_fraction
+from sources import BadRows, half_surrogate, hash_fraction
 from tokenization import TURN_END, TURN_START, encode, encode_after_newline
 
 ROLES = ("system", "user", "assistant")
@@ -33,6 +33,8 @@ QUESTIONS_KEPT = 1000  # held-out questions that the report lists
 
 def why_unusable(messages) -> str | None:
     """What keeps a conversation from being trained on, or None."""
+    if isinstance(messages, ValueError):  # a source's reason
+        return str(messages)
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
         return "messages is no list of objects with role and content"
     for message in messages:
@@ -195,6 +197,7 @@ class Example:
     question: str = ""  # its hash settles the side
     pieces: Sequence[tuple[list[int], list[int]]] = ()
     answer_tokens: int = 0  # before anything was cut
+    unusable: bool = False  # the row itself, whatever the length
 
 
 def prepare_conversations(
@@ -205,6 +208,7 @@ def prepare_conversations(
     max_length: int,
     val_fraction: float,
     overlong: str = "truncate",
+    max_bad_rows: float = 1.0,
 ) -> dict:
     """Render (messages, where they were found) into the datasets of write_examples, cut by cut_to_length."""
     turns = tokenizer.convert_tokens_to_ids([TURN_START, TURN_END])
@@ -219,7 +223,7 @@ def prepare_conversations(
             rendered = iter(render_batch(usable, tokenizer))
             for (messages, where), reason in zip(rows, reasons):
                 if reason:
-                    yield Example(where, reason)
+                    yield Example(where, reason, unusable=True)
                     continue
                 ids, labels = next(rendered)
                 prefix = ids.index(turns[0], 1) if messages[0]["role"] == "system" else 0
@@ -233,7 +237,7 @@ def prepare_conversations(
                     answer_tokens=trained_tokens(labels),
                 )
 
-    return write_examples(folder, examples(), val_fraction)
+    return write_examples(folder, examples(), val_fraction, max_bad_rows)
 
 
 def batched(rows: Iterable, size: int = 1000) -> Iterator[list]:
@@ -247,12 +251,15 @@ def trained_tokens(labels: Sequence[int]) -> int:
     return len(labels) - labels.count(IGNORE)
 
 
-def write_examples(folder: str | Path, examples: Iterable[Example], val_fraction: float) -> dict:
+def write_examples(
+    folder: str | Path, examples: Iterable[Example], val_fraction: float, max_bad_rows: float = 1.0
+) -> dict:
     """Write the datasets folder/train and folder/val in one pass, in constant memory; returns the report.
 
     The report is also in folder/report.json. That file marks the folder finished; no example is read
     again. All examples with one question fall on one side, by its hash. Examples without pieces are counted,
-    and the first of each kind is named. Raises InputError when a side is left empty.
+    and the first of each kind is named. Raises InputError when a side is left empty, or when more than a
+    share of max_bad_rows of the rows is unusable, whatever its length.
     """
     folder = Path(folder)
     if (folder / "report.json").exists():
@@ -260,8 +267,12 @@ def write_examples(folder: str | Path, examples: Iterable[Example], val_fraction
     shutil.rmtree(folder, ignore_errors=True)
     writers = {split: Writer(folder / split) for split in ("train", "val")}
     counts = Counter({"examples": 0, "tokens": 0, "trained_tokens": 0, "lost_tokens": 0, "cut": 0})
-    skipped, first, questions = Counter(), {}, {}
+    skipped, first, questions, bad_rows = Counter(), {}, {}, BadRows(max_bad_rows)
     for example in examples:
+        if example.unusable:
+            bad_rows.skip(example.where, example.why_skipped)
+        else:
+            bad_rows.good()
         if example.why_skipped:
             skipped[example.why_skipped] += 1
             first.setdefault(example.why_skipped, example.where)
@@ -286,6 +297,7 @@ def write_examples(folder: str | Path, examples: Iterable[Example], val_fraction
         raise InputError(f"all of {counts['examples']} rows are held out; lower --val_fraction")
     if not sizes["train"]:
         raise InputError(f"nothing is left to train on ({detail or 'the source is empty'})")
+    bad_rows.check()
     if not sizes["val"]:
         raise InputError(
             f"none of {counts['examples']} rows is held out for validation; raise --val_fraction, "

@@ -50,6 +50,7 @@ class Config:
     data_config: str = ""  # the hub dataset's configuration; empty for its default
     data_split: str = "train"  # the hub dataset's split
     column: str = "messages"  # the column or JSON key with the list of messages
+    max_bad_rows: float = 0.1  # share of the rows that may be unusable; they are skipped and counted
     val_fraction: float = 0.01  # share of the conversations held out, by a hash of their first question
     out_dir: str = "out/chat"  # folder for checkpoints, metrics.jsonl, loss.png and answers.jsonl
     # optimization
@@ -98,7 +99,10 @@ def conversations(config: Config) -> Iterator[tuple[list[dict], str]]:
             yield row["messages"], f"embedded conversation {number}"
         return
     for row, where in source_rows(config.data, config.data_config, config.data_split):
-        yield column_of(row, config.column, object, where), where
+        try:
+            yield column_of(row, config.column), where
+        except ValueError as error:
+            yield error, where
 
 
 def step_noise(config: Config, step: int, T: int, C: int) -> Callable | None:
@@ -123,6 +127,7 @@ def prepare(config: Config, tokenizer, *, T: int, content: dict, ranks: Ranks) -
             max_length=T,
             val_fraction=config.val_fraction,
             overlong=config.overlong,
+            max_bad_rows=config.max_bad_rows,
         )
     )
     ranks.require_shared(folder / "report.json")

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,8 @@ TXT_PIECE = 20_000  # characters: a longer .txt is cut, at line ends, into docum
 def source_rows(source: str, name: str, split: str) -> Iterator[tuple[dict, str]]:
     """Rows of files and folders (with commas between), or of a hub dataset, each with the place it was found.
 
-    Raises InputError for what is missing, empty, damaged or cut short.
+    A row that is no object is given as it is; a line that is no JSON as its ValueError. Raises InputError for
+    what is missing or empty, and for a file that is damaged or cut short.
     """
     files = source_files(source)
     if files is None:
@@ -26,22 +28,24 @@ def source_rows(source: str, name: str, split: str) -> Iterator[tuple[dict, str]
         try:
             reader = {".txt": read_txt, ".parquet": read_parquet}.get(path.suffix, read_jsonl)
             for number, row in enumerate(reader(path), 1):
-                if not isinstance(row, dict):
-                    raise InputError(
-                        f"row {number} of {path} is {type(row).__name__}, expected a JSON object"
-                    )
                 yield row, f"row {number} of {path}"
         except (OSError, ValueError) as error:  # pyarrow's errors, json's and Unicode's are of these kinds
             if isinstance(error, InputError):
                 raise
             raise InputError(
-                f"{path} cannot be read beyond row {number}, it is damaged or cut short: {error}"
+                f"{path} cannot be read beyond row {number}, it is damaged or cut short: {one_line(error)}"
             ) from error
 
 
 def source_files(source: str) -> list[Path] | None:
     """The files that a source names, folders searched, in sorted order; None if it is a hub dataset's id."""
-    paths = [Path(part) for part in source.split(",")]
+    parts = source.split(",")
+    if not all(part.strip() for part in parts):
+        raise InputError(
+            f"the source {source!r} has an empty name in it; give files, folders, a hub dataset's id, or "
+            f"embedded, with commas between them only"
+        )
+    paths = [Path(part) for part in parts]
     missing = [path for path in paths if not path.exists()]
     if missing and len(paths) == 1 and source.count("/") <= 1 and not source.endswith(SUFFIXES):
         return None
@@ -49,14 +53,28 @@ def source_files(source: str) -> list[Path] | None:
         raise InputError(f"{missing[0]} does not exist; give files, folders, a hub dataset's id, or embedded")
     files = []
     for path in paths:
-        inside = sorted(path.rglob("*")) if path.is_dir() else [path]
-        found = [p for p in inside if p.name.endswith(SUFFIXES)]
-        if not found:
+        inside = files_below(path) if path.is_dir() else [path]
+        readable = [p for p in inside if p.name.endswith(SUFFIXES)]
+        if not readable:
             raise InputError(
                 f"{path} holds nothing to read; expected files that end in {', '.join(SUFFIXES)}"
             )
-        files += found
+        files += readable
     return files
+
+
+def files_below(folder: Path) -> list[Path]:
+    """All files in a folder and those below it, sorted. Links are followed, but no folder is read twice."""
+    files, seen = [], set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        here = os.stat(place)
+        if (here.st_dev, here.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((here.st_dev, here.st_ino))
+        folders.sort()
+        files += [Path(place) / name for name in names]
+    return sorted(files)
 
 
 def read_txt(path: Path) -> Iterator[dict]:
@@ -74,14 +92,25 @@ def read_parquet(path: Path) -> Iterator[dict]:
         yield from batch.to_pylist()
 
 
-def read_jsonl(path: Path) -> Iterator[dict]:
+def read_jsonl(path: Path) -> Iterator:
+    """The value of each line; a ValueError for one that is no JSON, but the last of a file that is cut short
+    raises it."""
     import pyarrow
 
     compression = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix)
     with pyarrow.input_stream(str(path), compression=compression) as stream:
         for line in io.BufferedReader(stream, 1 << 20):
-            if line.strip():
-                yield json.loads(line)
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except RecursionError:
+                row = ValueError("it is nested too deeply")
+            except ValueError as error:
+                if not line.endswith(b"\n"):
+                    raise
+                row = error
+            yield row
 
 
 def hub_rows(source: str, name: str, split: str) -> Iterator[tuple[dict, str]]:
@@ -112,19 +141,56 @@ def hub_rows(source: str, name: str, split: str) -> Iterator[tuple[dict, str]]:
         ) from error
 
 
-def column_of(row: dict, column: str, kind: type, where: str):
-    """The value in a row's column; InputError names the columns there are, or the type it has."""
+def column_of(row: dict, column: str) -> object:
+    """The value in a row's column; ValueError, with the reason, for a row without it."""
+    if isinstance(row, ValueError):
+        raise ValueError(f"it is no JSON ({one_line(row)})")
+    if not isinstance(row, dict):
+        raise ValueError(f"it is {type(row).__name__}, not a JSON object")
     if column not in row:
-        raise InputError(
-            f"{where} has no column {column!r}, but {', '.join(map(repr, row))}; name one with --column"
-        )
-    if not isinstance(row[column], kind):
-        raise InputError(f"{where}: {column!r} is {type(row[column]).__name__}, expected {kind.__name__}")
-    if kind is str and (half := half_surrogate(row[column])):
-        raise InputError(
-            f"{where}: {column!r} is no Unicode text: it holds {half!r}, half of a surrogate pair"
+        raise ValueError(
+            f"it has no column {column!r}, but {', '.join(map(repr, row))}; name one with --column"
         )
     return row[column]
+
+
+def text_of(row: dict, column: str) -> str:
+    """The text in a row's column; ValueError, with the reason, for a row without one."""
+    value = column_of(row, column)
+    if not isinstance(value, str):
+        raise ValueError(f"{column!r} is {type(value).__name__}, not str")
+    if half := half_surrogate(value):
+        raise ValueError(f"{column!r} is no Unicode text: it holds {half!r}, half of a surrogate pair")
+    return value
+
+
+class BadRows:
+    """Counts the rows of a source that cannot be used, and refuses a source that has too many."""
+
+    def __init__(self, max_share: float):
+        self.max_share, self.rows, self.bad, self.first = max_share, 0, 0, ""
+
+    def good(self) -> None:
+        self.rows += 1
+
+    def skip(self, where: str, reason: str) -> None:
+        """Count a bad row; InputError if among a thousand and more there are too many."""
+        self.rows, self.bad = self.rows + 1, self.bad + 1
+        self.first = self.first or f"{where}: {reason}"
+        if self.rows >= 1000:
+            self.check()
+
+    def check(self) -> None:
+        """At the end: InputError if the share of bad rows is too large."""
+        if self.bad > self.max_share * self.rows:
+            raise InputError(
+                f"{self.bad} of {self.rows} rows cannot be used, more than --max_bad_rows={self.max_share} "
+                f"allows; the first is {self.first}"
+            )
+
+    def note(self) -> str | None:
+        """A line about what was skipped, if anything."""
+        return f"{self.bad} of {self.rows} rows skipped; the first is {self.first}" if self.bad else None
 
 
 def half_surrogate(text: str) -> str | None:

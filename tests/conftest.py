@@ -332,7 +332,9 @@ def refused(match: str, call, *arguments, **keywords) -> None:
 
 def contents(folder: Path) -> dict[str, bytes]:
     """All files below a folder, but for the note of when which shard was verified."""
-    paths = (p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != ".verified.json")
+    paths = (
+        p for p in sorted(folder.rglob("*")) if p.is_file() and p.name not in (".verified.json", ".lock")
+    )
     return {str(p.relative_to(folder)): p.read_bytes() for p in paths}
 
 

@@ -5,10 +5,12 @@ import itertools
 import json
 import os
 import struct
+import subprocess
+import sys
 
 import numpy as np
 import pytest
-from conftest import TEXTS, few, prepare, refused, write_shard
+from conftest import ROOT, TEXTS, few, prepare, refused, write_shard
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -185,3 +187,16 @@ def test_text_bytes_is_the_length_of_the_text_that_the_targets_spell(prepared, d
     spelled = {i: 0 if i < 3 else len(tokenizer.decode([i])) for i in range(320)}
     targets = loader.read(windows)[1].flatten().tolist()
     assert loader.text_bytes(windows, tokenizer) == sum(spelled[i] for i in targets)
+
+
+def test_a_thousand_shards_need_few_open_files(tmp_path):
+    for i in range(300):
+        write_shard(tmp_path / f"train_{i:06d}.bin", range(i, i + 9))
+    code = (
+        "import resource, sys; from data import TokenLoader\n"
+        "import data; data.SHARDS_OPEN = 8\n"
+        "import os; resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))\n"
+        f"loader = TokenLoader({str(tmp_path)!r}, 'train', 4, 1000)\n"
+        "assert loader.read(range(len(loader)))[0][::2, 0].tolist() == list(range(300))\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

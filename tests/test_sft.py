@@ -168,8 +168,14 @@ def test_rows_of_a_file_that_hold_no_text_are_skipped_and_a_missing_column_is_na
         f"row 52 of {path}",
     ]
     assert sum(skipped["count"] for skipped in prepare(found, tokenizer, tmp_path / "data")["skipped"]) == 2
-    with pytest.raises(InputError, match="no column 'dialogue', but 'messages'"):
-        next(sft_gpt.conversations(sft_config("", path, "", column="dialogue")))
+    wrong = sft_gpt.conversations(sft_config("", path, "", column="dialogue"))
+    with pytest.raises(InputError, match=r"nothing is left .* no column 'dialogue', but 'messages'"):
+        prepare(wrong, tokenizer, tmp_path / "other")
+    limits = {"max_length": 64, "val_fraction": 0.5, "max_bad_rows": 0.03}
+    with pytest.raises(
+        InputError, match=r"2 of 52 rows cannot be used, more than --max_bad_rows=0.03 .*row 51"
+    ):
+        sft.prepare_conversations(tmp_path / "strict", found, tokenizer, **limits)
 
 
 def test_an_interrupted_preparation_begins_anew_and_a_finished_one_is_read_again(tokenizer, tmp_path):

@@ -186,11 +186,14 @@ BAD_SOURCES = {
         raw("a.jsonl", b'{"body": "x", "id": 1}\n'),
         r"row 1 of .*no column 'text', but 'body', 'id'",
     ),
-    "not a string": (raw("a.jsonl", GOOD + b'{"text": 5}\n'), r"row 3 of .*'text' is int, expected str"),
-    "null": (raw("a.jsonl", GOOD + b'{"text": null}\n'), r"row 3 of .*'text' is NoneType, expected str"),
-    "not an object": (raw("a.jsonl", GOOD + b'["text"]\n'), r"row 3 of .* is list, expected a JSON object"),
+    "not a string": (raw("a.jsonl", GOOD + b'{"text": 5}\n'), r"row 3 of .*'text' is int, not str"),
+    "null": (raw("a.jsonl", GOOD + b'{"text": null}\n'), r"row 3 of .*'text' is NoneType, not str"),
+    "not an object": (raw("a.jsonl", GOOD + b'["text"]\n'), r"row 3 of .*it is list, not a JSON object"),
     "invalid JSON": (raw("a.jsonl", GOOD + b'{"text": "cut\n'), r"row [23].*a.jsonl|a.jsonl.*row [23]"),
-    "jsonl in Latin-1": (raw("a.jsonl", GOOD + b'{"text": "caf\xe9"}\n'), r"a.jsonl cannot be read.*utf-8"),
+    "jsonl in Latin-1": (
+        raw("a.jsonl", GOOD + b'{"text": "caf\xe9"}\n'),
+        r"row 3 of .*a.jsonl: it is no JSON .*utf-8",
+    ),
     "txt in Latin-1": (raw("a.txt", b"caf\xe9\n"), r"a.txt cannot be read.*utf-8"),
     "half of a surrogate pair": (raw("a.jsonl", GOOD + b'{"text": "x\\ud800"}\n'), r"row 3 of .*a.jsonl"),
     "gz that is none": (raw("a.jsonl.gz", GOOD), r"a.jsonl.gz cannot be read"),
@@ -236,3 +239,22 @@ def test_the_side_is_the_first_48_bits_of_the_text_s_sha256():
     for t in texts:
         assert hash_fraction(t) == int(hashlib.sha256(t.encode()).hexdigest()[:12], 16) / 2**48
     assert 60 < sum(hash_fraction(t) < 0.1 for t in texts) < 140
+
+
+@pytest.mark.parametrize("source", ["", ",", "a.txt,", ",a.txt", "a.txt, ,b.txt"])
+def test_an_empty_name_in_a_source_is_refused_and_reads_no_folder(source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("private")
+    refused("has an empty name in it", sources.source_files, source)
+
+
+def test_linked_folders_are_read_once_and_circles_end(tmp_path):
+    inside, outside = tmp_path / "in", tmp_path / "out"
+    for folder in (inside, outside):
+        folder.mkdir()
+        (folder / f"{folder.name}.txt").write_text("x")
+    (inside / "linked").symlink_to(outside)
+    (inside / "again").symlink_to(outside)
+    (outside / "circle").symlink_to(inside)
+    names = [path.name for path in sources.source_files(str(inside))]
+    assert sorted(names) == ["in.txt", "out.txt"]
