@@ -15,9 +15,10 @@ from answers import SAMPLING
 from checkpoint import find_model
 from common import InputError, check_numbers, run_script
 from distributed import usable_device
-from gpt import GPTModel
+from gpt import GPTModel, check_sampling
 from huggingface import model_directory
 from sft import prompt_ids
+from sources import half_surrogate
 from tokenization import END, TURN_END, load_tokenizer, vocabulary_size
 
 
@@ -42,6 +43,12 @@ def load(name: str, device: str = "cpu") -> tuple[GPTModel, object]:
     if unknown or vocabulary_size(tokenizer) > model.config.vocab_size:
         raise InputError(f"{name} has no ids for ChatML's tokens; fine-tune it with sft_gpt.py first")
     return model, tokenizer
+
+
+def check_text(text: str) -> None:
+    """Raise InputError for bytes that the command line or the terminal could not decode."""
+    if half_surrogate(text):
+        raise InputError(f"{text!a} is no UTF-8 text; set the terminal to UTF-8 and type it again")
 
 
 def drop_oldest(messages: list[dict], tokenizer, room: int) -> tuple[list[dict], int]:
@@ -97,12 +104,16 @@ def respond(model: GPTModel, tokenizer, messages: list[dict], config: Config) ->
 
 def main(config: Config) -> None:
     check_numbers(asdict(config), ("max_new_tokens", "top_p"))
+    check_sampling(config.temperature, config.top_k or None, config.top_p)
+    for text in (config.system, config.prompt):
+        check_text(text)
     model, tokenizer = load(config.model, usable_device(config.device))
     messages = [{"role": "system", "content": config.system}] if config.system else []
     if config.prompt:
         respond(model, tokenizer, [*messages, {"role": "user", "content": config.prompt}], config)
         return
     print(f"{config.model}: {model.num_parameters():,} parameters. Ctrl-C stops an answer, Ctrl-D the chat.")
+    sys.stdin.reconfigure(errors="surrogateescape")  # one line of other bytes ends no conversation
     while True:
         try:
             question = input("> ")
@@ -114,6 +125,7 @@ def main(config: Config) -> None:
             return
         if question.strip():
             try:
+                check_text(question)
                 messages = respond(
                     model, tokenizer, [*messages, {"role": "user", "content": question}], config
                 )

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch.nn.attention import varlen
 
 from common import InputError, read_json
-from huggingface import config_from_hf, config_to_hf, load_weights, model_directory, write_model
+from huggingface import check_size, config_from_hf, config_to_hf, load_weights, model_directory, write_model
 from loss import summed_loss, token_losses
 from rope import apply_rope, rope_cache
 
@@ -340,6 +340,7 @@ class GPTModel(nn.Module):
         """
         path = model_directory(name)
         config = GPTConfig.from_hf(read_json(path / "config.json"))
+        check_size(path, asdict(config))
         with torch.device("meta"):  # no memory yet
             model = cls(config)
         model.init_rope()

@@ -4,7 +4,8 @@ Nothing here knows the model. Configurations are dicts, weights are named tensor
 """
 
 import json
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -82,7 +83,7 @@ HF_IGNORED_FIELDS = set(  # fields that leave the logits alone, by why they do
 
 def refuse(name: str, value, supported: str):
     """Raise InputError for a field of config.json."""
-    raise InputError(f"config.json has {name}={value!r}; supported: {supported}")
+    raise InputError(f"config.json has {name}={value!r:.100}; supported: {supported}")
 
 
 def config_from_hf(fields: dict) -> dict:
@@ -94,7 +95,9 @@ def config_from_hf(fields: dict) -> dict:
     rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         refuse("rope_scaling", rope, "an object")
-    rope = {{"type": "rope_type"}.get(name, name): value for name, value in rope.items()}
+    rope = {{"type": "rope_type"}.get(name, name): v for name, v in rope.items() if v is not None}
+    if not isinstance(fields.get("layer_types", []), list):
+        refuse("layer_types", fields["layer_types"], "a list")
     layer_types = [("layer_type", value) for value in fields.get("layer_types", [])]
     check_fields([("model_type", fields.get("model_type")), *fields.items(), *rope.items(), *layer_types])
     fields = HF_DEFAULTS[fields["model_type"]] | fields
@@ -106,14 +109,22 @@ def config_from_hf(fields: dict) -> dict:
         raise InputError(f"config.json lacks {', '.join(lacking)}")
     fields["rope_theta"] = rope.get("rope_theta", fields.get("rope_theta", 10000.0))
     shape = {name: value for name, value in fields.items() if name in HF_SHAPE_FIELDS}
-    for name, value in shape.items():
-        if HF_SHAPE_FIELDS[name] is bool:
-            if not isinstance(value, bool):
-                refuse(name, value, "true or false")
-        elif not isinstance(value, HF_SHAPE_FIELDS[name]) or value <= 0:
-            refuse(name, value, "a number above zero")
     scaling = {name: value for name, value in rope.items() if name != "rope_theta"} if llama3 else None
+    numbers = {name: rope[name] for name in HF_ROPE_FIELDS[1:]} if llama3 else {}
+    for name, value in (shape | numbers).items():
+        check_type(name, value, HF_SHAPE_FIELDS.get(name, NUMBER))
+    if llama3 and not rope["low_freq_factor"] < rope["high_freq_factor"]:
+        refuse("low_freq_factor", rope["low_freq_factor"], "less than the high_freq_factor")
     return shape | {"rope_scaling": scaling, "qk_norm": fields["model_type"] == "qwen3"}
+
+
+def check_type(name: str, value, kind: type) -> None:
+    """Raise InputError for a field's value of another kind, or a number that is not above zero and finite."""
+    if kind is bool:
+        if not isinstance(value, bool):
+            refuse(name, value, "true or false")
+    elif isinstance(value, bool) or not isinstance(value, kind) or not 0 < value < 2**63:
+        refuse(name, value, "a whole number above zero" if kind is int else "a number above zero")
 
 
 def check_fields(fields: list[tuple]) -> None:
@@ -162,23 +173,54 @@ def model_directory(name: str | Path) -> Path:
         ) from error
 
 
-def stored_tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Each name and tensor in a directory's safetensors, one file or several with an index, memory-mapped."""
+def weight_files(path: Path) -> list[Path]:
+    """A directory's safetensors: one file, or those that an index names. No index may name other folders."""
+    index = path / "model.safetensors.index.json"
+    if not index.exists():
+        return [path / "model.safetensors"]
+    places = read_json(index).get("weight_map")
+    names = places.values() if isinstance(places, dict) else [places]
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise InputError(
+                f"{index} names {name!r:.100} as a weight file; expected a weight_map with names of "
+                f".safetensors files beside it; copy or download it again"
+            )
+    return [path / name for name in sorted(set(names))]
+
+
+def read_tensors(path: Path, read: Callable) -> Iterator[tuple]:
+    """Each tensor's name in a directory's weight files, and read(file, name). The files are memory-mapped."""
     from safetensors import SafetensorError, safe_open
 
-    index, files = path / "model.safetensors.index.json", ["model.safetensors"]
-    if index.exists():
-        places = read_json(index).get("weight_map")
-        if not isinstance(places, dict):
-            raise InputError(f"{index} has no weight_map; copy or download it again")
-        files = sorted(set(places.values()))
-    for file in files:
+    for file in weight_files(path):
         try:
-            with safe_open(path / file, "pt") as tensors:
+            with safe_open(file, "pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118 - it is no dict
-                    yield name, tensors.get_tensor(name)
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"{path / file} cannot be read ({error}); copy or download it again") from error
+                    yield name, read(tensors, name)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise InputError(
+                f"{file} cannot be read ({one_line(error)}); copy or download it again"
+            ) from error
+
+
+def check_size(path: Path, shape: dict) -> None:
+    """Raise InputError for a config.json that asks for larger tensors, or more layers, than the files hold.
+
+    It reads the files' headers only, so an absurd number is told before a model of that size is built.
+    """
+    shapes = [s for _, s in read_tensors(path, lambda file, name: file.get_slice(name).get_shape())]
+    longest = max((max(s, default=1) for s in shapes if 0 not in s), default=0)
+    asked = {name: shape[name] for name in ("vocab_size", "hidden_size", "intermediate_size")}
+    asked["num_attention_heads x head_dim"] = shape["num_attention_heads"] * shape["head_dim"]
+    layers = {"num_hidden_layers": shape["num_hidden_layers"]}
+    for fields, limit in ((asked, longest), (layers, len(shapes))):
+        for name, value in fields.items():
+            if value > limit:
+                raise InputError(
+                    f"config.json has {name}={value}, but the weight files in {path} hold {len(shapes)} "
+                    f"tensors with at most {longest} rows or columns; copy or download them again"
+                )
 
 
 def load_weights(model: nn.Module, path: Path, expected: dict[str, torch.Tensor]) -> None:
@@ -190,7 +232,7 @@ def load_weights(model: nn.Module, path: Path, expected: dict[str, torch.Tensor]
     # Old files also store what follows from config.json: rotary frequencies, and the head of a tied model.
     derived = () if "lm_head.weight" in expected else ("lm_head.weight",)
     missing = dict(expected)
-    for name, tensor in stored_tensors(path):
+    for name, tensor in read_tensors(path, lambda file, name: file.get_tensor(name)):
         if name.endswith("rotary_emb.inv_freq") or name in derived:
             continue
         if name not in missing or missing[name].shape != tensor.shape:
@@ -238,3 +280,5 @@ def write_model(path: str | Path, *, config: dict, weights: dict[str, torch.Tens
         settings = read_json(file) | {"tokenizer_class": "PreTrainedTokenizerFast"}
         file.write_text(json.dumps(settings, indent=2) + "\n")
     (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    for file in path.glob("*.safetensors"):  # written for their owner alone
+        shutil.copymode(path / "config.json", file)

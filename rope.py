@@ -12,6 +12,10 @@ import math
 
 import torch
 
+from common import InputError
+
+MOST_ANGLES = 2**28  # positions x D of a cache; its cos and sin then take 2 GB
+
 
 def rope_cache(
     head_dim: int,
@@ -28,6 +32,11 @@ def rope_cache(
     """
     if head_dim % 2:
         raise ValueError(f"head_dim is {head_dim}; rotary embedding needs an even one")
+    if length * head_dim > MOST_ANGLES:
+        raise InputError(
+            f"a context of {length} positions is too long; with heads of {head_dim} dimensions at most "
+            f"{MOST_ANGLES // head_dim}: lower max_position_embeddings (--context_length)"
+        )
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
     inv_freq = 1.0 / theta**exponents  # (D/2,), rounded as Hugging Face rounds it
     if scaling is not None:

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import run, small_model
+from conftest import refused, run, small_model
 
 import chat
 import common
@@ -56,6 +56,26 @@ def test_a_model_that_does_not_know_chatml_is_told_apart(tmp_path, tokenizer):
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(InputError, match="has no ids for ChatML's tokens"):
         chat.load(str(tmp_path))
+
+
+def test_a_prompt_of_bytes_that_are_no_utf_8_is_one_sentence():
+    result = run("chat.py", "--model=nowhere", "--prompt=caf\udce9")  # é in Latin-1
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr.startswith("error: 'caf\\udce9' is no UTF-8 text") and result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [
+        ("--system=caf\udce9", r"'caf\\udce9' is no UTF-8 text"),
+        ("--temperature=1e-45", "temperature is 1e-45; expected 0"),
+        ("--temperature=nan", "--temperature=nan: expected a number from zero up"),
+        ("--top_p=2", "top_p 2.0: expected"),
+        ("--seed=1e20", "--seed=100000000000000000000: expected"),
+    ],
+)
+def test_a_flag_that_chat_cannot_use_is_told_before_the_model_is_opened(flag, words):
+    refused(words, chat.main, common.parse_config(chat.Config, ["--model=nowhere", flag]))
 
 
 @pytest.fixture(scope="session")
@@ -121,3 +141,16 @@ def test_a_conversation_in_the_terminal(base_run):
         "--prompt=the river",
     )
     assert one.returncode == 0 and one.stdout.strip() and one.stdout.splitlines()[0] in result.stdout
+
+
+def test_a_line_that_is_no_utf_8_is_told_and_the_conversation_goes_on(base_run):
+    result = run(
+        "chat.py",
+        f"--model={base_run}",
+        "--max_new_tokens=4",
+        input="caf\udce9\nthe river\n",
+        encoding="utf-8",
+        errors="surrogateescape",
+    )
+    assert result.returncode == 0 and result.stdout.count("> ") == 3, result.stderr
+    assert "['caf\\udce9' is no UTF-8 text" in result.stderr

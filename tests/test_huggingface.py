@@ -1,11 +1,15 @@
 """Files of Hugging Face models: ours in transformers, others' here, and what is refused."""
 
+import functools
 import itertools
 import json
+import math
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from conftest import ROOT, sft_config, small_model, text
@@ -145,10 +149,22 @@ REFUSED = [  # fields of a config.json, what the sentence says of them, and what
     ({"pretraining_tp": 2}, "pretraining_tp=2", "1"),
     ({"quantization_config": {"bits": 4}}, "quantization_config={'bits': 4}", "null"),
     ({"is_encoder_decoder": True}, "is_encoder_decoder=True", "False"),
-    ({"hidden_size": "32"}, "hidden_size='32'", "a number above zero"),
-    ({"num_hidden_layers": 0}, "num_hidden_layers=0", "a number above zero"),
-    ({"vocab_size": 320.5}, "vocab_size=320.5", "a number above zero"),
+    ({"hidden_size": "32"}, "hidden_size='32'", "a whole number above zero"),
+    ({"num_hidden_layers": 0}, "num_hidden_layers=0", "a whole number above zero"),
+    ({"num_hidden_layers": True}, "num_hidden_layers=True", "a whole number above zero"),
+    ({"vocab_size": 320.5}, "vocab_size=320.5", "a whole number above zero"),
+    ({"vocab_size": 1e30}, r"vocab_size=1e\+30", "a whole number above zero"),
+    ({"max_position_embeddings": 10**30}, "max_position_embeddings=10{30}", "a whole number above zero"),
+    ({"rms_norm_eps": math.nan}, "rms_norm_eps=nan", "a number above zero"),
+    ({"rope_theta": math.inf}, "rope_theta=inf", "a number above zero"),
+    ({"rope_theta": True}, "rope_theta=True", "a number above zero"),
+    ({"rope_parameters": {"rope_theta": "1e4"}}, "rope_theta='1e4'", "a number above zero"),
+    ({"rope_scaling": LLAMA3 | {"factor": "8"}}, "factor='8'", "a number above zero"),
+    ({"rope_scaling": LLAMA3 | {"factor": -8.0}}, "factor=-8.0", "a number above zero"),
+    ({"rope_scaling": LLAMA3 | {"low_freq_factor": 4.0}}, "low_freq_factor=4.0", "less than the high_freq"),
     ({"tie_word_embeddings": "yes"}, "tie_word_embeddings='yes'", "true or false"),
+    ({"layer_types": 5}, "layer_types=5", "a list"),
+    ({"layer_types": "full_attention"}, "layer_types='full_attention'", "a list"),
 ]
 
 
@@ -253,6 +269,86 @@ def test_a_damaged_model_directory_is_one_sentence(tmp_path):
         GPTModel.from_pretrained(tmp_path)
     with pytest.raises(InputError, match="no directory nowhere"):
         GPTModel.from_pretrained("nowhere")
+
+
+ABSURD = [  # fields of a config.json beside the weights of a small model, and what the sentence says
+    ({"num_hidden_layers": 3_000_000}, "num_hidden_layers=3000000, but the weight files"),
+    ({"vocab_size": 10**18}, "vocab_size=10{18}, but the weight files"),
+    ({"hidden_size": 2**40}, "hidden_size=1099511627776, but"),
+    ({"intermediate_size": 2**50}, "intermediate_size=1125899906842624, but"),
+    ({"head_dim": 2**60}, "num_attention_heads x head_dim=4611686018427387904, but"),
+    ({"max_position_embeddings": 10**11}, "a context of 100000000000 positions is too long"),
+]
+
+
+@pytest.mark.parametrize(("fields", "words"), ABSURD, ids=[str(f) for f, _ in ABSURD])
+def test_a_config_of_absurd_size_is_refused_before_anything_is_built(fields, words, tmp_path, monkeypatch):
+    model = small_model()
+    model.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(model.config.to_hf() | fields))
+    real = torch.arange  # of what rope_cache allocates
+
+    def arange(*args, **kwargs):
+        assert max(a for a in args if isinstance(a, int)) < 10**6, args
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "arange", arange)
+    if "max_position_embeddings" not in fields:
+        monkeypatch.setattr(GPTModel, "__init__", None)
+    with pytest.raises(InputError, match=words):
+        GPTModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "weight_map",
+    [
+        {"lm_head.weight": "../model.safetensors"},
+        {"lm_head.weight": "/tmp/model.safetensors"},
+        {"lm_head.weight": "below/model.safetensors"},
+        {"lm_head.weight": ".."},
+        {"lm_head.weight": ""},
+        {"lm_head.weight": 5},
+        {"lm_head.weight": ["model.safetensors"]},
+        ["model.safetensors"],
+        None,
+    ],
+    ids=str,
+)
+def test_an_index_may_only_name_files_beside_it(weight_map, tmp_path):
+    folder = tmp_path / "model"
+    small_model().save_pretrained(folder)
+    for place in (tmp_path, folder / "below"):
+        place.mkdir(exist_ok=True)
+        (place / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(InputError, match="as a weight file; expected a weight_map with names of"):
+        GPTModel.from_pretrained(folder)
+
+
+def test_a_weight_file_that_is_a_folder_or_not_there_is_one_sentence(tmp_path):
+    small_model().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "model.safetensors").mkdir()
+    with pytest.raises(InputError, match=r"model\.safetensors cannot be read"):
+        GPTModel.from_pretrained(tmp_path)
+    index = {"weight_map": {"lm_head.weight": "a\0b.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(InputError, match="cannot be read"):
+        GPTModel.from_pretrained(tmp_path)
+
+
+def test_all_files_of_a_model_have_the_mode_that_the_umask_gives(tmp_path, tokenizer, monkeypatch):
+    before = os.umask(0o022)
+    try:
+        small_model().save_pretrained(tmp_path / "one", tokenizer)
+        several = functools.partial(save_torch_state_dict, max_shard_size="40KB")
+        monkeypatch.setattr(huggingface_hub, "save_torch_state_dict", several)
+        small_model().save_pretrained(tmp_path / "two", tokenizer)
+    finally:
+        os.umask(before)
+    files = [*(tmp_path / "one").iterdir(), *(tmp_path / "two").iterdir()]
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o644}
+    assert len(list((tmp_path / "two").glob("*.safetensors"))) > 1
 
 
 def test_fields_that_a_config_leaves_out_mean_what_transformers_takes_them_for():
