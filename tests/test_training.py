@@ -2,13 +2,14 @@
 
 import json
 import math
+import threading
 
 import pytest
 import torch
 from conftest import ALONE, small_model
 
 from common import IGNORE
-from training import StepHistory, forward_backward
+from training import Prefetcher, StepHistory, forward_backward
 
 
 def test_any_split_into_micro_batches_gives_the_same_gradients():
@@ -67,3 +68,30 @@ def test_the_history_goes_on_from_its_state_and_no_spike_is_seen_with_sigma_zero
     for loss in (1.0, 50.0, 1.5):
         assert again.record(loss=loss, grad_norm=1.0) == history.record(loss=loss, grad_norm=1.0)
         assert calm.record(loss=loss, grad_norm=1.0) is None
+
+
+def test_the_next_steps_batches_are_made_while_this_one_computes_and_no_more_than_these():
+    made, gate = [], threading.Event()
+
+    def make(step: int) -> list[dict]:
+        if step == 3:
+            gate.wait(60)
+        made.append(step)
+        return [{"step": step}]
+
+    upcoming = Prefetcher(make, 2, 5)
+    assert upcoming.batches(2) == [{"step": 2}] and made == [2]  # 3 is being made
+    gate.set()
+    assert upcoming.batches(3) == [{"step": 3}] and upcoming.batches(4) == [{"step": 4}]
+    upcoming.close()
+    assert made == [2, 3, 4]
+
+
+def test_what_goes_wrong_with_the_next_batches_is_raised_where_they_are_asked_for():
+    def make(step: int):
+        raise ValueError(f"step {step}")
+
+    upcoming = Prefetcher(make, 0, 2)
+    with pytest.raises(ValueError, match="step 0"):
+        upcoming.batches(0)
+    upcoming.close()

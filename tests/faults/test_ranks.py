@@ -17,6 +17,14 @@ from distributed import Ranks
 from metrics import Metrics
 
 
+def test_a_users_mistake_is_told_once_and_torchrun_does_not_try_again(tmp_path):
+    config = pretrain_config(tmp_path / "missing", tmp_path / "run", **SMALL)
+    with torchrun("none:1", config, "--max_restarts=3") as job:
+        printed, errors = job.communicate(timeout=120)
+    assert job.returncode != 0
+    assert (printed + errors).count("holds no token shards; make them with prepare_data.py") == 1
+
+
 def ranks_alive(out_dir) -> list[int]:
     """The processes that still train into a folder."""
     return [
