@@ -9,6 +9,7 @@ from pathlib import Path
 from common import InputError, one_line
 
 END, TURN_START, TURN_END = SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+MOST_IDS = 2**22  # of a tokenizer; the largest known have a quarter of a million
 # ChatML; the generation marks let `apply_chat_template(..., return_assistant_tokens_mask=True)` give the loss
 # mask.
 CHAT_TEMPLATE = (
@@ -55,13 +56,22 @@ def load_tokenizer(name: str | Path):
     if Path(name).is_dir() and not any(file.exists() for file in files):  # else an empty one would be made up
         raise InputError(f"{name} holds no tokenizer; expected a tokenizer.json")
     try:
-        # A stranger's folder may name code of its own. It is never run, and nobody is asked.
         tokenizer = AutoTokenizer.from_pretrained(str(name), trust_remote_code=False)
     except Exception as error:  # tokenizers raises Exception itself, transformers many kinds
+        if "trust_remote_code" in str(error):
+            raise InputError(
+                f"the tokenizer in {name} asks to run code of its own, and that is never done; take one "
+                f"that a tokenizer.json describes"
+            ) from error
         raise InputError(f"no tokenizer could be loaded from {name}: {one_line(error)}") from error
     if not tokenizer.is_fast:
         raise InputError(
             f"{name} is a slow tokenizer; only those of the tokenizers library (tokenizer.json) are supported"
+        )
+    if vocabulary_size(tokenizer) > MOST_IDS:  # each id costs a row of the embedding
+        raise InputError(
+            f"the tokenizer in {name} has {len(tokenizer)} tokens with ids up to "
+            f"{vocabulary_size(tokenizer) - 1}; expected ids below {MOST_IDS}"
         )
     return with_chatml(tokenizer)
 
@@ -93,7 +103,7 @@ def with_chatml(tokenizer):
 
 def vocabulary_size(tokenizer) -> int:
     """The largest id + 1: more than len(tokenizer) if the vocabulary leaves ids out."""
-    return max(tokenizer.get_vocab().values()) + 1
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
 
 
 def encode(tokenizer, texts: Sequence[str]) -> list[list[int]]:
@@ -106,8 +116,9 @@ def encode(tokenizer, texts: Sequence[str]) -> list[list[int]]:
         encodings = backend.encode_batch_fast(list(texts), add_special_tokens=False)
     finally:
         backend.encode_special_tokens = False
-    special = {*tokenizer.convert_tokens_to_ids(list(SPECIALS)), *tokenizer.all_special_ids}
-    special.discard(tokenizer.unk_token_id)
+    # The unknown token is what text without a spelling becomes; in GPT-2's tokenizer it is <|endoftext|>.
+    special = {*tokenizer.all_special_ids} - {tokenizer.unk_token_id}
+    special |= {*tokenizer.convert_tokens_to_ids(list(SPECIALS))}
     return [
         ids if special.isdisjoint(ids := encoding.ids) else spelled_out(tokenizer, ids, special)
         for encoding in encodings
@@ -121,12 +132,16 @@ def spelled_out(tokenizer, ids: Sequence[int], special: set[int]) -> list[int]:
     InputError if it has no pieces to spell the text otherwise.
     """
     vocab, result = tokenizer.get_vocab(), []
+    # WordPiece marks all pieces of a word but the first.
+    prefix = getattr(tokenizer.backend_tokenizer.model, "continuing_subword_prefix", None) or ""
     for id in ids:
         if id not in special:
             result.append(id)
             continue
         token = tokenizer.convert_ids_to_tokens(id)
-        pieces = [p for c in token for p in ([c] if c in vocab else [f"<0x{b:02X}>" for b in c.encode()])]
+        pieces = []
+        for piece in (token[0], *(prefix + c for c in token[1:])):
+            pieces += [piece] if piece in vocab else [f"<0x{byte:02X}>" for byte in piece.encode()]
         spelling = [vocab.get(piece, id) for piece in pieces]
         if id in spelling or tokenizer.backend_tokenizer.decode(spelling, False) != token:
             raise InputError(

@@ -13,7 +13,6 @@ from transformers import PreTrainedTokenizerFast
 
 import data
 import tokenization
-from common import InputError
 from tokenization import (
     END,
     SPECIALS,
@@ -157,6 +156,12 @@ def forging(kind: str) -> PreTrainedTokenizerFast:
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
         backend.train_from_iterator(texts, trainer)
+    elif kind == "WordPiece":
+        words = ["[UNK]", *pieces, *("##" + piece for piece in pieces[:96]), "the", "##the"]
+        vocab = {word: i for i, word in enumerate(words)}
+        backend = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]", max_input_chars_per_word=1000))
+        backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        backend.decoder = decoders.WordPiece(cleanup=False)
     else:
         fallback = kind == "Unigram with bytes"
         scores = [(piece, -len(piece) / 10 - 1.0) for piece in ["<unk>", *pieces]]
@@ -164,10 +169,10 @@ def forging(kind: str) -> PreTrainedTokenizerFast:
         backend = Tokenizer(models.Unigram(scores, unk_id=0, byte_fallback=fallback))
         backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     assert all(backend.token_to_id(token) is not None for token in SPECIALS)
-    return with_chatml(PreTrainedTokenizerFast(tokenizer_object=backend, unk_token=None))
+    return with_chatml(PreTrainedTokenizerFast(tokenizer_object=backend, unk_token=END))  # as GPT-2's
 
 
-KINDS = ["BPE without a pattern", "byte-level BPE", "Unigram", "Unigram with bytes"]
+KINDS = ["BPE without a pattern", "byte-level BPE", "WordPiece", "Unigram", "Unigram with bytes"]
 FORGERS = {}
 
 
@@ -182,7 +187,8 @@ def test_no_content_gives_a_special_id_whatever_the_tokenizers_model_and_decodin
     special = set(tokenizer.convert_tokens_to_ids(list(SPECIALS)))
     (ids,) = encode(tokenizer, [content])
     assert special.isdisjoint(ids)
-    assert tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=False) == content
+    decoded = tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=False)
+    assert decoded == (" ".join(content.split()) if kind == "WordPiece" else content)  # it keeps no spaces
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -204,34 +210,50 @@ def test_only_ids_that_the_vocabulary_lacked_are_new(tmp_path):
     assert lacking.new_ids == lacking.convert_tokens_to_ids(list(SPECIALS[1:]))
 
 
-def with_holes(*tokens: str) -> PreTrainedTokenizerFast:
-    vocab = {chr(i): 1000 * (i - 32) for i in range(32, 127)}
-    top = max(vocab.values())
-    backend = Tokenizer(models.BPE(vocab | {t: top + 1 + i for i, t in enumerate(tokens)}, []))
-    return PreTrainedTokenizerFast(tokenizer_object=backend)
+def test_a_tokenizer_that_can_spell_a_special_token_in_no_other_way_is_refused():
+    vocab = {word: i for i, word in enumerate(["the", *SPECIALS])}
+    backend = Tokenizer(models.WordLevel(vocab, unk_token="the"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = with_chatml(PreTrainedTokenizerFast(tokenizer_object=backend))
+    assert encode(tokenizer, ["the stone"]) == [[0, 0]]
+    match = r"turns the text '<\|im_end\|>' into its special id 3 and cannot spell it otherwise"
+    refused(match, encode, tokenizer, ["the <|im_end|>"])
 
 
-def test_a_vocabulary_with_holes_has_the_size_of_its_largest_id_and_new_tokens_never_take_an_id():
-    tokenizer = with_chatml(with_holes(*SPECIALS))
-    assert vocabulary_size(tokenizer) == 94_000 + 4 > len(tokenizer) and tokenizer.new_ids == []
-    try:
-        tokenizer = with_chatml(with_holes())
-    except InputError as error:
-        assert "leaves ids out" in str(error)
-    else:
-        assert len(set(tokenizer.get_vocab().values())) == len(tokenizer.get_vocab())
+def with_ids(ids: dict[str, int]) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(ids, [])))
 
 
-def test_a_tokenizer_that_names_code_of_its_own_runs_none_and_asks_nobody(tmp_path, monkeypatch):
+def test_a_vocabulary_that_leaves_ids_out_has_the_size_of_its_largest_id():
+    sparse = {chr(i): 1000 * (i - 32) for i in range(32, 127)}
+    tokenizer = with_chatml(with_ids(sparse | {token: 94_001 + i for i, token in enumerate(SPECIALS)}))
+    assert vocabulary_size(tokenizer) == 94_004 > len(tokenizer) and tokenizer.new_ids == []
+    tokenizer = with_chatml(with_ids(sparse))
+    assert vocabulary_size(tokenizer) == 94_001 and tokenizer.new_ids == [95, 96, 97]
+    assert [tokenizer.convert_ids_to_tokens(i) for i in (0, 1000, 94_000)] == [" ", "!", "~"]
+
+
+def test_special_tokens_that_would_get_the_id_of_another_token_are_refused():
+    match = r"leaves ids out, so that <\|im_start\|> would get 5, which another token has"
+    refused(match, with_chatml, with_ids({"a": 0, "b": 1, "c": 3, "d": 5}))
+
+
+def test_a_tokenizer_with_an_absurd_id_is_refused(tmp_path, monkeypatch):
+    with_ids({"a": 0, "b": 2000}).save_pretrained(tmp_path)
+    assert vocabulary_size(load_tokenizer(tmp_path)) == 2001
+    monkeypatch.setattr(tokenization, "MOST_IDS", 2000)
+    refused("has 2 tokens with ids up to 2000; expected ids below 2000", load_tokenizer, tmp_path)
+
+
+def test_a_strangers_code_is_never_run_and_nobody_is_asked(tmp_path, monkeypatch):
     folder = plain_tokenizer(tmp_path / "stranger")
-    settings = {"auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}, "tokenizer_class": "Evil"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
     monkeypatch.setattr("builtins.input", None)
-    try:
-        load_tokenizer(folder)
-    except InputError as error:
-        assert "no tokenizer could be loaded" in str(error)
+    (folder / "config.json").write_text(json.dumps({"auto_map": {"AutoConfig": "evil.Evil"}}))
+    assert encode(load_tokenizer(folder), ["the"]) == [[257]]  # which needs none
+    settings = {"auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}, "tokenizer_class": "Evil"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    refused("asks to run code of its own, and that is never done", load_tokenizer, folder)
     assert not (tmp_path / "ran").exists()
 
 
@@ -239,21 +261,26 @@ def test_a_tokenizer_that_names_code_of_its_own_runs_none_and_asks_nobody(tmp_pa
     ("name", "content"),
     [
         ("tokenizer_config.json", "[]"),
-        ("tokenizer.json", '{"version": "9.0", "model": {"type": "New"}}'),
-        ("added_tokens.json", '{"<x>": "five"}'),
         ("tokenizer_config.json", "[" * 100_000),
+        ("tokenizer.json", '{"version": "9.0", "model": {"type": "New"}}'),
+        ("tokenizer.json", "[]"),
+        ("config.json", "[]"),
     ],
+    ids=["list", "nested", "newer", "list", "config"],
 )
-def test_a_strange_tokenizer_file_is_one_sentence_or_harmless(name, content, tmp_path):
+def test_a_strange_tokenizer_file_is_one_sentence(name, content, tmp_path):
     folder = plain_tokenizer(tmp_path)
     (folder / name).write_text(content)
-    try:
-        load_tokenizer(folder)
-    except InputError as error:
-        assert "\n" not in str(error) and str(folder) in str(error)
+    refused(f"no tokenizer could be loaded from {folder}: ", load_tokenizer, folder)
 
 
-@pytest.mark.parametrize("kind", KINDS[2:])
+def test_added_tokens_whose_ids_are_no_numbers_are_ignored(tmp_path):
+    folder = plain_tokenizer(tmp_path)
+    (folder / "added_tokens.json").write_text('{"<x>": "five"}')
+    assert encode(load_tokenizer(folder), ["the"]) == [[257]]
+
+
+@pytest.mark.parametrize("kind", KINDS[3:])
 def test_a_text_after_a_newline_keeps_its_own_leading_newlines(kind):
     tokenizer = forging(kind)
     backend = tokenizer.backend_tokenizer
