@@ -29,7 +29,7 @@ class Config:
     system: str = ""  # the system message; empty for none
     max_new_tokens: int = 256  # tokens in an answer, at most
     temperature: float = SAMPLING["temperature"]  # 0 always takes the most likely token
-    top_k: int = SAMPLING["top_k"]  # sample among so many most likely tokens; 0 for all
+    top_k: int = SAMPLING["top_k"]  # sample among this many most likely tokens; 0 for all
     top_p: float = SAMPLING["top_p"]  # and among those, the fewest that together have this probability
     seed: int = -1  # of the sampling; -1 for a new one each time
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps

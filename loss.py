@@ -60,7 +60,7 @@ def summed_loss(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) ->
     if not torch.is_grad_enabled():
         weight = weight.detach()  # or its gradient would be computed
     x, targets = x.flatten(0, -2), targets.flatten()
-    if kind == "cpu":  # leave the ignored out; on a GPU, to find them would wait for all work before
+    if kind == "cpu":  # skip ignored rows; on a GPU, finding them would wait for all earlier work
         keep = targets != IGNORE
         x, targets = x[keep], targets[keep]
     with torch.autocast(kind, enabled=False):
@@ -74,8 +74,8 @@ def token_losses(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The fp32 cross-entropy (B, T) of each target, 0 for IGNORE, and whether it was the likeliest (B, T).
 
-    As frugal as summed_loss, but as losses may be weighted later, a chunk's logits are computed again for
-    their gradients.
+    As in summed_loss, no more than a chunk of the logits is ever held. The losses may be weighted later, so
+    the backward pass computes each chunk's logits again.
     """
     kind = x.device.type
     if torch.is_autocast_enabled(kind):
@@ -90,6 +90,6 @@ def token_losses(
     right = torch.zeros(y.shape, dtype=torch.bool, device=x.device)
     with torch.autocast(kind, enabled=False):
         for part in rows.split(max(ROWS_AT_LEAST, LOGITS_AT_ONCE[kind] // len(weight))):
-            found = checkpoint(chunk, x.flatten(0, -2)[part], weight, y[part], use_reentrant=False)
-            losses, right[part] = losses.index_put((part,), found[0]), found[1]
+            nats, likeliest = checkpoint(chunk, x.flatten(0, -2)[part], weight, y[part], use_reentrant=False)
+            losses, right[part] = losses.index_put((part,), nats), likeliest
     return losses.view(targets.shape), right.view(targets.shape)

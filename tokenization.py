@@ -77,7 +77,7 @@ def load_tokenizer(name: str | Path):
 
 
 def with_chatml(tokenizer):
-    """Add the special tokens that a tokenizer lacks, their ids are `new_ids`, and set the ChatML template.
+    """Set the ChatML template, and add the special tokens that a tokenizer lacks; `new_ids` are their ids.
 
     Raises InputError if an added token would get the id of another, as when a vocabulary leaves ids out.
     """

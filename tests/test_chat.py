@@ -70,7 +70,7 @@ def test_a_prompt_of_bytes_that_are_no_utf_8_is_one_sentence():
         ("--system=caf\udce9", r"'caf\\udce9' is no UTF-8 text"),
         ("--temperature=1e-45", "temperature is 1e-45; expected 0"),
         ("--temperature=nan", "--temperature=nan: expected a number from zero up"),
-        ("--top_p=2", "top_p 2.0: expected"),
+        ("--top_p=2", "top_p 2.0; expected"),
         ("--seed=1e20", "--seed=100000000000000000000: expected"),
     ],
 )

@@ -244,7 +244,7 @@ def test_sampling_is_repeatable_with_a_seed_and_keeps_to_top_k_and_top_p():
         {"top_p": 1.5},
     ):
         with pytest.raises(
-            InputError, match=r"temperature is .*; expected 0|expected at least 1, and above 0 and at most 1"
+            InputError, match=r"temperature is .*; expected 0|expected at least 1, and above 0 up to 1"
         ):
             next(model.generate([prompt], 40, **options))
     assert draw(seed=1, top_k=1) == draw(seed=1, top_p=1e-9) == [i for (i,) in model.generate([prompt], 40)]

@@ -1,5 +1,6 @@
 """Files of Hugging Face models: ours in transformers, others' here, and what is refused."""
 
+import copy
 import functools
 import itertools
 import json
@@ -12,7 +13,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from conftest import ROOT, sft_config, small_model, text
+from conftest import ALONE, ROOT, sft_config, small_model, text
 from huggingface_hub import save_torch_state_dict
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -26,8 +27,10 @@ from transformers import (
 import chat
 import huggingface
 import sft_gpt
+from checkpoint import open_model
 from common import InputError
 from gpt import GPTConfig, GPTModel
+from tokenization import SPECIALS
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -420,6 +423,20 @@ def test_fine_tuning_a_foreign_model_uses_its_chatml_ids_or_adds_them_at_the_mea
         assert torch.equal(after[kept], before[kept])
         torch.testing.assert_close(after[list(new)], before[:300].mean(0).expand(len(new), -1))
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_trained_rows_of_chatml_tokens_stay_whether_or_not_the_tokenizer_marks_them(
+    special, plain_tokenizer, tmp_path
+):
+    theirs, known = small_model(vocab_size=320), copy.deepcopy(plain_tokenizer)
+    known.add_tokens(["<extra>", *SPECIALS, "</extra>"], special_tokens=special)
+    theirs.save_pretrained(tmp_path)
+    known.save_pretrained(tmp_path)
+    model, tokenizer = open_model(tmp_path, ALONE)
+    assert tokenizer.convert_tokens_to_ids(list(SPECIALS)) == [301, 302, 303]
+    for name, tensor in theirs.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
 
 
 def test_the_shapes_fields_are_those_of_the_model():
