@@ -111,6 +111,10 @@ class Checkpoints:
         """Wait until the last checkpoint is on the disk; raises what went wrong."""
         self.writing.result()
 
+    def close(self) -> None:
+        self.wait()
+        self.thread.shutdown()
+
     def write(self, step: int, write_files: Callable[[Path], None], needed: int) -> None:
         """Write under another name, flush to the disk, add the manifest, rename, delete old ones."""
         final, partial = self.out_dir / f"step_{step:07d}", self.out_dir / f".step_{step:07d}.partial"

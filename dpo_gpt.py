@@ -11,21 +11,21 @@ Every field of Config is a flag. The same command, started again, continues from
 import math
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from answers import record_answers, side_by_side
-from checkpoint import Checkpoints, open_model, too_many_bad_steps
+from checkpoint import open_model, too_many_bad_steps
 from common import RESUMABLE, InputError, fingerprint, run_script
-from distributed import Ranks, StopSignals, join_ranks, wrap
+from distributed import Ranks, join_ranks, wrap
 from dpo import PreferenceModel, micro_batches, pairs_in, prepare_pairs, read_reference, reference_log_probs
-from metrics import Metrics
-from optim import load_state_by_name, make_optimizer, schedule, set_learning_rate
+from optim import make_optimizer, schedule, set_learning_rate
 from order import batch_order
 from resume import lock_and_resume, starting_point
 from sft import SFTDataset, preparation_notes, row_length
 from sources import source_rows
 from tokenization import tokenizer_fingerprint
-from training import Prefetcher, StepHistory, check_settings, evaluate, forward_backward
+from training import Prefetcher, check_settings, evaluate, forward_backward, open_records
 
 
 @dataclass
@@ -103,14 +103,7 @@ def main(config: Config) -> None:
     # The newest checkpoint of this run, if it was interrupted; else the model to start from.
     base, content = ranks.from_main(lambda: starting_point(config.model, config.data))
     lock, state, identity = lock_and_resume(
-        config.out_dir,
-        config.resume,
-        fixed={"optimizer": config.optimizer},
-        content=content,
-        settings=asdict(config),
-        defaults=asdict(Config()),
-        force=config.force,
-        ranks=ranks,
+        asdict(config), asdict(Config()), fixed={"optimizer": config.optimizer}, content=content, ranks=ranks
     )
     model, tokenizer = open_model(state["path"] if state else base, ranks)
     T = row_length(config.max_length, model.config.max_position_embeddings)
@@ -135,9 +128,8 @@ def main(config: Config) -> None:
         matrix_lr=config.matrix_lr,
         betas=(config.beta1, config.beta2),
         weight_decay=config.weight_decay,
+        state=state,
     )
-    if state:
-        load_state_by_name(model, optimizer, state.pop("optimizer"))
     module = wrap(PreferenceModel(model, config.beta), ranks, config.compile)
     tokens = round(pairs_per_step * train.lengths().sum() / pairs)  # of a step, on average
     ranks.print(
@@ -168,30 +160,18 @@ def main(config: Config) -> None:
     # What records the run, and what can stop it.
     start, stopped = state["step"] if state else 0, False
     warmup_steps = round(config.warmup_fraction * max_steps)
-    history = StepHistory(config.spike_sigma, state)
-    metrics = Metrics(
-        config.out_dir,
+    history, metrics, checkpoints, signals = open_records(
+        asdict(config),
         start=start,
         max_steps=max_steps,
         step_tokens=tokens,
-        log_every=config.log_every,
-        ranks=ranks,
-        state=state,
-        wandb=config.wandb,
-        settings=asdict(config),
-        unit="nats/pair",
-    )
-    checkpoints = Checkpoints(
-        config.out_dir,
-        ranks,
         tokenizer=tokenizer,
         identity=identity,
-        settings=asdict(config),
         origin=f"Tuned from {config.model} on the preferences of {config.data}.",
-        keep_last=config.keep_last,
-        keep_every=config.keep_every,
+        state=state,
+        ranks=ranks,
+        unit="nats/pair",
     )
-    signals = StopSignals(ranks)
 
     # A step's pairs depend on the seed and the step only.
     def step_batches(step: int) -> list[dict]:
@@ -200,6 +180,14 @@ def main(config: Config) -> None:
             micro_batches(train, train_reference, chosen, T=T, size=config.micro_batch_size, ranks=ranks)
         )
 
+    record = partial(
+        record_answers,
+        config.out_dir,
+        model=model,
+        tokenizer=tokenizer,
+        questions=questions,
+        max_new_tokens=config.max_new_tokens,
+    )
     upcoming = Prefetcher(step_batches, start, max_steps)
 
     for step in range(start, max_steps + 1):  # `step` counts completed optimizer steps
@@ -213,14 +201,7 @@ def main(config: Config) -> None:
             nats, correct, count = evaluate(module, batches, ranks, pairs_in)
             numbers, lines = {"val_loss": nats / count, "val_accuracy": correct / count}, []
             if questions and ranks.is_main:
-                numbers["stopped"], lines = record_answers(
-                    config.out_dir,
-                    step,
-                    model,
-                    tokenizer=tokenizer,
-                    questions=questions,
-                    max_new_tokens=config.max_new_tokens,
-                )
+                numbers["stopped"], lines = record(step)
             metrics.validated(step, **numbers)
             metrics.print(lines)
 
@@ -259,10 +240,8 @@ def main(config: Config) -> None:
         metrics.step(step + 1, numbers, seconds=time.monotonic() - began)
 
     # The end: the last checkpoint is on the disk, all ranks leave together, the folder is free.
-    upcoming.close()
-    checkpoints.wait()
-    signals.close()
-    metrics.close()
+    for part in (upcoming, checkpoints, signals, metrics):
+        part.close()
     del module  # before its process group, see leave
     ranks.leave()
     if lock:

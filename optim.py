@@ -101,12 +101,13 @@ def make_optimizer(
     matrix_lr: float,
     betas: tuple[float, float],
     weight_decay: float,
+    state: dict | None = None,
 ) -> Muon:
     """Muon (with AdamW for what is no matrix of a block), or AdamW for all (Loshchilov and Hutter 2019).
 
     There are three groups: the blocks' matrices, the embedding and head, the norms. `lr` is AdamW's peak
     rate, `matrix_lr` Muon's. Only the blocks' matrices decay: rows of the embedding seldom get a gradient,
-    but would always shrink.
+    but would always shrink. With a run's `state` the optimizer goes on from what it holds and takes it out.
     """
     matrices, tables, vectors = [], [], []
     for name, p in model.named_parameters():
@@ -119,7 +120,10 @@ def make_optimizer(
         {"params": tables, **rest},
         {"params": vectors, **rest},
     ]
-    return Muon(groups, momentum=MOMENTUM, betas=betas)
+    optimizer = Muon(groups, momentum=MOMENTUM, betas=betas)
+    if state:
+        load_state_by_name(model, optimizer, state.pop("optimizer"))
+    return optimizer
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr_scale: float) -> float:

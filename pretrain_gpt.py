@@ -15,17 +15,16 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import Checkpoints, too_many_bad_steps
+from checkpoint import too_many_bad_steps
 from common import RESUMABLE, InputError, fingerprint, run_script
 from data import TokenLoader, verified_manifest
-from distributed import StopSignals, join_ranks, wrap
+from distributed import join_ranks, wrap
 from gpt import GPTConfig, GPTModel
-from metrics import Metrics
-from optim import load_state_by_name, make_optimizer, schedule, set_learning_rate
+from optim import make_optimizer, schedule, set_learning_rate
 from order import batch_order
 from resume import lock_and_resume
 from tokenization import load_tokenizer, tokenizer_fingerprint, vocabulary_size
-from training import Prefetcher, StepHistory, check_settings, evaluate, forward_backward
+from training import Prefetcher, check_settings, evaluate, forward_backward, open_records
 
 
 @dataclass
@@ -145,30 +144,25 @@ def main(config: Config) -> None:
 
     # The newest checkpoint of this run, if it was interrupted.
     lock, state, identity = lock_and_resume(
-        config.out_dir,
-        config.resume,
+        asdict(config),
+        asdict(Config()),
         fixed={"tokenizer": tokenizer_fingerprint(tokenizer), "optimizer": config.optimizer, **asdict(shape)},
         content={"data": fingerprint(manifest["shards"]), "windows": len(train)},
-        settings=asdict(config),
-        defaults=asdict(Config()),
-        force=config.force,
         ranks=ranks,
     )
 
     # Model and optimizer, new or from the checkpoint.
     torch.manual_seed(config.seed)
     model = (GPTModel.from_pretrained(state["path"]) if state else GPTModel(shape)).to(ranks.device)
-    betas = (config.beta1, config.beta2)
     optimizer = make_optimizer(
         model,
         config.optimizer,
         lr=config.lr,
         matrix_lr=config.matrix_lr,
-        betas=betas,
+        betas=(config.beta1, config.beta2),
         weight_decay=config.weight_decay,
+        state=state,
     )
-    if state:
-        load_state_by_name(model, optimizer, state.pop("optimizer"))
     module = wrap(model, ranks, config.compile)
     ranks.print(
         f"{model.num_parameters():,} parameters; {len(train):,} windows of {T} tokens; "
@@ -179,29 +173,17 @@ def main(config: Config) -> None:
     # What records the run, and what can stop it.
     start, stopped = state["step"] if state else 0, False
     decay_steps = round(config.decay_fraction * config.max_steps)
-    history = StepHistory(config.spike_sigma, state)
-    metrics = Metrics(
-        config.out_dir,
+    history, metrics, checkpoints, signals = open_records(
+        asdict(config),
         start=start,
         max_steps=config.max_steps,
         step_tokens=windows_per_step * T,
-        log_every=config.log_every,
-        ranks=ranks,
-        state=state,
-        wandb=config.wandb,
-        settings=asdict(config),
-    )
-    checkpoints = Checkpoints(
-        config.out_dir,
-        ranks,
         tokenizer=tokenizer,
         identity=identity,
-        settings=asdict(config),
         origin=f"Pretrained on {told_source(manifest)}.",
-        keep_last=config.keep_last,
-        keep_every=config.keep_every,
+        state=state,
+        ranks=ranks,
     )
-    signals = StopSignals(ranks)
     ranks.watch(config.timeout_minutes)
 
     # A step's windows depend on the seed and the step only, so a resumed run reads none twice.
@@ -257,10 +239,8 @@ def main(config: Config) -> None:
         metrics.step(step + 1, numbers, seconds=time.monotonic() - began)
 
     # The end: the last checkpoint is on the disk, all ranks leave together, the folder is free.
-    upcoming.close()
-    checkpoints.wait()
-    signals.close()
-    metrics.close()
+    for part in (upcoming, checkpoints, signals, metrics):
+        part.close()
     del module  # before its process group, see leave
     ranks.leave()
     if lock:

@@ -22,28 +22,23 @@ FREE_FIELDS = (
 
 
 def lock_and_resume(
-    out_dir: str | Path,
-    choice: str,
-    *,
-    fixed: dict,
-    content: dict,
-    settings: dict,
-    defaults: dict,
-    force: bool,
-    ranks: Ranks,
+    settings: dict, defaults: dict, *, fixed: dict, content: dict, ranks: Ranks
 ) -> tuple[typing.IO | None, dict | None, dict[str, dict]]:
     """Make and lock a run's folder, and find where to go on in it.
 
-    Returns the lock (None on other ranks than 0; the folder is free again when it is closed), the state to go
-    on from (None: from the beginning), and the run's identity. lock_folder, load_resumable and check_same_run
-    say what each of the three is and what they raise.
+    `settings` and `defaults` are the script's. Returns the lock (None on other ranks than 0; the folder is
+    free again when it is closed), the state to go on from (None: from the beginning), and the run's identity.
+    lock_folder, load_resumable and check_same_run say what each of the three is and what they raise.
     """
+    out_dir = settings["out_dir"]
     make_folder(out_dir)
     lock = lock_folder(out_dir) if ranks.is_main else None
-    state = load_resumable(out_dir, choice, ranks)
+    state = load_resumable(out_dir, settings["resume"], ranks)
     identity = {"fixed": fixed, "content": content}
     if state is not None:
-        identity, changes = check_same_run(state, identity, settings=settings, defaults=defaults, force=force)
+        identity, changes = check_same_run(
+            state, identity, settings=settings, defaults=defaults, force=settings["force"]
+        )
         if changes:
             ranks.print(f"changed since {state['path']}: {', '.join(changes)}")
     return lock, state, identity

@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from checkpoint import Checkpoints
 from common import IGNORE, InputError, check_choice, check_numbers
-from distributed import COMPILE, Ranks
-from metrics import WANDB
+from distributed import COMPILE, Ranks, StopSignals
+from metrics import WANDB, Metrics
 from optim import OPTIMIZERS
 
 
@@ -30,6 +31,49 @@ def check_settings(settings: dict, positive: Sequence[str]) -> None:
             f"--keep_every={settings['keep_every']} is no multiple of --save_every={settings['save_every']}; "
             f"only a checkpoint that is saved can be kept"
         )
+
+
+def open_records(
+    settings: dict,
+    *,
+    start: int,
+    max_steps: int,
+    step_tokens: int,
+    tokenizer,
+    identity: dict[str, dict],
+    origin: str,
+    state: dict | None,
+    ranks: Ranks,
+    unit: str = "nats/token",
+) -> tuple["StepHistory", Metrics, Checkpoints, StopSignals]:
+    """What records a run and what can stop it: its history, metrics, checkpoints and signals.
+
+    `settings` are the script's, which metrics and checkpoints keep. The others are described at the classes.
+    """
+    history = StepHistory(settings["spike_sigma"], state)
+    metrics = Metrics(
+        settings["out_dir"],
+        start=start,
+        max_steps=max_steps,
+        step_tokens=step_tokens,
+        log_every=settings["log_every"],
+        ranks=ranks,
+        state=state,
+        wandb=settings["wandb"],
+        settings=settings,
+        unit=unit,
+    )
+    checkpoints = Checkpoints(
+        settings["out_dir"],
+        ranks,
+        tokenizer=tokenizer,
+        identity=identity,
+        settings=settings,
+        origin=origin,
+        keep_last=settings["keep_last"],
+        keep_every=settings["keep_every"],
+    )
+    return history, metrics, checkpoints, StopSignals(ranks)
 
 
 def targets_in(batch: dict) -> torch.Tensor:
