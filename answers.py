@@ -3,6 +3,7 @@
 import itertools
 import math
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,19 +25,38 @@ FIXED_QUESTIONS = (  # every evaluation asks them
 
 
 def generate_answers(model: GPTModel, tokenizer, questions: list[str], max_new_tokens: int) -> list[dict]:
-    """Each question's answer, sampled as in chat.py but always the same, and whether it stopped by itself."""
-    stop, results = tokenizer.convert_tokens_to_ids(TURN_END), []
-    context = model.config.max_position_embeddings
-    questions = [q for q in questions if len(prompt_ids(user_turn(q), tokenizer)) < context]
-    for i in range(0, len(questions), 50):
-        asked = questions[i : i + 50]
-        prompts = [prompt_ids(user_turn(question), tokenizer) for question in asked]
-        steps = model.generate(prompts, max_new_tokens, **SAMPLING, seed=0, stop_ids=[stop])
-        for question, ids in zip(asked, zip(*steps)):
-            ids = [t for t in ids if t is not None]
+    """Each question's answer, sampled as in chat.py but always the same, and whether it stopped by itself.
+
+    Questions that fill the context are left out. Those of like length are answered together, so many that
+    their keys and values fit into SLOTS positions.
+    """
+    stop, context = tokenizer.convert_tokens_to_ids(TURN_END), model.config.max_position_embeddings
+    prompts = [prompt_ids(user_turn(question), tokenizer) for question in questions]
+    fitting = [i for i, prompt in enumerate(prompts) if len(prompt) < context]
+    results = {}
+    for batch in slot_batches(sorted(fitting, key=lambda i: len(prompts[i])), prompts, max_new_tokens):
+        some = [prompts[i] for i in batch]
+        steps = model.generate(some, max_new_tokens, **SAMPLING, seed=0, stop_ids=[stop])
+        for i, ids in zip(batch, zip(*steps)):
+            ids = [id for id in ids if id is not None]
             text = tokenizer.decode(ids, skip_special_tokens=True).strip()
-            results.append({"question": question, "answer": text, "stopped": stop in ids})
-    return results
+            results[i] = {"question": questions[i], "answer": text, "stopped": stop in ids}
+    return [results[i] for i in fitting]
+
+
+SLOTS = 2**14  # positions in the cache of one batch of answers
+
+
+def slot_batches(order: list[int], prompts: list[list[int]], max_new_tokens: int) -> Iterator[list[int]]:
+    """Prompts, from short to long, in batches of at most SLOTS positions; at least one prompt each."""
+    batch: list[int] = []
+    for i in order:
+        if batch and (len(batch) + 1) * (len(prompts[i]) + max_new_tokens) > SLOTS:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
 
 
 def record_answers(

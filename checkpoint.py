@@ -190,6 +190,14 @@ def model_card(
     )
 
 
+def told_name(name: str, hub: str = "https://huggingface.co/") -> str:
+    """A model or dataset as a model card tells it: file names alone, a link to what is on the hub."""
+    paths = [Path(part) for part in name.split(",")]
+    if all(path.exists() for path in paths):
+        return ", ".join(path.name for path in paths)
+    return f"[{name}]({hub}{name})"
+
+
 # -- finding -------------------------------------------------------------------------------------------------
 
 

@@ -113,9 +113,14 @@ def run_script(main: Callable, config_class: type) -> None:
     except InputError as error:
         message = f"error: {error}"
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno == errno.ENAMETOOLONG:
+            message = f"error: a name is too long for a file ({str(error)[:200]}); give another"
+        elif error.errno in (errno.ENOSPC, errno.EDQUOT):
+            message = (
+                f"error: the disk is full ({error}); make room and run the same command again, it continues"
+            )
+        else:
             raise
-        message = f"error: the disk is full ({error}); make room and run the same command again, it continues"
     print(message, file=sys.stderr, flush=True)  # flush now: other ranks may keep this process from exiting
     if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
         os.kill(os.getppid(), signal.SIGTERM)  # torchrun: another start would end in the same mistake

@@ -172,14 +172,16 @@ class PreferenceModel(nn.Module):
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities (2P,) of the answers in rows (2P, T), chosen and rejected in turn; or, with those
         of the reference (2P,), the pairs' summed loss in nats; with per_token, named as in GPTModel, each
-        pair's loss (P,) and whether the chosen answer gained more on the reference than the other (P,)."""
+        pair's loss (P,) and whether the chosen answer gained more on the reference than the other (P,): 1, 0,
+        or ½ if both gained the same."""
         log_probs = -self.policy(input_ids, targets, per_token=True)[0].sum(1)
         if reference is None:
             return log_probs
         gains = log_probs - reference
         margins = self.beta * (gains[0::2] - gains[1::2])
         losses = -F.logsigmoid(margins)
-        return (losses, margins > 0) if per_token else losses.sum()
+        preferred = 0.5 * (margins.sign() + 1)  # a tie counts half
+        return (losses, preferred) if per_token else losses.sum()
 
 
 def read_reference(path: Path, dataset: SFTDataset) -> np.ndarray | None:

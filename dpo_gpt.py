@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from answers import record_answers, side_by_side
-from checkpoint import open_model, too_many_bad_steps
+from checkpoint import open_model, told_name, too_many_bad_steps
 from common import RESUMABLE, InputError, fingerprint, run_script
 from distributed import Ranks, join_ranks, wrap
 from dpo import PreferenceModel, micro_batches, pairs_in, prepare_pairs, read_reference, reference_log_probs
@@ -74,6 +74,11 @@ class Config:
     timeout_minutes: float = 30.0  # a rank without progress for so long ends the run
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     compile: str = "auto"  # torch.compile: true, false, or auto for only on CUDA
+
+
+def told_data(data: str) -> str:
+    """What a model was tuned on, for somebody who finds its card."""
+    return "the preferences of " + told_name(data, "https://huggingface.co/datasets/")
 
 
 def prepare(config: Config, tokenizer, *, T: int, content: dict, ranks: Ranks) -> tuple[Path, dict]:
@@ -167,7 +172,7 @@ def main(config: Config) -> None:
         step_tokens=tokens,
         tokenizer=tokenizer,
         identity=identity,
-        origin=f"Tuned from {config.model} on the preferences of {config.data}.",
+        origin=f"Tuned from {told_name(config.model)} on {told_data(config.data)}.",
         state=state,
         ranks=ranks,
         unit="nats/pair",

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import too_many_bad_steps
+from checkpoint import told_name, too_many_bad_steps
 from common import RESUMABLE, InputError, fingerprint, run_script
 from data import TokenLoader, verified_manifest
 from distributed import join_ranks, wrap
@@ -104,7 +104,7 @@ def told_source(manifest: dict) -> str:
     if settings.get("source_files"):
         return "text files: " + ", ".join(sorted(name for name, _ in settings["source_files"])[:20])
     config = f" ({settings['config']})" if settings.get("config") else ""
-    return f"[{source}](https://huggingface.co/datasets/{source}){config}"
+    return told_name(source, "https://huggingface.co/datasets/") + config
 
 
 def sample_text(model: GPTModel, tokenizer, seed: int) -> list[str]:

@@ -31,4 +31,4 @@ if [ "${1:-}" = setup ]; then exit; fi
 # 5 and 6: 130 steps × 4,096 tokens, half an epoch; the same questions before and after.
 "$VENV/bin/python" sft_gpt.py --model="$OUT/base" --data=embedded --out_dir="$OUT/chat" \
     --max_steps=130 --batch_tokens=4096 --micro_batch_size=16 --optimizer=muon --lr=3e-3 --matrix_lr=0.01 \
-    --max_new_tokens=120 ${SFT_FLAGS:-}
+    --max_new_tokens=120 --eval_every=26 --eval_questions=40 ${SFT_FLAGS:-}

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from answers import record_answers, side_by_side
-from checkpoint import open_model, too_many_bad_steps
+from checkpoint import open_model, told_name, too_many_bad_steps
 from common import RESUMABLE, InputError, check_choice, fingerprint, run_script
 from distributed import Ranks, join_ranks, wrap
 from gpt import has_varlen
@@ -113,6 +113,13 @@ def step_noise(config: Config, step: int, T: int, C: int) -> Callable | None:
     return lambda row, lengths: neftune_noise(lengths, T, C, alpha=config.neftune_alpha, seed=seed + row)
 
 
+def told_data(data: str) -> str:
+    """What a model was tuned on, for somebody who finds its card."""
+    if data == "embedded":
+        return "short conversations about Wikipedia's summaries, the World Factbook and small talk"
+    return "the conversations of " + told_name(data, "https://huggingface.co/datasets/")
+
+
 def prepare(config: Config, tokenizer, *, T: int, content: dict, ranks: Ranks) -> tuple[Path, dict]:
     """The folder of this run's rendered conversations and its report. Rank 0 renders what is missing."""
     source = [config.data, config.data_config, config.data_split, config.column, content["data_files"]]
@@ -195,7 +202,7 @@ def main(config: Config) -> None:
         step_tokens=rows_per_step * T,
         tokenizer=tokenizer,
         identity=identity,
-        origin=f"Fine-tuned from {config.model} on the conversations of {config.data}.",
+        origin=f"Fine-tuned from {told_name(config.model)} on {told_data(config.data)}.",
         state=state,
         ranks=ranks,
     )

@@ -154,7 +154,7 @@ class StepHistory:
 @torch.no_grad()
 def evaluate(
     module: nn.Module, micro_batches: Iterable[dict], ranks: Ranks, count: Callable[[dict], int] = targets_in
-) -> tuple[float, int, int]:
+) -> tuple[float, float, int]:
     """Summed loss in nats, how many targets were the likeliest token, and the number of targets, over the
     micro-batches of all ranks; or a module's own idea of the first two with a `count` to match."""
     loss, correct, targets = 0.0, 0, 0
@@ -166,7 +166,7 @@ def evaluate(
         correct += hits.sum().item()
         targets += count(batch)
     loss, correct, targets = ranks.sum(loss, correct, targets)
-    return loss, int(correct), int(targets)
+    return loss, correct, int(targets)
 
 
 class Prefetcher:

@@ -2,11 +2,13 @@
 
 import json
 
-from conftest import sft_config
+from conftest import sentence, sft_config, small_model
 
+import answers
 import sft_gpt
 from answers import FIXED_QUESTIONS
 from common import read_records
+from gpt import GPTModel
 
 
 def test_a_fine_tuning_run_answers_before_during_and_after(base_run, chats, tmp_path, capsys):
@@ -29,3 +31,18 @@ def test_a_fine_tuning_run_answers_before_during_and_after(base_run, chats, tmp_
     assert json.loads((tmp_path / "chat" / "step_0000004" / "generation_config.json").read_text())[
         "eos_token_id"
     ] == [2, 0]
+
+
+def test_answers_come_in_the_order_of_the_questions_in_batches_of_a_bounded_size(tokenizer, monkeypatch):
+    model, questions = small_model(), [sentence(i)[: 5 + 7 * (i * 5 % 4)] for i in range(12)] + ["x" * 500]
+    sizes, original = [], GPTModel.generate
+
+    def generate(self, prompts, max_new_tokens, **options):
+        sizes.append(len(prompts) * (max(map(len, prompts)) + max_new_tokens))
+        return original(self, prompts, max_new_tokens, **options)
+
+    monkeypatch.setattr(GPTModel, "generate", generate)
+    monkeypatch.setattr(answers, "SLOTS", 120)
+    given = answers.generate_answers(model, tokenizer, questions, 8)
+    assert [row["question"] for row in given] == questions[:12]  # the last does not fit into the context
+    assert len(sizes) > 3 and max(sizes) <= 120

@@ -92,6 +92,7 @@ def test_the_help_of_a_flag_does_not_depend_on_where_its_line_is_broken():
         ),
         ("sft_gpt.py", ["--model=no/model"], "no directory no/model"),
         ("chat.py", ["--temprature=1"], "--temprature=1 is not understood"),
+        ("chat.py", ["--model=" + "x" * 300], "a name is too long for a file"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_exit_status_1(script, arguments, sentence, tmp_path):

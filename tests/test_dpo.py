@@ -177,6 +177,7 @@ def test_a_run_begins_at_ln_2_and_learns_what_is_preferred(base_run, preferences
     dpo_gpt.main(dpo_config(base_run, preferences, tmp_path, max_steps=12, eval_every=6))
     rows = {row["step"]: row for row in read_records(tmp_path / "metrics.jsonl")}
     assert rows[0]["val_loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert 0.25 <= rows[0]["val_accuracy"] <= 0.75  # ties, but for rounding
     assert rows[12]["val_loss"] < 0.3 and rows[12]["val_accuracy"] == 1.0
     assert rows[1]["targets"] == 8
     card = (tmp_path / "step_0000012" / "README.md").read_text()
@@ -288,3 +289,15 @@ def test_the_loss_and_its_gradients_are_those_of_trl(base_run, tokenizer, tmp_pa
     gradients = dict(trainer.model.named_parameters())
     for name, p in module.policy.named_parameters():
         assert (p.grad - gradients[name].grad).norm() <= 1e-4 * p.grad.norm()
+
+
+def test_a_tie_counts_half_in_the_accuracy(tokenizer, tmp_path):
+    (train, _), _ = pairs_of(map(preference, range(12)), tokenizer, tmp_path)
+    module = PreferenceModel(small_model(), 0.5)
+    batch = collate(train, range(6), 64, torch.device("cpu"))
+    known = module(**batch).detach()
+    for change, expected in ((0.0, 0.5), (-1.0, 1.0), (1.0, 0.0)):
+        reference = known.clone()
+        reference[0::2] += change
+        _, preferred = module(**batch, reference=reference, per_token=True)
+        assert preferred.tolist() == [expected] * 3
