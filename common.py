@@ -17,7 +17,8 @@ import sys
 import textwrap
 import tokenize
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 IGNORE = -100  # a target with this value is not trained on; PyTorch's and Hugging Face's convention
@@ -237,6 +238,22 @@ def lock_folder(out_dir: str | Path) -> typing.IO:
     file.write(f"process {os.getpid()} on {socket.gethostname()}")
     file.flush()
     return file
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold a lock file for the block; wait while another process holds it."""
+    with open(path, "a") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        yield
+
+
+def cache_folder(cache_dir: str) -> Path:
+    """--cache_dir, or if that is empty the project's folder in the user's cache; made if it is not there."""
+    users = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    folder = Path(cache_dir or f"{users}/{Path(__file__).parent.name}").expanduser()
+    make_folder(folder)
+    return folder
 
 
 def sync_to_disk(path: Path) -> None:

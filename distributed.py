@@ -92,7 +92,8 @@ class Ranks:
                 return
             time.sleep(0.1)
         raise InputError(
-            f"rank {self.rank} does not see {path}; --out_dir has to be one folder for all machines"
+            f"rank {self.rank} does not see {path}; --out_dir and --cache_dir have to be one folder each for "
+            f"all machines"
         )
 
     def watch(self, minutes: float) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from answers import record_answers, side_by_side
 from checkpoint import open_model, told_name, too_many_bad_steps
-from common import RESUMABLE, InputError, fingerprint, run_script
+from common import RESUMABLE, InputError, cache_folder, fingerprint, run_script
 from distributed import Ranks, join_ranks, wrap
 from dpo import PreferenceModel, micro_batches, pairs_in, prepare_pairs, read_reference, reference_log_probs
 from optim import make_optimizer, schedule, set_learning_rate
@@ -69,6 +69,7 @@ class Config:
     keep_every: int = 0  # steps between two that are kept for good; 0 for none
     wandb: str = "auto"  # auto (if a key is set up), online, offline or off
     # machine
+    cache_dir: str = ""  # folder for rendered data, shared by runs and machines; empty: in the user's cache
     resume: str = "auto"  # auto (newest checkpoint in out_dir), none, or a checkpoint's path
     force: bool = False  # go on although settings that change the result are others than before
     timeout_minutes: float = 30.0  # a rank without progress for so long ends the run
@@ -82,10 +83,10 @@ def told_data(data: str) -> str:
 
 
 def prepare(config: Config, tokenizer, *, T: int, content: dict, ranks: Ranks) -> tuple[Path, dict]:
-    """The folder of this run's rendered pairs and its report. Rank 0 renders what is not there yet."""
-    source = [config.data, config.data_config, config.data_split, content["data_files"]]
+    """The folder of rendered pairs and its report. Rank 0 renders what is not in the cache."""
+    source = [content["data_files"] or config.data, config.data_config, config.data_split]
     key = fingerprint([source, config.val_fraction, T, tokenizer_fingerprint(tokenizer)])
-    folder = Path(config.out_dir) / f"data-{key}"
+    folder = cache_folder(config.cache_dir) / f"data-{key}"
     rows = source_rows(config.data, config.data_config, config.data_split)
     report = ranks.from_main(
         lambda: prepare_pairs(

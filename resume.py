@@ -15,9 +15,9 @@ from sources import source_files
 # Fields you may change on resume: results stay the same up to rounding. Paths and models are compared by
 # content.
 FREE_FIELDS = (
-    "data_dir tokenizer model out_dir log_every eval_every eval_tokens eval_questions samples max_new_tokens "
-    "save_every keep_last keep_every wandb micro_batch_size timeout_minutes resume force device "
-    "compile"
+    "data_dir tokenizer model out_dir cache_dir log_every eval_every eval_tokens eval_questions samples "
+    "max_new_tokens save_every keep_last keep_every wandb micro_batch_size timeout_minutes resume force "
+    "device compile"
 ).split()
 
 

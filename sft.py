@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import IGNORE, InputError, read_json, sync_to_disk, write_json
+from common import IGNORE, InputError, locked, read_json, sync_to_disk, write_json
 from distributed import Ranks
 from order import batch_order
 from sources import BadRows, half_surrogate, hash_fraction
@@ -256,15 +256,30 @@ def write_examples(
 ) -> dict:
     """Write the datasets folder/train and folder/val in one pass, in constant memory; returns the report.
 
-    The report is also in folder/report.json. That file marks the folder finished; no example is read
-    again. All examples with one question fall on one side, by its hash. Examples without pieces are counted,
-    and the first of each kind is named. Raises InputError when a side is left empty, or when more than a
-    share of max_bad_rows of the rows is unusable, whatever its length.
+    A folder appears whole, under a lock: of two runs that want the same one, the second waits and finds it.
+    Then no example is read. Raises InputError as `write_splits` does.
     """
     folder = Path(folder)
-    if (folder / "report.json").exists():
-        return read_json(folder / "report.json")
-    shutil.rmtree(folder, ignore_errors=True)
+    if not (folder / "report.json").exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with locked(folder.with_name(f".{folder.name}.lock")):
+            if not (folder / "report.json").exists():
+                partial = folder.with_name(f".{folder.name}.partial")
+                shutil.rmtree(partial, ignore_errors=True)
+                shutil.rmtree(folder, ignore_errors=True)
+                write_splits(partial, examples, val_fraction, max_bad_rows)
+                partial.rename(folder)
+                sync_to_disk(folder.parent)
+    return read_json(folder / "report.json")
+
+
+def write_splits(folder: Path, examples: Iterable[Example], val_fraction: float, max_bad_rows: float) -> None:
+    """Write folder/train, folder/val and the report on them.
+
+    All examples with one question fall on one side, by its hash. Examples without pieces are counted, and the
+    first of each kind is named. Raises InputError when a side is left empty, or when more than a share of
+    max_bad_rows of the rows is unusable, whatever its length.
+    """
     writers = {split: Writer(folder / split) for split in ("train", "val")}
     counts = Counter({"examples": 0, "tokens": 0, "trained_tokens": 0, "lost_tokens": 0, "cut": 0})
     skipped, first, questions, bad_rows = Counter(), {}, {}, BadRows(max_bad_rows)
@@ -305,7 +320,6 @@ def write_examples(
         )
     report = {**sizes, **counts, "skipped": reasons, "questions": [q for q in questions if q]}
     write_json(folder / "report.json", report)
-    return report
 
 
 def preparation_notes(report: dict, max_length: int) -> list[str]:

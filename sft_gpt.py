@@ -17,7 +17,7 @@ from pathlib import Path
 
 from answers import record_answers, side_by_side
 from checkpoint import open_model, told_name, too_many_bad_steps
-from common import RESUMABLE, InputError, check_choice, fingerprint, run_script
+from common import RESUMABLE, InputError, cache_folder, check_choice, fingerprint, run_script
 from distributed import Ranks, join_ranks, wrap
 from gpt import has_varlen
 from optim import make_optimizer, schedule, set_learning_rate
@@ -83,6 +83,7 @@ class Config:
     keep_every: int = 0  # steps between two that are kept for good; 0 for none
     wandb: str = "auto"  # auto (if a key is set up), online, offline or off
     # machine
+    cache_dir: str = ""  # folder for rendered data, shared by runs and machines; empty: in the user's cache
     resume: str = "auto"  # auto (newest checkpoint in out_dir), none, or a checkpoint's path
     force: bool = False  # go on although settings that change the result are others than before
     timeout_minutes: float = 30.0  # a rank without progress for so long ends the run
@@ -121,11 +122,11 @@ def told_data(data: str) -> str:
 
 
 def prepare(config: Config, tokenizer, *, T: int, content: dict, ranks: Ranks) -> tuple[Path, dict]:
-    """The folder of this run's rendered conversations and its report. Rank 0 renders what is missing."""
-    source = [config.data, config.data_config, config.data_split, config.column, content["data_files"]]
+    """The folder of rendered conversations and its report. Rank 0 renders what is not in the cache."""
+    source = [content["data_files"] or config.data, config.data_config, config.data_split, config.column]
     settings = [config.val_fraction, T, config.overlong]
     key = fingerprint([source, settings, tokenizer_fingerprint(tokenizer)])
-    folder = Path(config.out_dir) / f"data-{key}"
+    folder = cache_folder(config.cache_dir) / f"data-{key}"
     report = ranks.from_main(
         lambda: prepare_conversations(
             folder,

@@ -142,7 +142,8 @@ def sft_config(model, data, out_dir, **changes) -> sft_gpt.Config:
         "device": "cpu",
         **changes,
     }
-    return sft_gpt.Config(model=str(model), data=str(data), out_dir=str(out_dir), **fields)
+    paths = {"model": str(model), "data": str(data), "out_dir": str(out_dir), "cache_dir": str(out_dir)}
+    return sft_gpt.Config(**{**paths, **fields})
 
 
 def dpo_config(model, data, out_dir, **changes) -> dpo_gpt.Config:
@@ -150,7 +151,7 @@ def dpo_config(model, data, out_dir, **changes) -> dpo_gpt.Config:
     length = {"max_steps": 4, "batch_pairs": 8, "micro_batch_size": 2, "max_length": 64, "lr": 1e-3}
     report = {"log_every": 1, "eval_every": 2, "eval_questions": 2, "max_new_tokens": 8, "save_every": 2}
     fields = {**length, **report, "val_fraction": 0.1, "keep_last": 0, "wandb": "off", "device": "cpu"}
-    paths = {"model": str(model), "data": str(data), "out_dir": str(out_dir)}
+    paths = {"model": str(model), "data": str(data), "out_dir": str(out_dir), "cache_dir": str(out_dir)}
     return dpo_gpt.Config(**{**fields, **paths, **changes})
 
 

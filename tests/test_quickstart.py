@@ -18,7 +18,7 @@ def test_the_quick_start_shrunk_to_seconds(tmp_path):
         "OUT": str(tmp_path),
         "PREPARE_FLAGS": "--max_tokens=300_000",
         "PRETRAIN_FLAGS": f"{small} --hidden_size=64 --num_hidden_layers=2 --eval_tokens=2048",
-        "SFT_FLAGS": f"{small} --eval_questions=4 --max_new_tokens=8",
+        "SFT_FLAGS": f"{small} --eval_questions=4 --max_new_tokens=8 --cache_dir={tmp_path}/cache",
     }
 
     def quickstart() -> str:
