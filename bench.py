@@ -394,8 +394,8 @@ def bench_sft(config: Config, ranks: Ranks) -> None:
     seconds, losses = {}, {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        found = ((messages, "") for messages in rows)
-        prepare_conversations(folder / "data", found, tokenizer, max_length=T, val_fraction=VAL_FRACTION)
+        places = ((messages, "") for messages in rows)
+        prepare_conversations(folder / "data", places, tokenizer, max_length=T, val_fraction=VAL_FRACTION)
         model = model_of(config, ranks.device)
         model.save_pretrained(folder, tokenizer)
         train, val = packed_loaders(config, folder / "data", has_varlen(ranks.device, model.config.head_dim))

@@ -49,16 +49,16 @@ def field_comments(config_class: type) -> dict[str, str]:
         if token.type == tokenize.COMMENT
     }
     fields = [node for node in ast.parse(source).body[0].body if isinstance(node, ast.AnnAssign)]
-    found = {
+    told = {
         field.target.id: " ".join(
             comments[n] for n in range(field.lineno, field.end_lineno + 1) if n in comments
         )
         for field in fields
     }
-    silent = [name for name, comment in found.items() if not comment]
+    silent = [name for name, comment in told.items() if not comment]
     if silent:
         raise ValueError(f"{config_class.__qualname__} has fields without a comment: {', '.join(silent)}")
-    return found
+    return told
 
 
 def parse_value(text: str, kind: type):

@@ -14,8 +14,8 @@ def mix(x: np.ndarray, key: int) -> np.ndarray:
 def shuffled(index: np.ndarray, n: int, key: int) -> np.ndarray:
     """Where a keyed permutation of 0 … n-1 sends each index, in constant memory.
 
-    A Feistel network permutes the 4^k numbers from n on up; an image that is not below n is sent on until it
-    is (Black and Rogaway 2002, "Ciphers with arbitrary finite domains").
+    A Feistel network permutes 0 … 4^k - 1, the smallest such range that covers n. Outputs from n up go
+    through it again (Black and Rogaway 2002, "Ciphers with arbitrary finite domains").
     """
     half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
     low = (np.uint64(1) << half) - np.uint64(1)
@@ -30,10 +30,10 @@ def shuffled(index: np.ndarray, n: int, key: int) -> np.ndarray:
     return x.astype(np.int64)
 
 
-def batch_order(seed: int, step: int, batch: int, n: int) -> np.ndarray:
-    """Which of n samples make up a step's global batch, a pure function; an epoch is a fresh permutation."""
-    positions = np.arange(step * batch, (step + 1) * batch, dtype=np.int64)
-    order = np.empty(batch, np.int64)
+def batch_order(seed: int, step: int, batch_size: int, n: int) -> np.ndarray:
+    """Which of n samples make up a step's global batch. Each epoch is a fresh permutation of all samples."""
+    positions = np.arange(step * batch_size, (step + 1) * batch_size, dtype=np.int64)
+    order = np.empty(batch_size, np.int64)
     for epoch in np.unique(positions // n):
         here = positions // n == epoch
         key = int(mix(np.array([epoch], np.uint64), int(mix(np.array([seed % 2**64], np.uint64), 0)[0]))[0])

@@ -56,7 +56,7 @@ class Config:
     beta1: float = 0.9  # AdamW's averaging of gradients
     beta2: float = 0.95  # AdamW's averaging of squared gradients
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm; 0 for no limit
-    spike_sigma: float = 6.0  # a loss or norm so many deviations above the last 128 is skipped; 0 for none
+    spike_sigma: float = 6.0  # skip steps this many deviations above the mean of the last 128; 0: none
     max_bad_steps: int = 10  # steps skipped in a row that stop the run
     seed: int = 0  # of the initial weights and the data order
     # reporting
@@ -66,12 +66,12 @@ class Config:
     samples: bool = True  # continue a few prompts after each validation
     save_every: int = 500  # steps between two checkpoints
     keep_last: int = 3  # checkpoints that are kept; 0 for all
-    keep_every: int = 0  # steps between two that are kept for good; 0 for none
+    keep_every: int = 0  # steps between two checkpoints that are never deleted; 0 for none
     wandb: str = "auto"  # auto (if a key is set up), online, offline or off
     # machine
     resume: str = "auto"  # auto (newest checkpoint in out_dir), none, or a checkpoint's path
-    force: bool = False  # go on although settings that change the result are others than before
-    timeout_minutes: float = 30.0  # a rank without progress for so long ends the run
+    force: bool = False  # resume although settings that change the result differ
+    timeout_minutes: float = 30.0  # a rank without progress for this long ends the run
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     compile: str = "auto"  # torch.compile: true, false, or auto for only on CUDA
 

@@ -101,10 +101,10 @@ def cut_to_length(
 ) -> list[tuple[list[int], list[int]]]:
     """The pieces (ids, labels) of at most max_length tokens that a rendered conversation is trained in.
 
-    A longer one is dropped, or truncated: it keeps the whole turns up to the last answer that fits; or split:
-    its next turns then make another piece, behind its first `prefix` tokens (the system message), and so on.
-    An answer that alone is too long is cut, and nothing teaches the model to stop there. A piece without a
-    token to train on is left out. `turns` are the ids of <|im_start|> and <|im_end|>.
+    A longer one is dropped, truncated or split. Truncated, it keeps the whole turns up to the last answer
+    that fits. Split, its next turns make another piece behind its first `prefix` tokens (the system message),
+    and so on. An answer that alone is too long is cut, and nothing teaches the model to stop there. A piece
+    without a token to train on is left out. `turns` are the ids of <|im_start|> and <|im_end|>.
     """
     start, end = turns
     if len(ids) <= max_length:

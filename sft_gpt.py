@@ -69,7 +69,7 @@ class Config:
     beta2: float = 0.99  # AdamW's averaging of squared gradients
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm; 0 for no limit
     neftune_alpha: float = 0.0  # noise on the embeddings in training, 5 in the paper; 0 for none
-    spike_sigma: float = 6.0  # a loss or norm so many deviations above the last 128 is skipped; 0 for none
+    spike_sigma: float = 6.0  # skip steps this many deviations above the mean of the last 128; 0: none
     max_bad_steps: int = 10  # steps skipped in a row that stop the run
     seed: int = 0  # of the data order
     # reporting
@@ -80,13 +80,13 @@ class Config:
     max_new_tokens: int = 200  # of an answer in the evaluation; a longer one has not stopped
     save_every: int = 250  # steps between two checkpoints
     keep_last: int = 2  # checkpoints that are kept; 0 for all
-    keep_every: int = 0  # steps between two that are kept for good; 0 for none
+    keep_every: int = 0  # steps between two checkpoints that are never deleted; 0 for none
     wandb: str = "auto"  # auto (if a key is set up), online, offline or off
     # machine
     cache_dir: str = ""  # folder for rendered data, shared by runs and machines; empty: in the user's cache
     resume: str = "auto"  # auto (newest checkpoint in out_dir), none, or a checkpoint's path
-    force: bool = False  # go on although settings that change the result are others than before
-    timeout_minutes: float = 30.0  # a rank without progress for so long ends the run
+    force: bool = False  # resume although settings that change the result differ
+    timeout_minutes: float = 30.0  # a rank without progress for this long ends the run
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     compile: str = "auto"  # torch.compile: true, false, or auto for only on CUDA
 

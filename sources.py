@@ -195,8 +195,8 @@ class BadRows:
 
 def half_surrogate(text: str) -> str | None:
     """The first half of a surrogate pair in a text, which JSON can spell but no UTF-8 holds."""
-    found = None if text.isascii() else re.search("[\ud800-\udfff]", text)
-    return found and found[0]
+    half = None if text.isascii() else re.search("[\ud800-\udfff]", text)
+    return half and half[0]
 
 
 def hash_fraction(text: str) -> float:

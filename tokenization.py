@@ -53,7 +53,8 @@ def load_tokenizer(name: str | Path):
     from transformers import AutoTokenizer
 
     files = [Path(name) / file for file in ("tokenizer.json", "tokenizer.model", "vocab.json")]
-    if Path(name).is_dir() and not any(file.exists() for file in files):  # else an empty one would be made up
+    # Otherwise transformers silently builds an empty tokenizer.
+    if Path(name).is_dir() and not any(file.exists() for file in files):
         raise InputError(f"{name} holds no tokenizer; expected a tokenizer.json")
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(name), trust_remote_code=False)

@@ -1,5 +1,6 @@
 """Small things that many tests need; everything is made here, nothing is downloaded."""
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -118,6 +119,29 @@ def small_model(**changes) -> GPTModel:
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.2)
     return model
+
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+LLAMA3_WIDE = {"head_dim": 16, "rope_theta": 5e5, "rope_scaling": LLAMA3}
+SWITCHES = [
+    {"tie_word_embeddings": tied, "num_key_value_heads": groups, "qk_norm": qk_norm, **rest}
+    for tied, groups, qk_norm, rest in itertools.product(
+        (False, True),
+        (4, 2, 1),
+        (False, True),
+        ({}, {"head_dim": 16, "rope_theta": 5e5}, {"rope_scaling": LLAMA3}, LLAMA3_WIDE),
+    )
+]
+
+
+def random_ids(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, 320, shape, generator=torch.Generator().manual_seed(seed))
 
 
 def pretrain_config(data_dir, out_dir, **changes) -> pretrain_gpt.Config:

@@ -1,43 +1,16 @@
 """The model and its generation, against Hugging Face's and against themselves."""
 
-import itertools
 import math
 
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import small_model
+from conftest import SWITCHES, random_ids, small_model
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM
 
 from common import InputError
 from gpt import AttentionInputs, GPTConfig, GPTModel, sample
-
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
-
-
-LLAMA3_WIDE = {"head_dim": 16, "rope_theta": 5e5, "rope_scaling": LLAMA3}
-
-
-SWITCHES = [
-    {"tie_word_embeddings": tied, "num_key_value_heads": groups, "qk_norm": qk_norm, **rest}
-    for tied, groups, qk_norm, rest in itertools.product(
-        (False, True),
-        (4, 2, 1),
-        (False, True),
-        ({}, {"head_dim": 16, "rope_theta": 5e5}, {"rope_scaling": LLAMA3}, LLAMA3_WIDE),
-    )
-]
-
-
-def random_ids(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(0, 320, shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("switches", SWITCHES, ids=str)

@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import itertools
 import json
 import math
 import os
@@ -13,7 +12,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from conftest import ALONE, ROOT, sft_config, small_model, text
+from conftest import ALONE, LLAMA3, ROOT, SWITCHES, random_ids, sft_config, small_model, text
 from huggingface_hub import save_torch_state_dict
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -31,32 +30,6 @@ from checkpoint import open_model
 from common import InputError
 from gpt import GPTConfig, GPTModel
 from tokenization import SPECIALS
-
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
-
-
-LLAMA3_WIDE = {"head_dim": 16, "rope_theta": 5e5, "rope_scaling": LLAMA3}
-
-
-SWITCHES = [
-    {"tie_word_embeddings": tied, "num_key_value_heads": groups, "qk_norm": qk_norm, **rest}
-    for tied, groups, qk_norm, rest in itertools.product(
-        (False, True),
-        (4, 2, 1),
-        (False, True),
-        ({}, {"head_dim": 16, "rope_theta": 5e5}, {"rope_scaling": LLAMA3}, LLAMA3_WIDE),
-    )
-]
-
-
-def random_ids(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(0, 320, shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("switches", SWITCHES, ids=str)

@@ -3,15 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import small_model
+from conftest import random_ids, small_model
 
 import gpt
 import loss as loss_room
 from common import IGNORE
-
-
-def random_ids(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(0, 320, shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("tied", [False, True])
