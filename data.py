@@ -179,12 +179,17 @@ def damaged_shards(folder: Path, manifest: dict) -> dict[str, str]:
 class TokenLoader:
     """The windows of one split: T inputs each, and the same T shifted by one as targets. None crosses shards.
 
-    Raises InputError for a split without a window, and when it meets an id beyond vocab_size.
+    The shards are those of the manifest; without one, all whose names hold the split's. Raises InputError for
+    a split without a window, and when it meets an id beyond vocab_size.
     """
 
     def __init__(self, folder: str | Path, split: str, context_length: int, vocab_size: int):
         self.folder, self.T, self.vocab_size = Path(folder), context_length, vocab_size
-        self.paths = sorted(self.folder.glob(f"*{split}*.bin"))
+        if (self.folder / "manifest.json").exists():
+            names = [shard["file"] for shard in read_manifest(self.folder)["shards"]]
+        else:
+            names = [path.name for path in self.folder.glob("*.bin")]
+        self.paths = sorted(self.folder / name for name in names if split in name)
         tokens = [shard_header(path)[1] for path in self.paths]
         self.ends = np.cumsum([max(0, (count - 1) // context_length) for count in tokens])
         self.shard = lru_cache(SHARDS_OPEN)(read_shard)

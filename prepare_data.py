@@ -29,15 +29,29 @@ from common import (
     make_folder,
     read_json,
     run_script,
+    sync_to_disk,
     write_json,
 )
 from data import ShardWriter, damaged_shards, read_manifest
 from sources import BadRows, hash_fraction, source_files, source_rows, text_of
-from tokenization import END, encode, load_tokenizer, tokenizer_fingerprint, train_tokenizer, vocabulary_size
+from tokenization import (
+    END,
+    MOST_IDS,
+    encode,
+    load_tokenizer,
+    tokenizer_fingerprint,
+    train_tokenizer,
+    vocabulary_size,
+)
 
 BATCH_DOCUMENTS = 256  # tokenized together
 SAVE_EVERY = 20_000_000  # tokens between two places to continue from
 TOKENIZER_BYTES = 200_000_000  # of text, from the beginning, that --tokenizer=train learns from
+TOKENIZER_FILES = (  # of transformers
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template.jinja", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model"),
+)
+MOST_WORKERS = 1024  # threads; far more than any machine has cores
 
 
 @dataclass
@@ -109,27 +123,25 @@ def make_tokenizer(config: Config):
     return tokenizer
 
 
-TOKENIZER_FILES = re.compile(r"(tokenizer|special_|added_|chat_template|vocab|merges|spiece).*")
-
-
 def save_tokenizer(tokenizer, folder: Path) -> None:
-    """Replace the tokenizer in a folder in one step, an earlier preparation's too."""
-    partial = folder.with_suffix(".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    tokenizer.save_pretrained(partial)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    """Put a tokenizer into a folder, in place of an earlier preparation's, and on the disk.
+
+    A stop in between does no harm: the progress note or the manifest tells that it is not whole.
+    """
+    folder.mkdir(exist_ok=True)
+    for name in TOKENIZER_FILES:
+        (folder / name).unlink(missing_ok=True)
+    tokenizer.save_pretrained(folder)
+    for path in (*folder.iterdir(), folder):
+        sync_to_disk(path)
 
 
 def refuse_foreign_files(out_dir: Path) -> None:
     """Raise InputError if a folder has files under our names, but no note that we wrote them."""
-    if not out_dir.is_dir():
+    if not out_dir.is_dir() or any((out_dir / name).exists() for name in ("manifest.json", "progress.json")):
         return
-    tokenizer = out_dir / "tokenizer"
-    foreign = [f"tokenizer/{p.name}" for p in tokenizer.glob("*") if not TOKENIZER_FILES.fullmatch(p.name)]
-    if not any((out_dir / name).exists() for name in ("manifest.json", "progress.json")):
-        foreign += [p.name for p in out_dir.iterdir() if re.match(r"(train|val)_.*\.bin", p.name)]
-        foreign += ["tokenizer"] if tokenizer.exists() else []
+    names = [path.name for path in out_dir.iterdir()]
+    foreign = [name for name in names if re.fullmatch(r"(train|val)_.*\.bin.*|tokenizer", name)]
     if foreign:
         raise InputError(
             f"{out_dir} holds {', '.join(sorted(foreign))}, not written by prepare_data.py; choose another "
@@ -186,11 +198,11 @@ def mend(config: Config, settings: dict) -> None:
                 f"shards; bring it back, or prepare into another --out_dir (nothing was changed)"
             )
         save_tokenizer(tokenizer, out_dir / "tokenizer")
-    damaged = damaged_shards(out_dir, manifest)
+    damaged, again = damaged_shards(out_dir, manifest), out_dir / ".again"
     if not damaged:
+        shutil.rmtree(again, ignore_errors=True)  # stopped when all was done
         return
     print(f"{'; '.join(damaged.values())}: preparing again")
-    again = out_dir / ".again"
     again.mkdir(exist_ok=True)
     if not (again / "progress.json").exists():
         save_progress(again, settings, 0, {})
@@ -203,6 +215,7 @@ def mend(config: Config, settings: dict) -> None:
                 f"{config.source} does not give {name} again as it was; prepare into another --out_dir "
                 f"(nothing was changed)"
             )
+    (again / "progress.json").unlink()  # after a stop from here on, .again is begun anew
     for name in damaged:
         (again / name).replace(out_dir / name)
     shutil.rmtree(again)
@@ -263,6 +276,12 @@ def save_progress(out_dir: Path, settings: dict, done: int, writers: dict[str, S
 def check_settings(config: Config) -> None:
     """Raise InputError for a setting that can mean nothing, before anything is read."""
     check_numbers(asdict(config), positive=("vocab_size", "shard_tokens"))
+    for name in ("split", "column", "tokenizer", "out_dir"):
+        if not getattr(config, name).strip():
+            raise InputError(f"--{name}= is empty; give a value, or leave the flag out")
+    for name, most in (("vocab_size", MOST_IDS), ("workers", MOST_WORKERS)):
+        if getattr(config, name) > most:
+            raise InputError(f"--{name}={getattr(config, name)}: expected at most {most}")
     if config.val_fraction == 1:
         raise InputError("--val_fraction=1.0 leaves nothing to train on; expected 0 to below 1")
     if config.shard_tokens >= 2**31:  # the header's count is an int32
@@ -271,28 +290,10 @@ def check_settings(config: Config) -> None:
         )
 
 
-def main(config: Config) -> None:
-    check_settings(config)
-    os.environ["TOKENIZERS_PARALLELISM"] = "true"
-    if config.workers:
-        os.environ["RAYON_NUM_THREADS"] = str(config.workers)
-
-    # What is there already: nothing, a part, or the whole of this very preparation.
-    out_dir = Path(config.out_dir)
-    files = source_files(config.source) if config.source != "embedded" else None
-    settings = {k: v for k, v in asdict(config).items() if k not in ("out_dir", "workers", "max_bad_rows")}
-    settings["source_files"] = [[path.name, path.stat().st_size] for path in files or []]
-    refuse_foreign_files(out_dir)
-    check_same_preparation(out_dir, settings)
-    make_folder(out_dir)
-    lock = lock_folder(out_dir)
-    if (out_dir / "manifest.json").exists():
-        (out_dir / "progress.json").unlink(missing_ok=True)  # stopped between the manifest and this
-        mend(config, settings)
-        print(f"{out_dir} is already prepared")
-        return
-
+def prepare(config: Config, settings: dict) -> None:
+    """Prepare from the beginning, or from where progress.json says."""
     # The tokenizer, new or that of the part that is done.
+    out_dir = Path(config.out_dir)
     progress = out_dir / "progress.json"
     if progress.exists() and read_json(progress)["documents"]:
         tokenizer = load_tokenizer(out_dir / "tokenizer")
@@ -322,7 +323,28 @@ def main(config: Config) -> None:
             print(
                 f"no document is in {split}, pretraining needs both: delete {out_dir}, raise --val_fraction"
             )
-    lock.close()
+
+
+def main(config: Config) -> None:
+    check_settings(config)
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+    if config.workers:
+        os.environ["RAYON_NUM_THREADS"] = str(config.workers)
+
+    out_dir = Path(config.out_dir)
+    files = source_files(config.source) if config.source != "embedded" else None
+    settings = {k: v for k, v in asdict(config).items() if k not in ("out_dir", "workers", "max_bad_rows")}
+    settings["source_files"] = [[path.name, path.stat().st_size] for path in files or []]
+    refuse_foreign_files(out_dir)
+    make_folder(out_dir)
+    with lock_folder(out_dir):
+        check_same_preparation(out_dir, settings)
+        if (out_dir / "manifest.json").exists():
+            (out_dir / "progress.json").unlink(missing_ok=True)  # stopped between the manifest and this
+            mend(config, settings)
+            print(f"{out_dir} is already prepared")
+        else:
+            prepare(config, settings)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ TXT_PIECE = 20_000  # characters: a longer .txt is cut, at line ends, into docum
 def source_rows(source: str, name: str, split: str) -> Iterator[tuple[dict, str]]:
     """Rows of files and folders (with commas between), or of a hub dataset, each with the place it was found.
 
-    A row that is no object is given as it is; a line that is no JSON as its ValueError. Raises InputError for
-    what is missing or empty, and for a file that is damaged or cut short.
+    A row that is no object is given as it is; a damaged row as its ValueError. Raises InputError for what is
+    missing or empty, and for a file that is damaged or cut short.
     """
     files = source_files(source)
     if files is None:
@@ -46,15 +46,20 @@ def source_files(source: str) -> list[Path] | None:
             f"embedded, with commas between them only"
         )
     paths = [Path(part) for part in parts]
-    missing = [path for path in paths if not path.exists()]
+    missing = [path for path in paths if not os.path.exists(path)]
     if missing and len(paths) == 1 and source.count("/") <= 1 and not source.endswith(SUFFIXES):
         return None
     if missing:
-        raise InputError(f"{missing[0]} does not exist; give files, folders, a hub dataset's id, or embedded")
+        raise InputError(
+            f"{missing[0]} does not exist or cannot be reached; give files, folders, a hub dataset's id, or "
+            f"embedded"
+        )
     files = []
     for path in paths:
         inside = files_below(path) if path.is_dir() else [path]
         readable = [p for p in inside if p.name.endswith(SUFFIXES)]
+        for lost in (p for p in readable if not os.path.isfile(p)):
+            raise InputError(f"{lost} is no file, or a link to nothing; mend it or take it away")
         if not readable:
             raise InputError(
                 f"{path} holds nothing to read; expected files that end in {', '.join(SUFFIXES)}"
@@ -65,8 +70,12 @@ def source_files(source: str) -> list[Path] | None:
 
 def files_below(folder: Path) -> list[Path]:
     """All files in a folder and those below it, sorted. Links are followed, but no folder is read twice."""
+
+    def refuse(error: OSError):
+        raise InputError(f"{error.filename} cannot be searched for files ({error.strerror})") from error
+
     files, seen = [], set()
-    for place, folders, names in os.walk(folder, followlinks=True):
+    for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         here = os.stat(place)
         if (here.st_dev, here.st_ino) in seen:
             folders.clear()
@@ -83,13 +92,26 @@ def read_txt(path: Path) -> Iterator[dict]:
             yield {"text": piece + file.readline(TXT_PIECE)}
 
 
-def read_parquet(path: Path) -> Iterator[dict]:
+def read_parquet(path: Path) -> Iterator[dict | ValueError]:
+    """The rows; a ValueError for one whose text is no UTF-8."""
     import pyarrow.parquet
 
     # pyarrow would by default keep all that it has read ahead, in the end the whole file
     file = pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20)
     for batch in file.iter_batches(batch_size=256):
-        yield from batch.to_pylist()
+        try:
+            rows = batch.to_pylist()
+        except UnicodeDecodeError:
+            rows = [parquet_row(batch, i) for i in range(len(batch))]
+        yield from rows
+
+
+def parquet_row(batch, i: int) -> dict | ValueError:
+    """One row of a batch, or the error that it holds no UTF-8."""
+    try:
+        return batch.slice(i, 1).to_pylist()[0]
+    except UnicodeDecodeError as error:
+        return error
 
 
 def read_jsonl(path: Path) -> Iterator:
@@ -144,12 +166,12 @@ def hub_rows(source: str, name: str, split: str) -> Iterator[tuple[dict, str]]:
 def column_of(row: dict, column: str) -> object:
     """The value in a row's column; ValueError, with the reason, for a row without it."""
     if isinstance(row, ValueError):
-        raise ValueError(f"it is no JSON ({one_line(row)})")
+        raise ValueError(f"it is damaged ({one_line(row)})")
     if not isinstance(row, dict):
         raise ValueError(f"it is {type(row).__name__}, not a JSON object")
     if column not in row:
         raise ValueError(
-            f"it has no column {column!r}, but {', '.join(map(repr, row))}; name one with --column"
+            f"it has no column {column!r}, only {', '.join(map(repr, row)) or 'none'}; name one with --column"
         )
     return row[column]
 

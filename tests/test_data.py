@@ -38,6 +38,14 @@ def test_a_shard_is_256_int32_with_magic_version_and_count_then_ids_little_endia
     assert writer.totals == {"documents": 1, "tokens": 7, "bytes": 11}
 
 
+@pytest.mark.parametrize("version, id", [(1, 65_536), (2, 2**32), (1, -1)])
+def test_an_id_that_its_type_cannot_hold_is_never_written(tmp_path, version, id):
+    writer = ShardWriter(tmp_path, "train", version=version, shard_tokens=4)
+    with pytest.raises(AssertionError):
+        writer.append(np.array([0, id]), 1)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_shards_of_llm_c_without_manifest_are_read_with_a_tokenizer_given_and_refused_without(
     tmp_path, tokenizer, tokenizer_dir
 ):
@@ -151,6 +159,13 @@ def test_a_batch_s_rows_are_the_windows_asked_for_in_that_order(data_dir):
     picks = batch_order(0, 2, 50, len(loader))
     for rows, all_rows in zip(loader.read(picks), everything):
         assert rows.tolist() == all_rows[picks].tolist() and rows.dtype == all_rows.dtype
+
+
+def test_only_the_manifest_s_shards_are_read_whatever_else_lies_there(copied):
+    before = [len(TokenLoader(copied, split, 16, 320)) for split in ("train", "val")]
+    write_shard(copied / "train_000099.bin", [319] * 100)
+    (copied / "val_labels.bin").write_bytes(b"mine")
+    assert [len(TokenLoader(copied, split, 16, 320)) for split in ("train", "val")] == before
 
 
 def test_a_token_id_beyond_the_vocabulary_is_refused_with_id_size_and_file(tmp_path):

@@ -1,7 +1,6 @@
 """The order in which data are read, for any stops and ranks."""
 
 import itertools
-import time
 from collections import Counter
 
 import numpy as np
@@ -177,16 +176,6 @@ def test_finding_a_step_takes_the_same_work_at_any_position_of_any_corpus(monkey
     # six rounds; of the numbers that a Feistel network permutes at least a quarter are below n
     assert max(work.values()) < 512 * 6 * 4 * 1.5, work
     assert max(work.values()) < 4 * min(work.values()), work
-
-
-def test_finding_step_ten_million_of_a_huge_corpus_takes_milliseconds():
-    times = []
-    for trial in range(5):
-        began = time.perf_counter()
-        batch_order(trial, 10_000_000, 512, 10**8)
-        times.append(time.perf_counter() - began)
-    print(f"a step's 512 of 10^8 windows in {1000 * sorted(times)[2]:.2f} ms")
-    assert min(times) < 1
 
 
 @given(st.integers(1, 3000), st.integers(0, 2**64 - 1))

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,17 @@ def test_ids_are_uint32_as_soon_as_the_vocabulary_is_above_65535(
     assert len(big) == vocab_size
     assert read_ids(tmp_path / "out", "train") == [0, vocab_size - 1] * len(TEXTS)
     assert (tmp_path / "out/train_000000.bin").read_bytes()[4] == version
+
+
+def test_an_id_beyond_the_tokenizers_length_is_stored_as_it_is(tmp_path, monkeypatch, source):
+    sparse = Tokenizer(
+        models.WordLevel({**{t: i for i, t in enumerate(SPECIALS)}, "?": 70_000}, unk_token="?")
+    )
+    sparse = PreTrainedTokenizerFast(tokenizer_object=sparse)
+    monkeypatch.setattr(prepare_data, "load_tokenizer", lambda name: tokenization.with_chatml(sparse))
+    out = prepare(tmp_path / "out", source, "sparse", val_fraction=0.0)
+    assert len(sparse) == 4 and read_ids(out, "train") == [0, 70_000] * len(TEXTS)
+    assert json.loads((out / "manifest.json").read_text())["vocab_size"] == 70_001
 
 
 def test_decoded_shards_are_the_documents_in_order_each_behind_endoftext(tmp_path, tokenizer, tokenizer_dir):
@@ -169,37 +181,62 @@ def test_stopped_after_shards_finished_since_the_last_place_to_continue_from_giv
     assert contents(prepare(out, source, tokenizer_dir)) == contents(prepared)
 
 
-@pytest.mark.parametrize("changes", [{}, {"max_tokens": 1500}], ids=str)
-def test_killed_at_any_file_operation_and_continued_gives_identical_bytes(
-    tmp_path, monkeypatch, source, tokenizer_dir, often, changes
-):
-    """Before each operation the folder is copied: what a killed process, its buffers lost, would leave."""
-    out, points = tmp_path / "out", []
+@contextmanager
+def copied_at_each_operation(monkeypatch, out: Path, folder: Path):
+    """Copies a folder to folder/0, 1, … before each file operation of the block; yields the operations."""
+    points = []
 
     def copying(name, real):
-        def operation(*arguments):
+        def operation(*arguments, **keywords):
             if out.exists():
+                shutil.copytree(out, folder / str(len(points)))
                 points.append(f"{len(points)}, {name} {str(arguments[0]).removeprefix(str(out))}")
-                shutil.copytree(out, tmp_path / str(len(points) - 1))
-            return real(*arguments)
+            return real(*arguments, **keywords)
 
         return operation
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", copying("fsync", lambda descriptor: None))
         patch.setattr(prepare_data, "encode", copying("encode", encode))
-        for name in ("replace", "rename", "unlink"):
+        for name in ("replace", "unlink"):
             patch.setattr(Path, name, copying(name, getattr(Path, name)))
+        patch.setattr(shutil, "rmtree", copying("rmtree", shutil.rmtree))
+        yield points
+
+
+@pytest.mark.parametrize("changes", [{}, {"max_tokens": 1500}], ids=str)
+def test_killed_at_any_file_operation_and_continued_gives_identical_bytes(
+    tmp_path, monkeypatch, source, tokenizer_dir, often, changes
+):
+    """Before each operation the folder is copied: what a killed process, its buffers lost, would leave."""
+    out = tmp_path / "out"
+    with copied_at_each_operation(monkeypatch, out, tmp_path) as points:
         prepare(out, source, tokenizer_dir, **changes)
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     expected, different = contents(out), []
     for i, point in enumerate(points):
-        found = contents(prepare(tmp_path / str(i), source, tokenizer_dir, **changes))
-        if found != expected:
+        again = contents(prepare(tmp_path / str(i), source, tokenizer_dir, **changes))
+        if again != expected:
             different.append(
-                (point, sorted(k for k in {**found, **expected} if found.get(k) != expected.get(k)))
+                (point, sorted(k for k in {**again, **expected} if again.get(k) != expected.get(k)))
             )
     assert len(points) > 20 and not different
+
+
+def test_killed_at_any_file_operation_while_damage_is_mended_the_next_run_mends_it(
+    tmp_path, monkeypatch, copied, source, tokenizer_dir, often, prepared
+):
+    last = {split: max(path.name for path in copied.glob(f"{split}_*.bin")) for split in ("train", "val")}
+    for name in ("train_000000.bin", *last.values()):  # the writers stand in the last two until the end
+        (copied / name).write_bytes((copied / name).read_bytes()[:-1] + b"x")
+    (copied / "tokenizer" / "tokenizer.json").write_text("{}")
+    with copied_at_each_operation(monkeypatch, copied, tmp_path) as points:
+        prepare(copied, source, tokenizer_dir)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    assert len(points) > 20 and contents(copied) == contents(prepared)
+    for i, point in enumerate(points):
+        assert contents(prepare(tmp_path / str(i), source, tokenizer_dir)) == contents(prepared), point
+        assert not (tmp_path / str(i) / ".again").exists(), point
 
 
 def test_a_trained_tokenizer_survives_the_stop(tmp_path, monkeypatch, source, often):
@@ -443,6 +480,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
         "train_images.bin",
         "val_labels.bin",
         "train_000000.bin",
+        "val_000000.bin.partial",
         "tokenizer/my_notes.txt",
         "tokenizer/tokenizer.json",
     ],
@@ -464,9 +502,11 @@ def test_files_of_others_beside_a_preparation_stay_when_it_continues(
 ):
     out = tmp_path / "out"
     stopped(monkeypatch, "encode", 6, out, source, tokenizer_dir)
-    mine = {"train_images.bin", "val_labels.bin", "train_000009.txt"}
+    mine = {"train_images.bin", "val_labels.bin", "train_000009.txt", "tokenizer/my_notes.txt"}
     for name in mine:
         (out / name).write_bytes(b"mine")
+    prepare(out, source, tokenizer_dir)
+    (out / "tokenizer" / "tokenizer.json").unlink()
     prepare(out, source, tokenizer_dir)
     assert all((out / name).read_bytes() == b"mine" for name in mine)
     assert {k: v for k, v in contents(out).items() if k not in mine} == contents(prepared)
@@ -511,6 +551,31 @@ def test_a_damaged_preparation_that_cannot_be_made_again_keeps_all_it_has(
         prepare(copied, source, tokenizer)
     gc.collect()
     assert contents(copied) == before
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "closed"])
+def test_a_folder_that_cannot_be_made_or_written_to_is_one_sentence(
+    place, tmp_path, monkeypatch, source, tokenizer_dir
+):
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.setattr(os, "access", lambda *_: False)  # the tests may run as root
+    match = f"{place} cannot be {'written to' if place == 'closed' else 'made a folder'}.*choose another"
+    refused(match, prepare, tmp_path / place, source, tokenizer_dir)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "flag, value, match",
+    [
+        *((name, " ", f"--{name}= is empty") for name in ("split", "column", "tokenizer", "out_dir")),
+        ("vocab_size", 10**20, "expected at most"),
+        ("workers", 10**6, "--workers=1000000: expected at most 1024"),
+        ("max_bad_rows", 1.5, "--max_bad_rows=1.5: expected a share"),
+    ],
+)
+def test_a_flag_that_can_mean_nothing_is_refused_before_anything_is_read(flag, value, match, monkeypatch):
+    monkeypatch.setattr(prepare_data, "source_files", None)  # not called
+    refused(match, prepare_data.main, prepare_data.Config(**{flag: value}))
 
 
 def test_a_second_preparation_in_the_same_folder_is_refused_while_the_first_runs(

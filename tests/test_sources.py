@@ -184,7 +184,11 @@ BAD_SOURCES = {
     "empty parquet": (raw("a.parquet", b""), r"a.parquet cannot be read"),
     "no such column": (
         raw("a.jsonl", b'{"body": "x", "id": 1}\n'),
-        r"row 1 of .*no column 'text', but 'body', 'id'",
+        r"row 1 of .*no column 'text', only 'body', 'id'",
+    ),
+    "no columns": (
+        raw("a.jsonl", b"{}\n"),
+        r"row 1 of .*no column 'text', only none; name one with --column",
     ),
     "not a string": (raw("a.jsonl", GOOD + b'{"text": 5}\n'), r"row 3 of .*'text' is int, not str"),
     "null": (raw("a.jsonl", GOOD + b'{"text": null}\n'), r"row 3 of .*'text' is NoneType, not str"),
@@ -192,7 +196,7 @@ BAD_SOURCES = {
     "invalid JSON": (raw("a.jsonl", GOOD + b'{"text": "cut\n'), r"row [23].*a.jsonl|a.jsonl.*row [23]"),
     "jsonl in Latin-1": (
         raw("a.jsonl", GOOD + b'{"text": "caf\xe9"}\n'),
-        r"row 3 of .*a.jsonl: it is no JSON .*utf-8",
+        r"row 3 of .*a.jsonl: it is damaged .*utf-8",
     ),
     "txt in Latin-1": (raw("a.txt", b"caf\xe9\n"), r"a.txt cannot be read.*utf-8"),
     "half of a surrogate pair": (raw("a.jsonl", GOOD + b'{"text": "x\\ud800"}\n'), r"row 3 of .*a.jsonl"),
@@ -258,3 +262,36 @@ def test_linked_folders_are_read_once_and_circles_end(tmp_path):
     (outside / "circle").symlink_to(inside)
     names = [path.name for path in sources.source_files(str(inside))]
     assert sorted(names) == ["in.txt", "out.txt"]
+
+
+def test_a_link_to_nothing_is_refused_by_name(tmp_path):
+    (tmp_path / "a.txt").write_text("x")
+    (tmp_path / "b.txt").symlink_to(tmp_path / "gone")
+    refused("b.txt is no file, or a link to nothing", sources.source_files, str(tmp_path))
+
+
+def test_a_folder_that_cannot_be_searched_is_refused_and_not_passed_over(tmp_path, monkeypatch):
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open" / "a.txt").write_text("x")
+    (tmp_path / "closed").mkdir()
+    scandir = os.scandir
+
+    def guarded(path):
+        if Path(path).name == "closed":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", guarded)
+    refused("closed cannot be searched for files .Permission denied", sources.source_files, str(tmp_path))
+
+
+def test_a_parquet_row_that_is_no_utf8_is_one_bad_row(tmp_path):
+    raw = [b"one", b"caf\xe9", b"three"] * 100
+    buffers = pyarrow.array(raw, pyarrow.binary()).buffers()
+    column = pyarrow.Array.from_buffers(pyarrow.string(), len(raw), buffers)
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
+    config = prepare_config(tmp_path, tmp_path / "a.parquet", "", max_bad_rows=0.4)
+    bad_rows = sources.BadRows(0.4)
+    assert list(prepare_data.documents(config, bad_rows)) == ["one", "three"] * 100
+    assert bad_rows.bad == 100 and bad_rows.rows == 300
+    assert "row 2 of" in bad_rows.first and "'utf-8' codec" in bad_rows.first
