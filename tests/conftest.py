@@ -238,7 +238,8 @@ def result_of(out_dir: Path) -> dict[str, bytes]:
         for name, entries in state.pop("optimizer").items()
         for key, value in entries.items()
     }
-    state["config"] = {k: v for k, v in state["config"].items() if k not in ("out_dir", "resume")}
+    paths = ("out_dir", "cache_dir", "resume")
+    state["config"] = {k: v for k, v in state["config"].items() if k not in paths}
     rows = [
         {k: v for k, v in row.items() if k not in ("tokens_per_second", "save_seconds")}
         for row in read_records(out_dir / "metrics.jsonl")

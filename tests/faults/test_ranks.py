@@ -126,7 +126,7 @@ def test_ranks_without_a_common_folder_do_not_train(data_dir, tmp_path, fresh):
     assert not any(fresh.submit(planted.forked, "pretrain_gpt", config, 2).result(90)[0])
     codes, log, _ = fresh.submit(planted.forked, "pretrain_gpt", config, 2, (), elsewhere).result(90)
     assert codes[1] == 1 and codes[0] != 0, log
-    assert "rank 1 does not see" in log and "has to be one folder for all machines" in log, log
+    assert "rank 1 does not see" in log and "have to be one folder each for all machines" in log, log
 
 
 def elsewhere(out_dir: Path) -> None:
