@@ -169,7 +169,7 @@ def test_rows_of_a_file_that_hold_no_text_are_skipped_and_a_missing_column_is_na
     ]
     assert sum(skipped["count"] for skipped in prepare(found, tokenizer, tmp_path / "data")["skipped"]) == 2
     wrong = sft_gpt.conversations(sft_config("", path, "", column="dialogue"))
-    with pytest.raises(InputError, match=r"nothing is left .* no column 'dialogue', but 'messages'"):
+    with pytest.raises(InputError, match=r"nothing is left .* no column 'dialogue', only 'messages'"):
         prepare(wrong, tokenizer, tmp_path / "other")
     limits = {"max_length": 64, "val_fraction": 0.5, "max_bad_rows": 0.03}
     with pytest.raises(
