@@ -3,6 +3,7 @@
 P pairs in a micro-batch, T tokens.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
@@ -73,8 +74,8 @@ def prepare_pairs(
         header = len(ids) - 1 - ids[::-1].index(turns[0])  # of the last message
         return [IGNORE] * header + labels[header:]
 
-    def examples() -> Iterator[Example]:
-        for batch in batched(rows):
+    def examples(start: int) -> Iterator[Example]:
+        for batch in batched(itertools.islice(rows, start, None)):
             pairs = [conversations(row) for row, _ in batch]
             reasons = [why_incomparable(*pair) for pair in pairs]
             usable = [side for pair, reason in zip(pairs, reasons) if reason is None for side in pair]
@@ -104,7 +105,7 @@ def prepare_pairs(
                     answer_tokens=answer_tokens,
                 )
 
-    return write_examples(folder, examples(), val_fraction, max_bad_rows)
+    return write_examples(folder, examples, val_fraction, max_bad_rows)
 
 
 def pair_batches(

@@ -1,6 +1,11 @@
-"""The order in which training reads its samples: a pure function of (seed, step)."""
+"""Which samples a step reads, and which conversations share a row: pure functions of a seed."""
+
+from bisect import bisect_left, insort
+from collections import defaultdict
 
 import numpy as np
+
+from common import InputError
 
 
 def mix(x: np.ndarray, key: int) -> np.ndarray:
@@ -39,3 +44,37 @@ def batch_order(seed: int, step: int, batch_size: int, n: int) -> np.ndarray:
         key = int(mix(np.array([epoch], np.uint64), int(mix(np.array([seed % 2**64], np.uint64), 0)[0]))[0])
         order[here] = shuffled(positions[here] % n, n, key)
     return order
+
+
+def pack(lengths: np.ndarray, capacity: int, order: np.ndarray | None = None) -> list[list[int]]:
+    """Rows of conversations whose lengths sum to at most capacity, by best-fit decreasing.
+
+    The longest first, each goes into the row that it fills best; `order` settles which comes first among
+    equals.
+
+        pack([5, 3, 3, 2], 8) -> [[0, 1], [2, 3]]
+    """
+    lengths = np.asarray(lengths)
+    if len(lengths) and lengths.max() > capacity:
+        raise InputError(f"a conversation of {lengths.max()} tokens does not fit into a row of {capacity}")
+    order = np.arange(len(lengths)) if order is None else order
+    rows: list[list[int]] = []
+    rows_with_room = defaultdict(list)  # free tokens -> rows
+    rooms: list[int] = []  # its keys that have rows, sorted
+    for i in order[np.argsort(-lengths[order], kind="stable")].tolist():
+        length = int(lengths[i])
+        k = bisect_left(rooms, length)
+        if k == len(rooms):
+            row, room = len(rows), capacity
+            rows.append([])
+        else:
+            room = rooms[k]
+            row = rows_with_room[room].pop()
+            if not rows_with_room[room]:
+                del rooms[k]
+        rows[row].append(i)
+        if room > length:
+            if not rows_with_room[room - length]:
+                insort(rooms, room - length)
+            rows_with_room[room - length].append(row)
+    return rows

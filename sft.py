@@ -11,19 +11,20 @@ B rows, T tokens in a row, C hidden size.
 
 import itertools
 import shutil
+import time
 from array import array
-from bisect import bisect_left, insort
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from common import IGNORE, InputError, locked, read_json, sync_to_disk, write_json
+from common import IGNORE, InputError, locked, read_json, replace_file, sync_to_disk, write_json
 from distributed import Ranks
-from order import batch_order
+from order import batch_order, pack
 from sources import BadRows, half_surrogate, hash_fraction
 from tokenization import TURN_END, TURN_START, encode, encode_after_newline
 
@@ -160,26 +161,41 @@ class SFTDataset:
 
 
 class Writer:
-    """Appends rendered conversations to the folder of an SFTDataset."""
+    """Appends rendered conversations to the folder of an SFTDataset, behind the first `count` there."""
 
-    def __init__(self, folder: Path):
-        folder.mkdir(parents=True)
+    def __init__(self, folder: Path, count: int):
+        folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.offsets = folder, array("q", [0])
-        self.files = [open(folder / name, "wb") for name in ("ids.bin", "trained.bin")]
+        if count:
+            self.offsets = array("q", np.load(folder / "offsets.npy")[: count + 1].tolist())
+        self.files = {}
+        for name, size in (("ids.bin", 4), ("trained.bin", 1)):
+            self.files[name] = open(folder / name, "ab")
+            self.files[name].truncate(self.offsets[-1] * size)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
 
     def append(self, ids: list[int], labels: list[int]) -> None:
         ids, labels = (np.frombuffer(array("i", values), np.int32) for values in (ids, labels))
-        for file, values in zip(self.files, (ids, labels != IGNORE)):
-            file.write(values)
+        self.files["ids.bin"].write(ids)
+        self.files["trained.bin"].write(labels != IGNORE)
         self.offsets.append(self.offsets[-1] + len(ids))
 
+    def flush(self) -> None:
+        """Bring all that was appended to the disk itself: the note that is written next vouches for it."""
+        for file in self.files.values():
+            file.flush()
+            sync_to_disk(Path(file.name))
+        content = BytesIO()
+        np.save(content, np.array(self.offsets, np.int64))
+        replace_file(self.folder / "offsets.npy", content.getvalue())
+        sync_to_disk(self.folder)
+
     def close(self) -> None:
-        """Complete the dataset, on the disk itself: the report that is written next vouches for it."""
-        np.save(self.folder / "offsets.npy", np.array(self.offsets, np.int64))
-        for file in self.files:
+        self.flush()
+        for file in self.files.values():
             file.close()
-        for path in (*self.folder.iterdir(), self.folder):
-            sync_to_disk(path)
 
 
 def first_question(messages: list[dict]) -> str:
@@ -216,8 +232,8 @@ def prepare_conversations(
     if overlong != "drop":
         too_long = f"no answer begins within {max_length} tokens"
 
-    def examples() -> Iterator[Example]:
-        for rows in batched(conversations):
+    def examples(start: int) -> Iterator[Example]:
+        for rows in batched(itertools.islice(conversations, start, None)):
             reasons = [why_unusable(messages) for messages, _ in rows]
             usable = [messages for (messages, _), reason in zip(rows, reasons) if reason is None]
             rendered = iter(render_batch(usable, tokenizer))
@@ -237,7 +253,7 @@ def prepare_conversations(
                     answer_tokens=trained_tokens(labels),
                 )
 
-    return write_examples(folder, examples(), val_fraction, max_bad_rows)
+    return write_examples(folder, examples, val_fraction, max_bad_rows)
 
 
 def batched(rows: Iterable, size: int = 1000) -> Iterator[list]:
@@ -252,12 +268,16 @@ def trained_tokens(labels: Sequence[int]) -> int:
 
 
 def write_examples(
-    folder: str | Path, examples: Iterable[Example], val_fraction: float, max_bad_rows: float = 1.0
+    folder: str | Path,
+    examples: Callable[[int], Iterable[Example]],
+    val_fraction: float,
+    max_bad_rows: float = 1.0,
 ) -> dict:
     """Write the datasets folder/train and folder/val in one pass, in constant memory; returns the report.
 
-    A folder appears whole, under a lock: of two runs that want the same one, the second waits and finds it.
-    Then no example is read. Raises InputError as `write_splits` does.
+    `examples` gives those of the source's rows from one on. A folder appears whole, under a lock: of two runs
+    that want the same one, the second waits and finds it. Then no example is read. After a crash the next run
+    goes on from the last note. Raises InputError as `write_splits` does.
     """
     folder = Path(folder)
     if not (folder / "report.json").exists():
@@ -265,7 +285,6 @@ def write_examples(
         with locked(folder.with_name(f".{folder.name}.lock")):
             if not (folder / "report.json").exists():
                 partial = folder.with_name(f".{folder.name}.partial")
-                shutil.rmtree(partial, ignore_errors=True)
                 shutil.rmtree(folder, ignore_errors=True)
                 write_splits(partial, examples, val_fraction, max_bad_rows)
                 partial.rename(folder)
@@ -273,41 +292,53 @@ def write_examples(
     return read_json(folder / "report.json")
 
 
-def write_splits(folder: Path, examples: Iterable[Example], val_fraction: float, max_bad_rows: float) -> None:
-    """Write folder/train, folder/val and the report on them.
+SECONDS_BETWEEN_NOTES = 30  # of rendering that a crash can lose
+NEW_NOTE = {
+    "rows": 0,  # of the source that are done
+    "counts": {"examples": 0, "tokens": 0, "trained_tokens": 0, "lost_tokens": 0, "cut": 0},
+    "skipped": {},  # reason: how many rows, and where the first one is
+    "questions": [],  # the first that are held out
+    "bad_rows": [0, 0, ""],  # BadRows' rows, bad and first
+    "written": {"train": 0, "val": 0},  # conversations
+}
+
+
+def write_splits(
+    folder: Path, examples: Callable[[int], Iterable[Example]], val_fraction: float, max_bad_rows: float
+) -> None:
+    """Write folder/train, folder/val and the report on them, from where the note in the folder stands.
 
     All examples with one question fall on one side, by its hash. Examples without pieces are counted, and the
     first of each kind is named. Raises InputError when a side is left empty, or when more than a share of
     max_bad_rows of the rows is unusable, whatever its length.
     """
-    writers = {split: Writer(folder / split) for split in ("train", "val")}
-    counts = Counter({"examples": 0, "tokens": 0, "trained_tokens": 0, "lost_tokens": 0, "cut": 0})
-    skipped, first, questions, bad_rows = Counter(), {}, {}, BadRows(max_bad_rows)
-    for example in examples:
-        if example.unusable:
-            bad_rows.skip(example.where, example.why_skipped)
-        else:
-            bad_rows.good()
-        if example.why_skipped:
-            skipped[example.why_skipped] += 1
-            first.setdefault(example.why_skipped, example.where)
-            counts["lost_tokens"] += example.answer_tokens
-            continue
+    path = folder / "progress.json"
+    note = read_json(path) if path.exists() else NEW_NOTE
+    writers = {split: Writer(folder / split, note["written"][split]) for split in ("train", "val")}
+    counts, skipped = Counter(note["counts"]), dict(note["skipped"])
+    questions, bad_rows = dict.fromkeys(note["questions"]), BadRows(max_bad_rows)
+    bad_rows.rows, bad_rows.bad, bad_rows.first = note["bad_rows"]
+    noted = time.monotonic()
+    for rows, example in enumerate(examples(note["rows"]), note["rows"] + 1):
+        count_example(example, counts, skipped, bad_rows)
         held_out = hash_fraction(example.question) < val_fraction
-        if held_out and len(questions) < QUESTIONS_KEPT:
+        if held_out and example.pieces and len(questions) < QUESTIONS_KEPT:
             questions[example.question] = None
-        kept = 0
-        for ids, labels in example.pieces:
-            writers["val" if held_out else "train"].append(ids, labels)
-            kept += trained_tokens(labels)
-            counts["tokens"] += len(ids)
-        lost = max(0, example.answer_tokens - kept)
-        counts.update(examples=1, trained_tokens=kept, lost_tokens=lost, cut=lost > 0)
+        for piece in example.pieces:
+            writers["val" if held_out else "train"].append(*piece)
+        if time.monotonic() - noted >= SECONDS_BETWEEN_NOTES:
+            for writer in writers.values():
+                writer.flush()
+            note = {"rows": rows, "counts": counts, "skipped": skipped, "questions": list(questions)}
+            note["bad_rows"] = [bad_rows.rows, bad_rows.bad, bad_rows.first]
+            write_json(path, note | {"written": {split: len(w) for split, w in writers.items()}})
+            noted = time.monotonic()
     for writer in writers.values():
         writer.close()
-    reasons = [{"count": n, "reason": reason, "first": first[reason]} for reason, n in skipped.most_common()]
+    ordered = sorted(skipped.items(), key=lambda item: -item[1][0])
+    reasons = [{"count": n, "reason": reason, "first": first} for reason, (n, first) in ordered]
     detail = "; ".join(f"{r['count']} skipped, {r['reason']} ({r['first']})" for r in reasons)
-    sizes = {split: len(writer.offsets) - 1 for split, writer in writers.items()}
+    sizes = {split: len(writer) for split, writer in writers.items()}
     if not sizes["train"] and sizes["val"]:
         raise InputError(f"all of {counts['examples']} rows are held out; lower --val_fraction")
     if not sizes["train"]:
@@ -320,6 +351,24 @@ def write_splits(folder: Path, examples: Iterable[Example], val_fraction: float,
         )
     report = {**sizes, **counts, "skipped": reasons, "questions": [q for q in questions if q]}
     write_json(folder / "report.json", report)
+    path.unlink(missing_ok=True)
+
+
+def count_example(example: Example, counts: Counter, skipped: dict, bad_rows: BadRows) -> None:
+    """Add an example to the report's numbers; InputError from bad_rows."""
+    if example.unusable:
+        bad_rows.skip(example.where, example.why_skipped)
+    else:
+        bad_rows.good()
+    if example.why_skipped:
+        count, first = skipped.get(example.why_skipped, (0, example.where))
+        skipped[example.why_skipped] = count + 1, first
+        counts["lost_tokens"] += example.answer_tokens
+        return
+    kept = sum(trained_tokens(labels) for _, labels in example.pieces)
+    lost = max(0, example.answer_tokens - kept)
+    counts["tokens"] += sum(len(ids) for ids, _ in example.pieces)
+    counts.update(examples=1, trained_tokens=kept, lost_tokens=lost, cut=lost > 0)
 
 
 def preparation_notes(report: dict, max_length: int) -> list[str]:
@@ -334,40 +383,6 @@ def preparation_notes(report: dict, max_length: int) -> list[str]:
 
 
 # -- packing -------------------------------------------------------------------------------------------------
-
-
-def pack(lengths: np.ndarray, capacity: int, order: np.ndarray | None = None) -> list[list[int]]:
-    """Rows of conversations whose lengths sum to at most capacity, by best-fit decreasing.
-
-    The longest first, each goes into the row that it fills best; `order` settles which comes first among
-    equals.
-
-        pack([5, 3, 3, 2], 8) -> [[0, 1], [2, 3]]
-    """
-    lengths = np.asarray(lengths)
-    if len(lengths) and lengths.max() > capacity:
-        raise InputError(f"a conversation of {lengths.max()} tokens does not fit into a row of {capacity}")
-    order = np.arange(len(lengths)) if order is None else order
-    rows: list[list[int]] = []
-    rows_with_room = defaultdict(list)  # free tokens -> rows
-    rooms: list[int] = []  # its keys that have rows, sorted
-    for i in order[np.argsort(-lengths[order], kind="stable")].tolist():
-        length = int(lengths[i])
-        k = bisect_left(rooms, length)
-        if k == len(rooms):
-            row, room = len(rows), capacity
-            rows.append([])
-        else:
-            room = rooms[k]
-            row = rows_with_room[room].pop()
-            if not rows_with_room[room]:
-                del rooms[k]
-        rows[row].append(i)
-        if room > length:
-            if not rows_with_room[room - length]:
-                insort(rooms, room - length)
-            rows_with_room[room - length].append(row)
-    return rows
 
 
 class PackedLoader:
@@ -421,17 +436,6 @@ class PackedLoader:
                 lengths = [(number, [len(ids) for ids, _ in row]) for number, row in some]
                 batch["noise"] = torch.stack([noise(*pair) for pair in lengths])
             yield {name: tensor.to(ranks.device) for name, tensor in batch.items()}
-
-
-def neftune_noise(lengths: Sequence[int], T: int, C: int, *, alpha: float, seed: int) -> torch.Tensor:
-    """Noise (T, C) for the embeddings of a row of conversations: uniform in ± alpha / sqrt(L C) for one of L
-    tokens (Jain et al. 2023, https://arxiv.org/abs/2310.05914), the same wherever the row is trained."""
-    noise = torch.rand(T, C, generator=torch.Generator().manual_seed(seed)) * 2 - 1
-    scale = torch.zeros(T, 1)
-    scale[: sum(lengths), 0] = torch.tensor(
-        [(length * C) ** -0.5 for length in lengths for _ in range(length)]
-    )
-    return noise * (alpha * scale)
 
 
 def collate(

@@ -10,10 +10,12 @@ B rows in a micro-batch, T tokens in a row.
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+
+import torch
 
 from answers import record_answers, side_by_side
 from checkpoint import open_model, told_name, too_many_bad_steps
@@ -22,15 +24,7 @@ from distributed import Ranks, join_ranks, wrap
 from gpt import has_varlen
 from optim import make_optimizer, schedule, set_learning_rate
 from resume import lock_and_resume, starting_point
-from sft import (
-    OVERLONG,
-    PackedLoader,
-    SFTDataset,
-    neftune_noise,
-    preparation_notes,
-    prepare_conversations,
-    row_length,
-)
+from sft import OVERLONG, PackedLoader, SFTDataset, preparation_notes, prepare_conversations, row_length
 from sources import column_of, source_rows
 from tokenization import tokenizer_fingerprint
 from training import Prefetcher, check_settings, evaluate, forward_backward, open_records
@@ -104,6 +98,17 @@ def conversations(config: Config) -> Iterator[tuple[list[dict], str]]:
             yield column_of(row, config.column), where
         except ValueError as error:
             yield error, where
+
+
+def neftune_noise(lengths: Sequence[int], T: int, C: int, *, alpha: float, seed: int) -> torch.Tensor:
+    """Noise (T, C) for the embeddings of a row of conversations: uniform in ± alpha / sqrt(L C) for one of L
+    tokens (Jain et al. 2023, https://arxiv.org/abs/2310.05914), the same wherever the row is trained."""
+    noise = torch.rand(T, C, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    scale = torch.zeros(T, 1)
+    scale[: sum(lengths), 0] = torch.tensor(
+        [(length * C) ** -0.5 for length in lengths for _ in range(length)]
+    )
+    return noise * (alpha * scale)
 
 
 def step_noise(config: Config, step: int, T: int, C: int) -> Callable | None:

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 import order
 import sft
+from common import InputError
 from data import TokenLoader
 from distributed import Ranks
-from order import batch_order
+from order import batch_order, pack
 
 
 def sequence(seed: int, batch: int, n: int, length: int) -> list[int]:
@@ -181,3 +182,21 @@ def test_finding_a_step_takes_the_same_work_at_any_position_of_any_corpus(monkey
 @given(st.integers(1, 3000), st.integers(0, 2**64 - 1))
 def test_the_keyed_shuffle_is_a_permutation(n, key):
     assert sorted(order.shuffled(np.arange(n), n, key)) == list(range(n))
+
+
+@given(st.data())
+@settings(max_examples=100, deadline=None)
+def test_the_packer_loses_nothing_repeats_nothing_and_overfills_nothing(data):
+    capacity = data.draw(st.sampled_from([64, 200, 512, 2048]))
+    lengths = np.array(data.draw(st.lists(st.integers(1, capacity), max_size=80)), np.int64)
+    order = np.random.default_rng(0).permutation(len(lengths))
+    rows = pack(lengths, capacity, order)
+    assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
+    assert all(row and lengths[row].sum() <= capacity for row in rows)
+    fills = sorted(lengths[row].sum() for row in rows)
+    assert len(fills) < 2 or fills[0] + fills[1] > capacity  # no two rows would fit into one
+
+
+def test_the_packer_refuses_what_no_row_can_hold():
+    with pytest.raises(InputError, match="65 tokens does not fit into a row of 64"):
+        pack(np.array([3, 65]), 64)

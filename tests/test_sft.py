@@ -16,13 +16,14 @@ import sft
 import sft_gpt
 from common import IGNORE, InputError, read_records
 from distributed import Ranks, wrap
+from order import pack
 from sft import (
     PackedLoader,
     SFTDataset,
     collate,
     cut_to_length,
-    pack,
     prompt_ids,
+    render_batch,
     render_chatml,
     why_unusable,
 )
@@ -178,7 +179,7 @@ def test_rows_of_a_file_that_hold_no_text_are_skipped_and_a_missing_column_is_na
         sft.prepare_conversations(tmp_path / "strict", found, tokenizer, **limits)
 
 
-def test_an_interrupted_preparation_begins_anew_and_a_finished_one_is_read_again(tokenizer, tmp_path):
+def test_an_interrupted_preparation_is_done_again_and_a_finished_one_is_read_again(tokenizer, tmp_path):
     def broken():
         yield from GOOD
         raise KeyboardInterrupt
@@ -191,6 +192,36 @@ def test_an_interrupted_preparation_begins_anew_and_a_finished_one_is_read_again
     rendered = sorted(render_chatml(messages, tokenizer)[0] for messages, _ in GOOD)
     assert sorted(side[i][0].tolist() for side in sides for i in range(len(side))) == rendered
     assert [len(side) for side in sides] == [report["train"], report["val"]]
+
+
+@pytest.mark.parametrize("die_at", [1, 37, 80, 119])
+def test_rendering_goes_on_from_its_last_note_with_the_same_bytes(die_at, tokenizer, tmp_path, monkeypatch):
+    rows = [(conversation(i)["messages"], f"row {i}") for i in range(120)]
+    rows[20:120:30] = [(None, f"row {i}") for i in range(20, 120, 30)]
+    monkeypatch.setattr(sft, "SECONDS_BETWEEN_NOTES", 0)
+    monkeypatch.setattr(sft.batched, "__defaults__", (10,))
+    rendered = []
+
+    def render(conversations, tokenizer):
+        rendered.append(len(conversations))
+        return render_batch(conversations, tokenizer)
+
+    def dies():
+        yield from rows[:die_at]
+        raise KeyboardInterrupt
+
+    whole = prepare(rows, tokenizer, tmp_path / "whole")
+    monkeypatch.setattr(sft, "render_batch", render)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(dies(), tokenizer, tmp_path / "data")
+    before, partial = sum(rendered), tmp_path / ".data.partial"
+    with open(partial / "train" / "ids.bin", "ab") as file:
+        file.write(b"written after the last note")
+    assert prepare(rows, tokenizer, tmp_path / "data") == whole
+    assert sum(rendered) - before < 120 - max(0, die_at - 10)  # all but the last batch was kept
+    for path in (tmp_path / "whole").rglob("*.*"):
+        assert path.read_bytes() == (tmp_path / "data" / path.relative_to(tmp_path / "whole")).read_bytes()
+    assert not partial.exists() and not (tmp_path / "data" / "progress.json").exists()
 
 
 def pieces(messages, tokenizer, max_length: int, overlong: str) -> list[tuple[list[int], list[int]]]:
@@ -289,24 +320,6 @@ def test_the_dataset_on_disk_equals_rendering(tokenizer, tmp_path):
         int((d[i][1] != IGNORE).sum()) for d in sides for i in range(len(d))
     )
     assert report["tokens"] == sum(int(d.offsets[-1]) for d in sides)
-
-
-@given(st.data())
-@settings(max_examples=100, deadline=None)
-def test_the_packer_loses_nothing_repeats_nothing_and_overfills_nothing(data):
-    capacity = data.draw(st.sampled_from([64, 200, 512, 2048]))
-    lengths = np.array(data.draw(st.lists(st.integers(1, capacity), max_size=80)), np.int64)
-    order = np.random.default_rng(0).permutation(len(lengths))
-    rows = pack(lengths, capacity, order)
-    assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
-    assert all(row and lengths[row].sum() <= capacity for row in rows)
-    fills = sorted(lengths[row].sum() for row in rows)
-    assert len(fills) < 2 or fills[0] + fills[1] > capacity  # no two rows would fit into one
-
-
-def test_the_packer_refuses_what_no_row_can_hold():
-    with pytest.raises(InputError, match="65 tokens does not fit into a row of 64"):
-        pack(np.array([3, 65]), 64)
 
 
 def test_every_supervised_token_is_seen_once_an_epoch_whatever_the_ranks(tokenizer, tmp_path):
@@ -480,7 +493,7 @@ def test_gradients_are_the_same_for_any_micro_batch_and_for_two_ranks_of_unequal
 
 def test_neftune_noise_is_uniform_up_to_alpha_over_the_root_of_length_times_width_and_nothing_in_padding():
     lengths, C, alpha = (100, 25), 64, 5.0
-    noise = sft.neftune_noise(lengths, 200, C, alpha=alpha, seed=1)
+    noise = sft_gpt.neftune_noise(lengths, 200, C, alpha=alpha, seed=1)
     at = 0
     for length in lengths:
         bound, part = alpha / (length * C) ** 0.5, noise[at : at + length]
@@ -489,8 +502,8 @@ def test_neftune_noise_is_uniform_up_to_alpha_over_the_root_of_length_times_widt
         assert abs(part.mean()) < 0.05 * bound
         at += length
     assert not noise[at:].any()
-    assert torch.equal(noise, sft.neftune_noise(lengths, 200, C, alpha=alpha, seed=1))
-    assert not torch.equal(noise, sft.neftune_noise(lengths, 200, C, alpha=alpha, seed=2))
+    assert torch.equal(noise, sft_gpt.neftune_noise(lengths, 200, C, alpha=alpha, seed=1))
+    assert not torch.equal(noise, sft_gpt.neftune_noise(lengths, 200, C, alpha=alpha, seed=2))
 
 
 def test_neftune_noise_depends_on_seed_step_and_row_only(tokenizer, tmp_path):
