@@ -7,6 +7,7 @@
 Each comparison runs its candidates in turn, `rounds` times, and prints the median; a warm-up comes first.
 """
 
+import copy
 import math
 import statistics
 import tempfile
@@ -41,7 +42,7 @@ from sft import (
 )
 from sources import hash_fraction
 from tokenization import train_tokenizer
-from training import StepHistory, evaluate, forward_backward
+from training import StepHistory, evaluate, forward_backward, targets_in
 
 
 @dataclass
@@ -130,7 +131,8 @@ def optimizer_of(model: torch.nn.Module, kind: str, config) -> Muon:
 
 def training_step(module, optimizer, batches: list[dict], *, lr_scale: float, ranks: Ranks) -> None:
     """A step as the scripts' loops make it."""
-    loss, grad_norm, _ = forward_backward(module, batches, max_grad_norm=1.0, ranks=ranks)
+    targets = int(sum(targets_in(batch) for batch in batches))
+    loss, grad_norm = forward_backward(module, batches, targets=targets, max_grad_norm=1.0, ranks=ranks)
     set_learning_rate(optimizer, lr_scale)
     if math.isfinite(loss) and math.isfinite(grad_norm):
         optimizer.step()
@@ -189,15 +191,17 @@ def bench_step(config: Config, ranks: Ranks) -> None:
         optimizers[1].step()
         optimizers[1].zero_grad()
 
-    def our_step(module):
+    def our_step(module, optimizer):
         batch = {"input_ids": ids[:, :-1], "targets": ids[:, 1:]}
-        training_step(module, optimizers[0], [batch], lr_scale=1.0, ranks=ranks)
+        training_step(module, optimizer, [batch], lr_scale=1.0, ranks=ranks)
 
     set_learning_rate(optimizers[1], 1.0)
-    compiled = torch.compile(ours)
+    compiled = copy.deepcopy(ours)
+    compiled.compile_blocks()
+    optimizers.append(optimizer_of(compiled, config.optimizer, config))
     candidates = {
-        "GPTModel": lambda: our_step(ours),
-        "GPTModel, compiled": lambda: our_step(compiled),
+        "GPTModel": lambda: our_step(ours, optimizers[0]),
+        "GPTModel, compiled": lambda: our_step(compiled, optimizers[2]),
         f"transformers {fields['architectures'][0]}": their_step,
     }
     title = f"step of {ours.num_parameters():,} parameters, B={B} T={T}, {config.optimizer}"

@@ -223,7 +223,7 @@ class TokenLoader:
         own = windows[ranks.rank :: ranks.world]
         for i in range(0, len(own), micro_batch_size):
             input_ids, targets = self.read(own[i : i + micro_batch_size])
-            yield {"input_ids": input_ids.to(ranks.device), "targets": targets.to(ranks.device)}
+            yield ranks.pin({"input_ids": input_ids, "targets": targets})
 
     def text_bytes(self, windows: Sequence[int], tokenizer) -> int:
         """UTF-8 bytes of the text that these windows' targets spell: what turns nats into bits per byte."""

@@ -106,6 +106,16 @@ class Ranks:
         if self.watchdog:
             self.watchdog.place, self.watchdog.since = place, time.monotonic()
 
+    def pin(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """A batch in host memory that a GPU can read by itself, while Python goes on."""
+        if self.device.type != "cuda":
+            return batch
+        return {name: tensor.pin_memory() for name, tensor in batch.items()}
+
+    def to_device(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """A pinned batch on this rank's device, without waiting for it."""
+        return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+
     def autocast(self):
         """bf16 matrix products on CUDA, fp32 elsewhere."""
         return torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else nullcontext()
@@ -196,25 +206,27 @@ def wrap(model: nn.Module, ranks: Ranks, compile: str) -> nn.Module:
     """The model as a step calls it: compiled ("auto": only on CUDA), gradients averaged over ranks."""
     wanted = compile == "true" or (compile == "auto" and ranks.device.type == "cuda")
     torch._dynamo.config.recompile_limit = 32  # for rows of several lengths, in training and evaluation
-    module = torch.compile(model, dynamic=False) if wanted else model
+    if wanted:
+        model.compile_blocks()
     if ranks.world > 1:
-        module = nn.parallel.DistributedDataParallel(
-            module,
+        return nn.parallel.DistributedDataParallel(
+            model,
             device_ids=[ranks.device.index] if ranks.device.type == "cuda" else None,
             forward_sync_buffers=False,
             gradient_as_bucket_view=True,
         )
-    return module
+    return model
 
 
 class StopSignals:
     """Notes SIGTERM, SIGINT and SIGUSR1 (Slurm's warning), so that a run can finish its step, save and leave.
 
-    A second SIGINT ends the process at once. `close` brings the earlier handlers back.
+    A second SIGINT ends the process at once. `close` brings the earlier handlers back. A stopped run ignores
+    SIGTERM and SIGUSR1 instead: torchrun sends SIGTERM to all ranks as soon as the first one has left.
     """
 
     def __init__(self, ranks: Ranks):
-        self.ranks, self.seen = ranks, set()
+        self.ranks, self.seen, self.stopped = ranks, set(), False
         self.handlers = {
             n: signal.signal(n, self.note) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
         }
@@ -226,8 +238,10 @@ class StopSignals:
 
     def on_any_rank(self) -> bool:
         """Whether a signal reached any rank. All ranks ask together and get the same answer."""
-        return self.ranks.any(self.seen)
+        self.stopped = self.ranks.any(self.seen)
+        return self.stopped
 
     def close(self) -> None:
         for number, handler in self.handlers.items():
-            signal.signal(number, handler)
+            ignored = self.stopped and number != signal.SIGINT
+            signal.signal(number, signal.SIG_IGN if ignored else handler)

@@ -119,7 +119,7 @@ def pair_batches(
         yield [answer for pair in own[i : i + micro_batch_size] for answer in (2 * pair, 2 * pair + 1)]
 
 
-def collate(dataset: SFTDataset, answers: Sequence[int], T: int, device: torch.device) -> dict:
+def collate(dataset: SFTDataset, answers: Sequence[int], T: int) -> dict:
     """Conversations as input_ids and targets, padded to one of four lengths up to T, as each is compiled
     anew. Padding is on the right, where causality hides it."""
     rows = [dataset[answer] for answer in answers]
@@ -130,7 +130,7 @@ def collate(dataset: SFTDataset, answers: Sequence[int], T: int, device: torch.d
     for b, (ids, labels) in enumerate(rows):
         input_ids[b, : len(ids)], targets[b, : len(ids) - 1] = ids, labels[1:]
     batch = {"input_ids": input_ids, "targets": targets}
-    return {name: torch.from_numpy(array).to(device) for name, array in batch.items()}
+    return {name: torch.from_numpy(array) for name, array in batch.items()}
 
 
 def micro_batches(
@@ -139,8 +139,8 @@ def micro_batches(
     """A rank's share of some pairs, `size` at a time, as the keyword arguments of PreferenceModel's
     forward."""
     for answers in pair_batches(dataset, pairs, size, ranks):
-        known = torch.from_numpy(reference[answers]).to(ranks.device)
-        yield collate(dataset, answers, T, ranks.device) | {"reference": known}
+        known = torch.from_numpy(reference[answers])
+        yield ranks.pin(collate(dataset, answers, T) | {"reference": known})
 
 
 def pairs_in(batch: dict) -> int:
@@ -162,6 +162,9 @@ class PreferenceModel(nn.Module):
     def __init__(self, policy: GPTModel, beta: float):
         super().__init__()
         self.policy, self.beta = policy, beta
+
+    def compile_blocks(self) -> None:
+        self.policy.compile_blocks()
 
     def forward(
         self,
@@ -206,7 +209,7 @@ def reference_log_probs(
         for answers in pair_batches(dataset, range(len(dataset) // 2), size, ranks):
             ranks.at("the reference log-probabilities")
             with ranks.autocast():
-                own[answers] = module(**collate(dataset, answers, T, ranks.device))
+                own[answers] = module(**ranks.to_device(collate(dataset, answers, T)))
         (log_probs,) = ranks.sum(own)
         if ranks.is_main:
             content = BytesIO()

@@ -180,11 +180,10 @@ def main(config: Config) -> None:
     )
 
     # A step's pairs depend on the seed and the step only.
-    def step_batches(step: int) -> list[dict]:
+    def step_batches(step: int) -> tuple[int, list[dict]]:
         chosen = batch_order(config.seed, step, pairs_per_step, pairs).tolist()
-        return list(
-            micro_batches(train, train_reference, chosen, T=T, size=config.micro_batch_size, ranks=ranks)
-        )
+        size = config.micro_batch_size
+        return len(chosen), list(micro_batches(train, train_reference, chosen, T=T, size=size, ranks=ranks))
 
     record = partial(
         record_answers,
@@ -197,7 +196,7 @@ def main(config: Config) -> None:
     upcoming = Prefetcher(step_batches, start, max_steps)
 
     for step in range(start, max_steps + 1):  # `step` counts completed optimizer steps
-        done, stopped = step == max_steps, signals.on_any_rank()
+        done = step == max_steps
 
         # Once in a while: the loss on held-out pairs, and the model's answers. A stopped run is in a hurry.
         if (done or step % config.eval_every == 0) and not stopped and not metrics.has(step, "val_loss"):
@@ -222,11 +221,11 @@ def main(config: Config) -> None:
         # This step's batches; those of the next are read meanwhile.
         ranks.at(f"step {step + 1}")
         began = time.monotonic()
-        batches = upcoming.batches(step)
+        targets, batches = upcoming.batches(step)
 
         # Forward and backward over all micro-batches and ranks; the gradients are clipped.
-        loss, grad_norm, targets = forward_backward(
-            module, batches, max_grad_norm=config.max_grad_norm, ranks=ranks, count=pairs_in
+        loss, grad_norm = forward_backward(
+            module, batches, targets=targets, max_grad_norm=config.max_grad_norm, ranks=ranks
         )
 
         # A bad step (its loss or norm is not finite, or a spike) changes nothing. Too many in a row: give up.
@@ -242,6 +241,7 @@ def main(config: Config) -> None:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
+        stopped = signals.on_any_rank()  # here the ranks wait for the slowest, so it is part of the time
         numbers = {"loss": loss, "grad_norm": grad_norm, "lr": lr, "targets": targets, "skipped": skipped}
         metrics.step(step + 1, numbers, seconds=time.monotonic() - began)
 

@@ -21,10 +21,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.attention import varlen
+from torch.utils.checkpoint import checkpoint
 
 from common import InputError, read_json
 from huggingface import check_size, config_from_hf, config_to_hf, load_weights, model_directory, write_model
-from loss import summed_loss, token_losses
+from loss import fused_nats_and_gradient, nats_and_gradient, summed_loss, token_losses
 from rope import apply_rope, rope_cache
 
 
@@ -93,14 +94,17 @@ class AttentionInputs:
 class KVCache:
     """Keys and values of every layer, (B, G, S, D) each, allocated once for S positions."""
 
-    def __init__(self, config: GPTConfig, batch: int, slots: int, like: torch.Tensor):
+    def __init__(
+        self, config: GPTConfig, batch: int, slots: int, *, dtype: torch.dtype, device: torch.device
+    ):
         shape = (config.num_hidden_layers, batch, config.num_key_value_heads, slots, config.head_dim)
-        self.keys = like.new_zeros(shape)
-        self.values = like.new_zeros(shape)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
 
     def update(self, layer: int, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor):
         """Store k and v (B, G, T, D) at positions (B, T); returns all of the layer's, (B, G, S, D)."""
         index = positions[:, None, :, None].expand_as(k)
+        k, v = k.to(self.keys.dtype), v.to(self.values.dtype)
         return self.keys[layer].scatter_(2, index, k), self.values[layer].scatter_(2, index, v)
 
 
@@ -212,6 +216,8 @@ class GPTModel(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
+        self.checkpoint_activations = False  # keep each block's input only; compute the rest again backward
+        self.softmax = nats_and_gradient
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie_weights()
@@ -272,7 +278,10 @@ class GPTModel(nn.Module):
         x = self.model.embed_tokens(input_ids)
         x = x if noise is None else x + noise
         for layer in self.model.layers:
-            x = layer(x, inputs)
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                x = checkpoint(layer, x, inputs, use_reentrant=False)
+            else:
+                x = layer(x, inputs)
         return self.model.norm(x)
 
     def forward(
@@ -295,7 +304,16 @@ class GPTModel(nn.Module):
         x = self.hidden(input_ids, positions=positions, noise=noise, mask=mask, cu_seqlens=cu_seqlens)
         if targets is None:
             return self.lm_head(x)
-        return (token_losses if per_token else summed_loss)(x, self.lm_head.weight, targets)
+        if per_token:
+            return token_losses(x, self.lm_head.weight, targets)
+        return summed_loss(x, self.lm_head.weight, targets, self.softmax)
+
+    def compile_blocks(self) -> None:
+        """Compile, in place, each block, of which one graph serves all, and on CUDA the head's softmax."""
+        for layer in self.model.layers:
+            layer.compile(dynamic=False)
+        if self.lm_head.weight.is_cuda:
+            self.softmax = torch.compile(fused_nats_and_gradient, dynamic=False)
 
     def num_parameters(self) -> int:
         """How many numbers the model is made of; tied embeddings count once."""
@@ -374,7 +392,9 @@ class GPTModel(nn.Module):
         ids, filled = pad_prompts(prompts, limit, device)  # (B, T), and (B,) how many tokens each row has
         B, longest = ids.shape
         S = min(longest + max_new_tokens, limit)
-        cache = KVCache(self.config, B, S, like=self.lm_head.weight)
+        bf16 = torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda")  # as in training
+        dtype = torch.bfloat16 if device.type == "cuda" else self.lm_head.weight.dtype
+        cache = KVCache(self.config, B, S, dtype=dtype, device=device)
         slots = torch.arange(S, device=device)
         positions = slots[None, :longest].expand(B, -1)
         generator = torch.Generator(device).manual_seed(seed) if seed is not None else None
@@ -382,9 +402,10 @@ class GPTModel(nn.Module):
         stops = torch.tensor(list(stop_ids), dtype=torch.long, device=device)
         for _ in range(max_new_tokens):
             mask = slots <= positions[:, None, :, None]  # (B, 1, T, S)
-            x = self.hidden(ids, positions=positions, mask=mask, cache=cache)
             last = (filled - 1 - positions[:, 0]).clamp(max=ids.size(1) - 1)  # each row's newest token
-            logits = self.lm_head(x[torch.arange(B, device=device), last])  # (B, V)
+            with bf16, torch.compiler.set_stance("force_eager"):  # shapes change with every prompt
+                x = self.hidden(ids, positions=positions, mask=mask, cache=cache)
+                logits = self.lm_head(x[torch.arange(B, device=device), last])  # (B, V)
             next_ids = sample(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
             yield [None if d else i for i, d in zip(next_ids.tolist(), done.tolist())]
             done |= torch.isin(next_ids, stops) | (filled >= limit)

@@ -3,15 +3,45 @@
 B batch, T positions, C hidden size, V vocabulary, N rows.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from common import IGNORE
 
-LOGITS_AT_ONCE = {"cpu": 2**22, "cuda": 2**26, "mps": 2**24}  # 16 MB stay in a CPU's cache
+LOGITS_AT_ONCE = {"cpu": 2**22, "cuda": 2**28, "mps": 2**24}  # 16 MB stay in a CPU's cache; 1 GB on a GPU
 # Minimum rows per chunk; smaller chunks spend more on accumulating the head's gradient than on computing it.
 ROWS_AT_LEAST = 512
+
+
+def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """The matrix product in fp32. A GPU keeps the fp32 sums of bf16 factors; elsewhere they are rounded."""
+    if a.is_cuda and a.dtype != torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return (a @ b).float()
+
+
+def nats_and_gradient(logits: torch.Tensor, targets: torch.Tensor, dtype: torch.dtype):
+    """The summed cross-entropy of fp32 logits (N, V) against targets (N, 1), and its gradient on the logits,
+    softmax - one-hot, in a type. Written over the logits; for torch.compile see fused_nats_and_gradient."""
+    kept, targets = (targets != IGNORE).float(), targets.clamp(min=0)
+    top = logits.amax(1, keepdim=True)
+    right = logits.gather(1, targets) - top
+    probs = logits.sub_(top).exp_()
+    total = probs.sum(1, keepdim=True)
+    nats = ((total.log() - right) * kept).sum()
+    return nats, probs.mul_(kept / total).scatter_add_(1, targets, -kept).to(dtype)
+
+
+def fused_nats_and_gradient(logits: torch.Tensor, targets: torch.Tensor, dtype: torch.dtype):
+    """nats_and_gradient, so written that a compiler makes two passes over the logits of it."""
+    kept = (targets != IGNORE).float()
+    is_target = torch.arange(logits.size(1), device=logits.device) == targets
+    log_total = logits.logsumexp(1, keepdim=True)
+    nats = (log_total * kept).sum() - torch.where(is_target, logits, 0.0).sum()
+    return nats, (((logits - log_total).exp() - is_target.float()) * kept).to(dtype)
 
 
 class SummedCrossEntropy(torch.autograd.Function):
@@ -22,38 +52,36 @@ class SummedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets, chunk):  # x (N, C), weight (V, C), targets (N,)
+    def forward(ctx, x, weight, targets, chunk, softmax):  # x (N, C), weight (V, C), targets (N,)
         w = weight.to(x.dtype)
         loss = x.new_zeros((), dtype=torch.float32)
         dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         dw = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         for i in range(0, len(x), chunk):
             xs, ys = x[i : i + chunk], targets[i : i + chunk, None]
-            kept, ys = (ys != IGNORE).float(), ys.clamp(min=0)
-            logits = (xs @ w.T).float()
-            top = logits.amax(1, keepdim=True)
-            right = logits.gather(1, ys) - top
-            probs = logits.sub_(top).exp_()
-            total = probs.sum(1, keepdim=True)
-            loss += ((total.log() - right) * kept).sum()
-            if dx is not None or dw is not None:  # d loss / d logits = softmax - one-hot
-                probs = probs.mul_(kept / total).scatter_add_(1, ys, -kept).to(x.dtype)
+            nats, gradient = softmax(product(xs, w.T), ys, x.dtype)
+            loss += nats
             if dx is not None:
-                dx[i : i + chunk] = probs @ w
+                dx[i : i + chunk] = gradient @ w
             if dw is not None:
-                dw += probs.T @ xs
+                dw += product(gradient.T, xs)
         ctx.save_for_backward(dx, dw)
         return loss
 
     @staticmethod
     def backward(ctx, grad):
         dx, dw = ctx.saved_tensors
-        return None if dx is None else dx * grad, None if dw is None else dw * grad, None, None
+        return None if dx is None else dx * grad, None if dw is None else dw * grad, None, None, None
 
 
 @torch.compiler.disable
-def summed_loss(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Summed fp32 cross-entropy of hidden states (B, T, C) against the targets (B, T) that are not IGNORE."""
+def summed_loss(
+    x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, softmax: Callable = nats_and_gradient
+) -> torch.Tensor:
+    """Summed fp32 cross-entropy of hidden states (B, T, C) against the targets (B, T) that are not IGNORE.
+
+    `softmax` may be a compiled fused_nats_and_gradient.
+    """
     kind = x.device.type
     if torch.is_autocast_enabled(kind):
         x = x.to(torch.get_autocast_dtype(kind))
@@ -65,7 +93,9 @@ def summed_loss(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) ->
         x, targets = x[keep], targets[keep]
     with torch.autocast(kind, enabled=False):
         chunk = max(ROWS_AT_LEAST, LOGITS_AT_ONCE[kind] // len(weight))
-        return SummedCrossEntropy.apply(x, weight, targets, chunk)
+        if kind != "cpu":  # chunks of one size, as each size is compiled anew
+            chunk = max(1, -(-len(x) // -(-len(x) // chunk)))
+        return SummedCrossEntropy.apply(x, weight, targets, chunk, softmax)
 
 
 @torch.compiler.disable
@@ -75,16 +105,17 @@ def token_losses(
     """The fp32 cross-entropy (B, T) of each target, 0 for IGNORE, and whether it was the likeliest (B, T).
 
     As in summed_loss, no more than a chunk of the logits is ever held. The losses may be weighted later, so
-    the backward pass computes each chunk's logits again.
+    the backward pass computes each chunk's logits again. A CPU skips the rows that are ignored.
     """
     kind = x.device.type
     if torch.is_autocast_enabled(kind):
         x = x.to(torch.get_autocast_dtype(kind))
-    y, rows = targets.flatten(), (targets.flatten() != IGNORE).nonzero()[:, 0]
+    y = targets.flatten()
+    rows = (y != IGNORE).nonzero()[:, 0] if kind == "cpu" else torch.arange(len(y), device=x.device)
 
     def chunk(x, weight, y):
         logits = (x @ weight.to(x.dtype).T).float()
-        return F.cross_entropy(logits, y, reduction="none"), logits.argmax(1) == y
+        return F.cross_entropy(logits, y, reduction="none", ignore_index=IGNORE), logits.argmax(1) == y
 
     losses = torch.zeros(y.shape, device=x.device)
     right = torch.zeros(y.shape, dtype=torch.bool, device=x.device)

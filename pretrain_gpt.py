@@ -187,14 +187,14 @@ def main(config: Config) -> None:
     ranks.watch(config.timeout_minutes)
 
     # A step's windows depend on the seed and the step only, so a resumed run reads none twice.
-    def step_batches(step: int) -> list[dict]:
+    def step_batches(step: int) -> tuple[int, list[dict]]:
         windows = batch_order(config.seed, step, windows_per_step, len(train))
-        return list(train.micro_batches(windows, config.micro_batch_size, ranks))
+        return windows_per_step * T, list(train.micro_batches(windows, config.micro_batch_size, ranks))
 
     upcoming = Prefetcher(step_batches, start, config.max_steps)
 
     for step in range(start, config.max_steps + 1):  # `step` counts completed optimizer steps
-        done, stopped = step == config.max_steps, signals.on_any_rank()
+        done = step == config.max_steps
 
         # Once in a while: the loss on held-out text, and what the model writes. A stopped run is in a hurry.
         if (done or step % config.eval_every == 0) and not stopped and not metrics.has(step, "val_loss"):
@@ -215,11 +215,11 @@ def main(config: Config) -> None:
         # This step's batches; those of the next are read meanwhile.
         ranks.at(f"step {step + 1}")
         began = time.monotonic()
-        batches = upcoming.batches(step)
+        targets, batches = upcoming.batches(step)
 
         # Forward and backward over all micro-batches and ranks; the gradients are clipped.
-        loss, grad_norm, targets = forward_backward(
-            module, batches, max_grad_norm=config.max_grad_norm, ranks=ranks
+        loss, grad_norm = forward_backward(
+            module, batches, targets=targets, max_grad_norm=config.max_grad_norm, ranks=ranks
         )
 
         # A bad step (its loss or norm is not finite, or a spike) changes nothing. Too many in a row: give up.
@@ -235,6 +235,7 @@ def main(config: Config) -> None:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
+        stopped = signals.on_any_rank()  # here the ranks wait for the slowest, so it is part of the time
         numbers = {"loss": loss, "grad_norm": grad_norm, "lr": lr, "targets": targets, "skipped": skipped}
         metrics.step(step + 1, numbers, seconds=time.monotonic() - began)
 

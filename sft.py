@@ -415,6 +415,11 @@ class PackedLoader:
         n, steps = len(self.rows), self.steps_per_epoch
         return self.rows_of(epoch)[i * n // steps : (i + 1) * n // steps]
 
+    def count_targets(self, rows: Sequence[list[int]]) -> int:
+        """How many tokens of some rows are trained on, those of other ranks too. A first one is none."""
+        offsets, trained = self.dataset.offsets, self.dataset.trained
+        return sum(int(trained[offsets[c] + 1 : offsets[c + 1]].sum()) for row in rows for c in row)
+
     def fill(self) -> float:
         """Share of the rows' positions that hold a token."""
         return float(self.dataset.offsets[-1]) / (len(self.rows) * self.T)
@@ -435,7 +440,7 @@ class PackedLoader:
             if noise:
                 lengths = [(number, [len(ids) for ids, _ in row]) for number, row in some]
                 batch["noise"] = torch.stack([noise(*pair) for pair in lengths])
-            yield {name: tensor.to(ranks.device) for name, tensor in batch.items()}
+            yield ranks.pin(batch)
 
 
 def collate(

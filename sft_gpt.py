@@ -215,9 +215,10 @@ def main(config: Config) -> None:
     ranks.watch(config.timeout_minutes)
 
     # A step's rows, and the noise on them, depend on the seed and the step only.
-    def step_batches(step: int) -> list[dict]:
+    def step_batches(step: int) -> tuple[int, list[dict]]:
         rows, noise = train.step_rows(step), step_noise(config, step, T, model.config.hidden_size)
-        return list(train.micro_batches(rows, config.micro_batch_size, ranks, noise))
+        batches = list(train.micro_batches(rows, config.micro_batch_size, ranks, noise))
+        return train.count_targets(rows), batches
 
     record = partial(
         record_answers,
@@ -230,7 +231,7 @@ def main(config: Config) -> None:
     upcoming = Prefetcher(step_batches, start, max_steps)
 
     for step in range(start, max_steps + 1):  # `step` counts completed optimizer steps
-        done, stopped = step == max_steps, signals.on_any_rank()
+        done = step == max_steps
 
         # Once in a while: the loss on held-out conversations, and the model's answers. A stopped run is in a
         # hurry.
@@ -254,11 +255,11 @@ def main(config: Config) -> None:
         # This step's batches; those of the next are read meanwhile.
         ranks.at(f"step {step + 1}")
         began = time.monotonic()
-        batches = upcoming.batches(step)
+        targets, batches = upcoming.batches(step)
 
         # Forward and backward over all micro-batches and ranks; the gradients are clipped.
-        loss, grad_norm, targets = forward_backward(
-            module, batches, max_grad_norm=config.max_grad_norm, ranks=ranks
+        loss, grad_norm = forward_backward(
+            module, batches, targets=targets, max_grad_norm=config.max_grad_norm, ranks=ranks
         )
 
         # A bad step (its loss or norm is not finite, or a spike) changes nothing. Too many in a row: give up.
@@ -274,6 +275,7 @@ def main(config: Config) -> None:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
+        stopped = signals.on_any_rank()  # here the ranks wait for the slowest, so it is part of the time
         numbers = {"loss": loss, "grad_norm": grad_norm, "lr": lr, "targets": targets, "skipped": skipped}
         metrics.step(step + 1, numbers, seconds=time.monotonic() - began)
 

@@ -82,35 +82,29 @@ def targets_in(batch: dict) -> torch.Tensor:
 
 
 def forward_backward(
-    module: nn.Module,
-    micro_batches: Sequence[dict],
-    *,
-    max_grad_norm: float,
-    ranks: Ranks,
-    count: Callable[[dict], float | torch.Tensor] = targets_in,
-) -> tuple[float, float, int]:
+    module: nn.Module, micro_batches: Sequence[dict], *, targets: int, max_grad_norm: float, ranks: Ranks
+) -> tuple[float, float]:
     """Gradients of one global batch, of which `micro_batches` are this rank's share, each the keyword
     arguments of the module's forward.
 
-    The module gives a micro-batch's loss as a sum over what `count` counts. It is divided once, by the count
-    of all micro-batches of all ranks: any split of the same global batch gives the same gradients up to
-    rounding. They are scaled down to max_grad_norm (0: never). Returns the loss per target in nats, the
-    gradients' norm before clipping, and the number of targets, the same on all ranks.
+    The module gives a micro-batch's loss as a sum over its targets. It is divided once, by the `targets` of
+    all micro-batches of all ranks: any split of the same global batch gives the same gradients up to
+    rounding. They are scaled down to max_grad_norm (0: never). Returns the loss per target in nats and the
+    gradients' norm before clipping, the same on all ranks.
     """
-    (targets,) = ranks.sum(sum(count(batch) for batch in micro_batches))
     assert targets > 0, "a global batch without targets; the loaders never give one"
     loss_sum = torch.zeros((), device=ranks.device)
     for i, batch in enumerate(micro_batches):
         last = i == len(micro_batches) - 1  # ranks exchange their gradients once, in the last backward
         with nullcontext() if last or ranks.world == 1 else module.no_sync():
             with ranks.autocast():
-                loss = module(**batch)
+                loss = module(**ranks.to_device(batch))
             (loss * (ranks.world / targets)).backward()  # DDP averages over ranks: world times that is a sum
         loss_sum += loss.detach()
     grad_norm = nn.utils.clip_grad_norm_(module.parameters(), max_grad_norm or math.inf)
     # The norm is the same on all ranks, so the sum of its shares is the norm again.
     loss_sum, grad_norm = ranks.sum(loss_sum, grad_norm / ranks.world)
-    return loss_sum / targets, grad_norm, int(targets)
+    return loss_sum / targets, grad_norm
 
 
 class StepHistory:
@@ -157,15 +151,14 @@ def evaluate(
 ) -> tuple[float, float, int]:
     """Summed loss in nats, how many targets were the likeliest token, and the number of targets, over the
     micro-batches of all ranks; or a module's own idea of the first two with a `count` to match."""
-    loss, correct, targets = 0.0, 0, 0
+    sums, targets = [torch.zeros(2, device=ranks.device)], 0  # they stay on the device until the end
     for batch in micro_batches:
         ranks.at("an evaluation")
         with ranks.autocast():
-            losses, hits = module(**batch, per_token=True)
-        loss += losses.sum().item()
-        correct += hits.sum().item()
+            losses, hits = module(**ranks.to_device(batch), per_token=True)
+        sums.append(torch.stack([losses.sum(), hits.sum().float()]))
         targets += count(batch)
-    loss, correct, targets = ranks.sum(loss, correct, targets)
+    loss, correct, targets = ranks.sum(*torch.stack(sums).cpu().double().sum(0), targets)
     return loss, correct, int(targets)
 
 

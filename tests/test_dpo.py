@@ -168,7 +168,7 @@ def test_any_split_of_a_batch_gives_the_same_gradients(tokenizer, tmp_path):
 def test_padding_changes_no_log_probability(tokenizer, tmp_path):
     (train, _), _ = pairs_of(map(preference, range(12)), tokenizer, tmp_path)
     module = PreferenceModel(small_model(), 0.5)
-    together = module(**collate(train, range(len(train)), 64, torch.device("cpu")))
+    together = module(**collate(train, range(len(train)), 64))
     for i, value in enumerate(together.tolist()):
         assert value == pytest.approx(log_prob(module.policy, *train[i]).item(), abs=1e-3, rel=1e-5)
 
@@ -271,7 +271,7 @@ def test_the_loss_and_its_gradients_are_those_of_trl(base_run, tokenizer, tmp_pa
         processing_class=tokenizer,
     )
     order = [*range(0, len(train), 2), *range(1, len(train), 2)]  # first all chosen, then all rejected
-    rows = collate(train, order, 64, torch.device("cpu"))
+    rows = collate(train, order, 64)
     lengths = torch.tensor([len(train[i][0]) for i in order])[:, None]
     seen = torch.arange(rows["input_ids"].size(1)) < lengths
     completion = torch.zeros_like(rows["targets"])
@@ -294,7 +294,7 @@ def test_the_loss_and_its_gradients_are_those_of_trl(base_run, tokenizer, tmp_pa
 def test_a_tie_counts_half_in_the_accuracy(tokenizer, tmp_path):
     (train, _), _ = pairs_of(map(preference, range(12)), tokenizer, tmp_path)
     module = PreferenceModel(small_model(), 0.5)
-    batch = collate(train, range(6), 64, torch.device("cpu"))
+    batch = collate(train, range(6), 64)
     known = module(**batch).detach()
     for change, expected in ((0.0, 0.5), (-1.0, 1.0), (1.0, 0.0)):
         reference = known.clone()

@@ -461,8 +461,10 @@ def gradients(folder, size: int, ranks: Ranks) -> tuple[dict, int]:
     """Of the first step on a dataset's rows, eight of them, and how many targets this rank has of it."""
     loader = PackedLoader(SFTDataset(folder), row_length=64, rows_per_step=8, seed=4)
     model = small_model()
-    batches = list(loader.micro_batches(loader.step_rows(0), size, ranks))
-    forward_backward(wrap(model, ranks, "false"), batches, max_grad_norm=0.0, ranks=ranks)
+    rows = loader.step_rows(0)
+    batches, targets = list(loader.micro_batches(rows, size, ranks)), loader.count_targets(rows)
+    forward_backward(wrap(model, ranks, "false"), batches, targets=targets, max_grad_norm=0.0, ranks=ranks)
+    assert targets == ranks.sum(sum(targets_in(batch) for batch in batches))[0]
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
     return gradients, sum(int(targets_in(batch)) for batch in batches)
 

@@ -1,0 +1,338 @@
+"""The CUDA path on a machine without a GPU: fake tensors on the device "cuda".
+
+    python tests/fake_cuda.py pretrain '{"compile": "false"}'
+
+runs a scenario below in this process and prints what it recorded as JSON. Fake tensors have a shape, a type
+and a device, but no values. Two things that torch's CPU build lacks for them are made with a C++ compiler: a
+guard for the device and an accelerator for autograd. They have to be there before torch is imported, so each
+scenario has a process of its own.
+"""
+
+import ctypes
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections import Counter
+from contextlib import contextmanager
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+WORLD, RANK = 8, 1
+GUARD = """
+#include <ATen/detail/CUDAHooksInterface.h>
+#include <c10/core/impl/DeviceGuardImplInterface.h>
+using namespace c10;
+namespace {
+struct CUDAHooks : at::CUDAHooksInterface {
+  CUDAHooks(at::CUDAHooksArgs) {}
+  void init() const override {}
+  bool isBuilt() const override { return true; }
+  bool hasPrimaryContext(DeviceIndex) const override { return false; }
+  DeviceIndex deviceCount() const override { return 1; }
+  DeviceIndex getCurrentDevice() const override { return 0; }
+  void setCurrentDevice(DeviceIndex) const override {}
+  DeviceIndex exchangeDevice(DeviceIndex) const override { return 0; }
+  DeviceIndex maybeExchangeDevice(DeviceIndex) const override { return 0; }
+};
+struct FakeGuard : impl::NoOpDeviceGuardImpl<DeviceType::CUDA> {
+  Device getDevice() const override { return Device(DeviceType::CUDA, 0); }
+  Device exchangeDevice(Device) const override { return getDevice(); }
+  Stream getStream(Device d) const noexcept override { return Stream(Stream::DEFAULT, getDevice()); }
+  Stream getDefaultStream(Device) const override { return getStream(getDevice()); }
+  Stream exchangeStream(Stream) const noexcept override { return getStream(getDevice()); }
+  void record(void**, const Stream&, const DeviceIndex, const EventFlag) const override {}
+  void block(void*, const Stream&) const override {}
+  bool queryEvent(void*) const override { return true; }
+};
+FakeGuard guard;
+}
+namespace at { REGISTER_CUDA_HOOKS(CUDAHooks) }
+extern "C" void install() { impl::device_guard_impl_registry[1].store(&guard); }
+"""
+
+
+def install() -> None:
+    """Compile the guard, once a torch version, and load it before torch itself."""
+    assert "torch" not in sys.modules
+    root = Path(find_spec("torch").origin).parent
+    key = hashlib.sha256((version("torch") + GUARD).encode()).hexdigest()[:12]
+    library = Path(tempfile.gettempdir()) / f"fake_cuda_{os.getuid()}_{key}.so"
+    if not library.exists():
+        with tempfile.TemporaryDirectory() as folder:
+            source, made = Path(folder) / "guard.cpp", Path(folder) / "guard.so"
+            source.write_text(GUARD)
+            command = f"g++ -std=c++20 -O1 -shared -fPIC -I{root}/include {source} -o {made} -L{root}/lib"
+            subprocess.run([*command.split(), "-lc10", "-ltorch_cpu"], check=True)
+            partial = library.with_suffix(f".{os.getpid()}")
+            partial.write_bytes(made.read_bytes())
+            partial.replace(library)
+    for name in ("libc10.so", "libtorch_cpu.so"):
+        ctypes.CDLL(str(root / "lib" / name), ctypes.RTLD_GLOBAL)
+    ctypes.CDLL(str(library)).install()
+
+
+if __name__ == "__main__":
+    install()
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from torch.utils._pytree import tree_leaves  # noqa: E402
+
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+SHAPE = {"vocab_size": 4096, "hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4}
+T, ROWS, MICRO = 256, 4, 2  # tokens in a row, a rank's rows of a step, and of a micro-batch
+
+
+def place() -> str:
+    """The innermost line of the project's own code."""
+    frames = [f for f in traceback.extract_stack() if Path(f.filename).parent == ROOT]
+    return f"{Path(frames[-1].filename).name}:{frames[-1].name}:{frames[-1].lineno}" if frames else "torch"
+
+
+class Recorder(TorchDispatchMode):
+    """Notes every operation: products and their types, values that the host waits for, copies, collectives.
+
+    A value that Python reads is 1 or False: fake tensors have none.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.waits, self.products, self.collectives, self.mixed = Counter(), Counter(), Counter(), Counter()
+        self.optimizer, self.phase = Counter(), "step"
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs, name = kwargs or {}, str(func)
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        on_cuda = [t for t in tensors if t.device.type == "cuda"]
+        if name == "aten._local_scalar_dense.default" and isinstance(args[0], FakeTensor):
+            if on_cuda:
+                self.waits[f"{self.phase}: reads a value at {place()}"] += 1
+            return 1.0 if args[0].is_floating_point() else False if args[0].dtype == torch.bool else 1
+        if name == "aten.nonzero.default" and on_cuda:
+            self.waits[f"{self.phase}: a shape that depends on data at {place()}"] += 1
+            return args[0].new_empty((args[0].numel(), args[0].dim()), dtype=torch.long)
+        out = func(*args, **kwargs)
+        if name in ("aten._to_copy.default", "aten.copy_.default"):
+            to, source = (args[0], args[1]) if "copy_." in name else (out, args[0])
+            ends = {to.device.type, source.device.type}
+            if ends == {"cpu", "cuda"} and not kwargs.get("non_blocking", len(args) > 2 and args[2]):
+                self.waits[f"{self.phase}: a blocking copy to {to.device.type} at {place()}"] += 1
+        elif on_cuda and any(t.dim() and t.device.type == "cpu" for t in tensors):
+            self.mixed[f"{name} at {place()}"] += 1
+        if name.split(".")[1] in ("mm", "bmm", "addmm", "baddbmm") and on_cuda:
+            types = " ".join(str(t.dtype).removeprefix("torch.") for t in (*tensors[-2:], out))
+            self.products[f"{self.phase}: {types} at {place().rpartition(':')[0]}"] += 1
+        if name.startswith("c10d."):
+            size = sum(t.numel() * t.itemsize for t in tensors)
+            self.collectives[f"{self.phase}: {name.split('.')[1].strip('_')} {size} bytes"] += 1
+        return out
+
+    def report(self) -> dict:
+        names = ("waits", "products", "collectives", "mixed")
+        return {name: dict(getattr(self, name)) for name in names}
+
+
+@contextmanager
+def fake_cuda():
+    """Everything in here happens on fake tensors, as on a GPU with bf16 and flash attention."""
+    torch.cuda.amp.common.amp_definitely_not_available = lambda: False
+    torch.cuda.is_bf16_supported = lambda *a, **k: True
+    torch.cuda.get_device_capability = lambda *a: (9, 0)
+    real = F.scaled_dot_product_attention
+
+    def attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+        if attn_mask is not None:
+            return real(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        if torch.is_autocast_enabled("cuda"):
+            q, k, v = (x.to(torch.get_autocast_dtype("cuda")) for x in (q, k, v))
+        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal, scale=scale)[0]
+
+    F.scaled_dot_product_attention = attention
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        yield
+
+
+def fake_ranks():
+    """Rank 1 of 8, whose collectives go nowhere."""
+    import torch.distributed._tools.fake_collectives
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from distributed import Ranks
+
+    dist.init_process_group("fake", rank=RANK, world_size=WORLD, store=FakeStore())
+    parallel = torch.nn.parallel.distributed  # parts in C++ that read values
+    parallel._verify_param_shape_across_processes = lambda *a, **k: True
+    parallel._sync_module_states = lambda *a, **k: None
+    return Ranks(RANK, WORLD, torch.device("cuda", 0))
+
+
+def wrapped(model, ranks, compile: str):
+    """distributed.wrap, with a hook for DDP's buckets: its own wants what the fake group cannot give."""
+    from distributed import wrap
+
+    module = wrap(model, ranks, compile)
+
+    def average(state, bucket):
+        dist.all_reduce(bucket.buffer())
+        future = torch.futures.Future()
+        future.set_result(bucket.buffer())
+        return future
+
+    if ranks.world > 1:
+        module.register_comm_hook(None, average)
+    return module
+
+
+def fake_model(**changes):
+    from gpt import GPTConfig, GPTModel
+
+    with torch.device("cuda"):
+        return GPTModel(GPTConfig(**SHAPE, max_position_embeddings=T, **changes))
+
+
+def conversations_on_disk(folder: Path):
+    """Made-up conversations of many lengths, as sft.py writes them."""
+    from sft import SFTDataset, Writer
+
+    writer = Writer(folder, 0)
+    for i in range(400):
+        ids = [7 + (i + k) % 4000 for k in range(20 + 37 * i % 150)]
+        writer.append(ids, [-100] * 5 + ids[5:])
+    writer.close()
+    return SFTDataset(folder)
+
+
+def batches_of(script: str, folder: Path, ranks):
+    """The module that a script trains, and what gives a step's number of targets and micro-batches."""
+    import numpy as np
+
+    from data import ShardWriter, TokenLoader
+    from order import batch_order
+
+    rows = ROWS * ranks.world
+    if script == "pretrain":
+        for split in ("train", "val"):
+            writer = ShardWriter(folder, split, version=1, shard_tokens=10**6)
+            writer.append(np.arange(100_000) % 4096, 1)
+            writer.finish()
+        loader = TokenLoader(folder, "train", T, 4096)
+
+        def step(i):
+            windows = batch_order(0, i, rows, len(loader))
+            return rows * T, list(loader.micro_batches(windows, MICRO, ranks))
+
+        return fake_model(), step
+    dataset = conversations_on_disk(folder / "data")
+    if script == "sft":
+        from sft import PackedLoader
+
+        packed = PackedLoader(dataset, row_length=T, rows_per_step=rows, seed=0, varlen=True)
+
+        def step(i):
+            chosen = packed.step_rows(i)
+            return packed.count_targets(chosen), list(packed.micro_batches(chosen, MICRO, ranks))
+
+        return fake_model(num_key_value_heads=2), step
+    from dpo import PreferenceModel, micro_batches
+
+    reference = np.zeros(len(dataset), np.float32)
+
+    def step(i):
+        chosen = batch_order(0, i, rows, len(dataset) // 2).tolist()
+        return rows, list(micro_batches(dataset, reference, chosen, T=T, size=MICRO, ranks=ranks))
+
+    return PreferenceModel(fake_model(), 0.1), step
+
+
+def train(script: str, *, optimizer: str = "muon") -> dict:
+    """A whole step and an evaluation, as one of eight ranks, and what they did."""
+    from dpo import pairs_in
+    from optim import make_optimizer, set_learning_rate
+    from training import evaluate, forward_backward, targets_in
+
+    with tempfile.TemporaryDirectory() as folder, fake_cuda():
+        ranks = fake_ranks()
+        model, step = batches_of(script, Path(folder), ranks)
+        updates = make_optimizer(
+            model, optimizer, lr=1e-3, matrix_lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1
+        )
+        module = wrapped(model, ranks, "false")
+        count = pairs_in if script == "dpo" else targets_in
+        with Recorder() as recorder:
+            targets, batches = step(0)
+            forward_backward(module, batches, targets=targets, max_grad_norm=1.0, ranks=ranks)
+            recorder.phase = "update"
+            set_learning_rate(updates, 0.5)
+            updates.step()
+            recorder.phase = "evaluation"
+            evaluate(module, step(1)[1], ranks, count)
+        state = Counter(
+            f"{str(value.dtype).removeprefix('torch.')} on {value.device.type}"
+            for values in updates.state.values()
+            for value in values.values()
+        )
+        gradients = Counter(str(p.grad.dtype).removeprefix("torch.") for p in model.parameters())
+        sizes = sum(4 * p.numel() for p in model.parameters())
+        return recorder.report() | {"state": state, "gradients": gradients, "parameter_bytes": sizes}
+
+
+def generate(*, new_tokens: int) -> dict:
+    """Some steps of decoding two prompts."""
+    from gpt import KVCache
+
+    with fake_cuda():
+        model = fake_model()
+        made, update = set(), KVCache.update
+
+        def noted(cache, *args):
+            made.add(f"{cache.keys.dtype} {cache.keys.device.type}".removeprefix("torch."))
+            return update(cache, *args)
+
+        KVCache.update = noted
+        with Recorder() as recorder:
+            steps = list(
+                model.generate([[1, 2, 3], [4, 5]], new_tokens, temperature=0.8, top_k=50, stop_ids=[])
+            )
+        return recorder.report() | {"cache": sorted(made), "steps": len(steps)}
+
+
+def compiles(script: str) -> dict:
+    """How often the blocks and the loss are compiled in the first step, in an evaluation, and afterwards."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    from distributed import Ranks, wrap
+    from dpo import pairs_in
+    from training import evaluate, forward_backward, targets_in
+
+    Ranks.sum = lambda self, *values: [1.0] * len(values)  # Python reads no value of a fake tensor
+    counter = CompileCounterWithBackend("aot_eager_decomp_partition")
+    real = torch.compile
+    torch.compile = lambda *args, **kwargs: real(*args, backend=counter, **kwargs)
+    with tempfile.TemporaryDirectory() as folder, fake_cuda():
+        ranks, found = Ranks(0, 1, torch.device("cuda", 0)), {}
+        model, step = batches_of(script, Path(folder), ranks)
+        module, count = wrap(model, ranks, "true"), pairs_in if script == "dpo" else targets_in
+        for name, i in (("first step", 0), ("evaluation", 1), ("later", 2), ("later", 3), ("later", 4)):
+            before = counter.frame_count
+            targets, batches = step(i)
+            if name == "evaluation":
+                evaluate(module, batches, ranks, count)
+            else:
+                forward_backward(module, batches, targets=targets, max_grad_norm=1.0, ranks=ranks)
+            found[name] = found.get(name, 0) + counter.frame_count - before
+        return found
+
+
+if __name__ == "__main__":
+    torch.Tensor.pin_memory = lambda self: self  # no driver pins here
+    scenario, settings = sys.argv[1], json.loads(sys.argv[2])
+    print(json.dumps(globals()[scenario](**settings)))

@@ -1,0 +1,77 @@
+"""The CUDA path on fake tensors, without a GPU: types, devices, waits, collectives, compilations."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = ("pretrain", "sft", "dpo")
+pytestmark = [
+    pytest.mark.fake_cuda,
+    pytest.mark.skipif(not shutil.which("g++"), reason="fake CUDA tensors need a C++ compiler (g++)"),
+    pytest.mark.skipif(sys.platform != "linux", reason="fake CUDA tensors need Linux"),
+]
+
+
+def on_fake_cuda(scenario: str, **settings) -> dict:
+    """What a scenario of fake_cuda.py recorded, in a process of its own."""
+    command = [sys.executable, Path(__file__).with_name("fake_cuda.py"), scenario, json.dumps(settings)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module", params=SCRIPTS)
+def step(request) -> dict:
+    return {"script": request.param} | on_fake_cuda("train", script=request.param)
+
+
+def test_products_are_bf16_and_loss_gradients_and_optimizer_state_fp32(step):
+    assert all(types.split(": ")[1].startswith("bfloat16 bfloat16") for types in step["products"])
+    assert len(step["products"]) >= 6
+    assert set(step["state"]) == {"float32 on cuda"} and set(step["gradients"]) == {"float32"}
+    if step["script"] != "dpo":  # two micro-batches, each with one chunk of logits and one of head gradients
+        assert step["products"]["step: bfloat16 bfloat16 float32 at loss.py:product"] == 4
+
+
+def test_nothing_is_on_the_wrong_device(step):
+    assert step["mixed"] == {}
+
+
+def test_a_step_waits_for_its_loss_and_norm_alone(step):
+    """One wait, for two values that come together; an update waits for nothing."""
+    waits = {place: n for place, n in step["waits"].items() if not place.startswith("evaluation")}
+    assert [place.rpartition(":")[0] for place in waits] == ["step: reads a value at distributed.py:sum"]
+    assert list(waits.values()) == [2]
+
+
+def test_an_evaluation_waits_at_its_end_alone(step):
+    waits = {place: n for place, n in step["waits"].items() if place.startswith("evaluation")}
+    assert {place.split(" at ")[1].split(":")[1] for place in waits} <= {"evaluate", "sum", "<listcomp>"}
+    assert sum(waits.values()) == 7  # three sums to the host and back, whatever the number of micro-batches
+
+
+def test_ranks_exchange_their_gradients_once_and_a_few_numbers(step):
+    assert step["collectives"] == {
+        f"step: allreduce {step['parameter_bytes']} bytes": 1,  # fp32
+        "step: allreduce 16 bytes": 1,  # loss and norm, in fp64
+        "evaluation: allreduce 24 bytes": 1,  # loss, hits and targets
+    }
+
+
+def test_decoding_keeps_its_cache_in_bf16_and_waits_twice_a_token():
+    found = on_fake_cuda("generate", new_tokens=4)
+    assert found["cache"] == ["bfloat16 cuda"] and found["steps"] == 4 and found["mixed"] == {}
+    # two prompts: each token's ids and which are done, and whether all are
+    assert sum(n for place, n in found["waits"].items() if "reads a value" in place) == 4 * (2 + 2 + 1)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_one_graph_serves_all_blocks_and_nothing_is_compiled_later(script):
+    found = on_fake_cuda("compiles", script=script)
+    assert found["first step"] == (1 if script == "dpo" else 2)  # the block, and the head's softmax
+    assert found["evaluation"] == 1  # the block, without gradients
+    assert found["later"] == 0
