@@ -132,11 +132,13 @@ def optimizer_of(model: torch.nn.Module, kind: str, config) -> Muon:
 def training_step(module, optimizer, batches: list[dict], *, lr_scale: float, ranks: Ranks) -> None:
     """A step as the scripts' loops make it."""
     targets = int(sum(targets_in(batch) for batch in batches))
-    loss, grad_norm = forward_backward(module, batches, targets=targets, max_grad_norm=1.0, ranks=ranks)
-    set_learning_rate(optimizer, lr_scale)
-    if math.isfinite(loss) and math.isfinite(grad_norm):
-        optimizer.step()
+    history = StepHistory(0.0, ranks)
+    loss_sum, grad_norm = forward_backward(module, batches, targets=targets, max_grad_norm=1.0, ranks=ranks)
+    lr = set_learning_rate(optimizer, lr_scale)
+    bad = history.record(1, loss_sum=loss_sum, grad_norm=grad_norm, targets=targets, lr=lr, stop=False)
+    optimizer.step(skip=bad)
     optimizer.zero_grad(set_to_none=True)
+    history.outcomes(1)
 
 
 def bench_loss(config: Config, ranks: Ranks) -> None:
@@ -265,7 +267,7 @@ def bench_save(config: Config, ranks: Ranks) -> None:
         )
 
         def save() -> None:
-            checkpoints.save(0, model, optimizer, history=StepHistory(0.0), metrics=metrics)
+            checkpoints.save(0, model, optimizer, history=StepHistory(0.0, ranks), metrics=metrics)
 
         def steps(n: int) -> None:
             for _ in range(n):

@@ -40,13 +40,30 @@ class Ranks:
         if self.is_main:
             print(*values, flush=True)
 
-    def sum(self, *values: float | torch.Tensor) -> list[float]:
-        """Each value's sum over all ranks, in float64."""
-        device = self.device if self.world > 1 else "cpu"
-        total = torch.stack([torch.as_tensor(v).to(device).double() for v in values])
+    @property
+    def sum_device(self) -> torch.device:
+        """Where sums over the ranks are: on the GPU, where nobody waits for them; else on the CPU."""
+        return self.device if self.device.type == "cuda" else torch.device("cpu")
+
+    def total(self, *values: float | torch.Tensor) -> torch.Tensor:
+        """Each value's sum over all ranks, in float64, on sum_device."""
+        there = {"device": self.sum_device, "dtype": torch.float64}
+        on_gpu = self.sum_device.type == "cuda"
+        total = torch.stack(
+            [
+                value.to(self.sum_device, non_blocking=on_gpu).double()
+                if isinstance(value, torch.Tensor)
+                else torch.full((), value, **there)  # written there, not copied, so nobody waits
+                for value in values
+            ]
+        )
         if self.world > 1:
             dist.all_reduce(total)
-        return total.tolist()
+        return total
+
+    def sum(self, *values: float | torch.Tensor) -> list[float]:
+        """Each value's sum over all ranks. A GPU is waited for."""
+        return self.total(*values).tolist()
 
     def any(self, value: bool) -> bool:
         """Whether it is true on any rank. All ranks ask together and get the same answer."""
@@ -115,6 +132,15 @@ class Ranks:
     def to_device(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """A pinned batch on this rank's device, without waiting for it."""
         return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+
+    def to_host(self, values: torch.Tensor) -> tuple[torch.Tensor, Callable]:
+        """Values on their way to the host, and what waits until they are there."""
+        if not values.is_cuda:
+            return values, lambda: None
+        there = values.to("cpu", non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record()
+        return there, copied.synchronize
 
     def autocast(self):
         """bf16 matrix products on CUDA, fp32 elsewhere."""
@@ -221,12 +247,12 @@ def wrap(model: nn.Module, ranks: Ranks, compile: str) -> nn.Module:
 class StopSignals:
     """Notes SIGTERM, SIGINT and SIGUSR1 (Slurm's warning), so that a run can finish its step, save and leave.
 
-    A second SIGINT ends the process at once. `close` brings the earlier handlers back. A stopped run ignores
-    SIGTERM and SIGUSR1 instead: torchrun sends SIGTERM to all ranks as soon as the first one has left.
+    A second SIGINT ends the process at once. `close` brings the earlier handlers back. After a stopped run it
+    ignores SIGTERM and SIGUSR1 instead: torchrun sends SIGTERM to all ranks as soon as the first has left.
     """
 
-    def __init__(self, ranks: Ranks):
-        self.ranks, self.seen, self.stopped = ranks, set(), False
+    def __init__(self):
+        self.seen: set[int] = set()
         self.handlers = {
             n: signal.signal(n, self.note) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
         }
@@ -236,12 +262,7 @@ class StopSignals:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
         self.seen.add(number)
 
-    def on_any_rank(self) -> bool:
-        """Whether a signal reached any rank. All ranks ask together and get the same answer."""
-        self.stopped = self.ranks.any(self.seen)
-        return self.stopped
-
-    def close(self) -> None:
+    def close(self, stopped: bool) -> None:
         for number, handler in self.handlers.items():
-            ignored = self.stopped and number != signal.SIGINT
+            ignored = stopped and number != signal.SIGINT
             signal.signal(number, signal.SIG_IGN if ignored else handler)

@@ -39,7 +39,9 @@ class Muon(torch.optim.Optimizer):
         super().__init__(groups, {"momentum": momentum, "betas": betas})
 
     @torch.no_grad()
-    def step(self):
+    def step(self, skip: torch.Tensor | None = None):
+        if skip is not None and skip:
+            return
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             (self.muon_step if group["muon"] else self.adamw_step)(params, group)
