@@ -6,6 +6,8 @@ import torch
 from torch import nn
 from torch.optim.adamw import adamw as adamw_update
 
+from distributed import own_part
+
 MOMENTUM = 0.95  # of Muon, as in Jordan et al. 2024
 
 
@@ -155,4 +157,6 @@ def load_state_by_name(model: nn.Module, optimizer: torch.optim.Optimizer, state
     """Put back a copy of what state_by_name gave, on each parameter's device."""
     for name, p in model.named_parameters():
         if name in state:
-            optimizer.state[p] = {key: value.to(p.device, copy=True) for key, value in state[name].items()}
+            optimizer.state[p] = {
+                key: own_part(value.to(p.device, copy=True), p) for key, value in state[name].items()
+            }

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import told_name, too_many_bad_steps
+from checkpoint import open_weights, told_name, too_many_bad_steps
 from common import RESUMABLE, InputError, fingerprint, run_script
 from data import TokenLoader, verified_manifest
-from distributed import join_ranks, wrap
+from distributed import join_ranks, shard_model, wrap
 from gpt import GPTConfig, GPTModel
 from optim import make_optimizer, schedule, set_learning_rate
 from order import batch_order
@@ -74,6 +74,7 @@ class Config:
     timeout_minutes: float = 30.0  # a rank without progress for this long ends the run
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     compile: str = "auto"  # torch.compile: true, false, or auto for only on CUDA
+    shard: str = "none"  # split the model over the ranks: full, hybrid (within each machine) or none
 
 
 PROMPTS = ("The history of", "The most important", "Water is")  # of the samples
@@ -125,7 +126,7 @@ def sample_text(model: GPTModel, tokenizer, seed: int) -> list[str]:
 def main(config: Config) -> None:
     shape_fields = ("num_hidden_layers", "hidden_size", "num_attention_heads", "context_length")
     check_settings(asdict(config), positive=("max_steps", "batch_tokens", *shape_fields))
-    ranks = join_ranks(config.device)
+    ranks = join_ranks(config.device, config.shard)
 
     # Data: the tokenizer, and the windows of a step and of a validation.
     manifest = ranks.from_main(lambda: verified_manifest(config.data_dir, config.tokenizer))
@@ -153,7 +154,8 @@ def main(config: Config) -> None:
 
     # Model and optimizer, new or from the checkpoint.
     torch.manual_seed(config.seed)
-    model = (GPTModel.from_pretrained(state["path"]) if state else GPTModel(shape)).to(ranks.device)
+    model = open_weights(state["path"], ranks) if state else shard_model(GPTModel(shape), ranks)
+    model = model.to(ranks.device)
     optimizer = make_optimizer(
         model,
         config.optimizer,
@@ -201,7 +203,7 @@ def main(config: Config) -> None:
             batches = val.micro_batches(val_windows, config.micro_batch_size, ranks)
             nats, _, targets = evaluate(module, batches, ranks)
             metrics.validated(step, val_loss=nats / targets, val_bpb=nats / math.log(2) / val_bytes)
-            if config.samples and ranks.is_main:
+            if config.samples and (ranks.is_main or ranks.sharded):
                 metrics.print([f"  | {text}" for text in sample_text(model, tokenizer, config.seed)])
 
         # Once in a while: a checkpoint, written beside the next steps. If that went wrong, the run ends here.
