@@ -262,9 +262,8 @@ def train(script: str, *, optimizer: str = "muon") -> dict:
     with tempfile.TemporaryDirectory() as folder, fake_cuda():
         ranks = fake_ranks()
         model, step = batches_of(script, Path(folder), ranks)
-        updates = make_optimizer(
-            model, optimizer, lr=1e-3, matrix_lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1
-        )
+        rates = {"lr": 1e-3, "matrix_lr": 1e-2, "betas": (0.9, 0.95), "weight_decay": 0.1}
+        updates = make_optimizer(model, optimizer, ranks=ranks, **rates)
         module = wrapped(model, ranks, "false")
         count = pairs_in if script == "dpo" else targets_in
         with Recorder() as recorder:
@@ -272,7 +271,7 @@ def train(script: str, *, optimizer: str = "muon") -> dict:
             forward_backward(module, batches, targets=targets, max_grad_norm=1.0, ranks=ranks)
             recorder.phase = "update"
             set_learning_rate(updates, 0.5)
-            updates.step()
+            updates.step(skip=torch.zeros((), dtype=torch.bool, device="cuda"))
             recorder.phase = "evaluation"
             evaluate(module, step(1)[1], ranks, count)
         state = Counter(
