@@ -271,7 +271,7 @@ def shard_model(model: nn.Module, ranks: Ranks) -> nn.Module:
 
     shape, names = (ranks.world,), ("shard",)
     if ranks.shard == "hybrid":
-        local = int(os.environ["LOCAL_WORLD_SIZE"])
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world))
         shape, names = (ranks.world // local, local), ("replicate", "shard")
     mesh = init_device_mesh(ranks.device.type, shape, mesh_dim_names=names)
     compute = torch.bfloat16 if ranks.device.type == "cuda" else None
@@ -298,6 +298,12 @@ def own_part(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     if not isinstance(like, DTensor) or not tensor.dim():
         return tensor
     return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def own_rows(rows: int, rank: int, world: int) -> tuple[int, int]:
+    """Which of a tensor's rows, from one on and up to another, FSDP2 gives to a rank: as torch.chunk does."""
+    size = -(-rows // world)
+    return min(rows, rank * size), min(rows, (rank + 1) * size)
 
 
 @contextmanager

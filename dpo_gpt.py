@@ -131,6 +131,7 @@ def main(config: Config) -> None:
     optimizer = make_optimizer(
         model,
         config.optimizer,
+        ranks=ranks,
         lr=config.lr,
         matrix_lr=config.matrix_lr,
         betas=(config.beta1, config.beta2),
