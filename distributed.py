@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -33,6 +33,9 @@ class Ranks:
     watchdog: "Watchdog | None" = None
     answers: int = 0  # that rank 0 has given so far
     shard: str = "none"  # how parameters are split over the ranks: none, full or hybrid
+    # All micro-batches have one shape, and all ranks as many: nothing is compiled twice, and the ranks of a
+    # split model compute together. On a CPU that does neither, smaller batches are faster.
+    even_batches: bool = False
 
     @property
     def is_main(self) -> bool:
@@ -41,6 +44,19 @@ class Ranks:
     @property
     def sharded(self) -> bool:
         return self.world > 1 and self.shard != "none"
+
+    def share(self, items: Sequence, size: int, *, most: int = 0) -> list[list]:
+        """This rank's share of a step's items in micro-batches of at most `size`; at least one of them.
+
+        None stands for padding. With even_batches a step of `most` items, the largest, decides the shape.
+        """
+        own = list(items)[self.rank :: self.world] or [None]
+        if self.even_batches:
+            each = -(-max(most, len(items)) // self.world)
+            count = -(-each // size)
+            size = -(-each // count)
+            own += [None] * (count * size - len(own))
+        return [own[i : i + size] for i in range(0, len(own), size)]
 
     def print(self, *values) -> None:
         """Print on rank 0."""
@@ -188,10 +204,10 @@ class Watchdog:
         os._exit(1)
 
 
-def join_ranks(device: str, shard: str = "none") -> Ranks:
+def join_ranks(device: str, *, shard: str = "none", compile: str = "auto") -> Ranks:
     """Join the other ranks (NCCL on GPUs, gloo on CPUs) on a device, "auto" or as torch names it.
 
-    `shard` is how parameters will be split over them: none, full or hybrid.
+    `shard` and `compile` are what shard_model and wrap will be asked for.
 
     Raises InputError for a device that cannot be used here.
     """
@@ -213,7 +229,8 @@ def join_ranks(device: str, shard: str = "none") -> Ranks:
             device_id=device if device.type == "cuda" else None,
             timeout=timedelta(hours=1),  # the watchdog is quicker
         )
-    return Ranks(rank, world, device, store, shard=shard)
+    even = device.type == "cuda" or compile == "true" or (world > 1 and shard != "none")
+    return Ranks(rank, world, device, store, shard=shard, even_batches=even)
 
 
 def usable_device(name: str) -> torch.device:

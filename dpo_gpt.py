@@ -105,7 +105,7 @@ def prepare(config: Config, tokenizer, *, T: int, content: dict, ranks: Ranks) -
 
 def main(config: Config) -> None:
     check_settings(asdict(config), positive=("beta", "epochs", "batch_pairs", "max_new_tokens"))
-    ranks = join_ranks(config.device, config.shard)
+    ranks = join_ranks(config.device, shard=config.shard, compile=config.compile)
 
     # The newest checkpoint of this run, if it was interrupted; else the model to start from.
     base, content = ranks.from_main(lambda: starting_point(config.model, config.data))

@@ -85,3 +85,27 @@ def test_a_rank_that_does_not_see_what_rank_0_wrote_says_so(tmp_path, monkeypatc
     Ranks(0, 2, torch.device("cpu")).require_shared(tmp_path / "report.json")
     with pytest.raises(InputError, match=r"rank 1 does not see .*report\.json.*one folder"):
         Ranks(1, 2, torch.device("cpu")).require_shared(tmp_path / "report.json")
+
+
+def test_ranks_share_a_steps_items_and_even_shares_have_one_shape():
+    for world in (1, 2, 3, 5):
+        for n in (1, 2, 7, 16):
+            for size in (1, 2, 4):
+                for most in (0, n + 1):
+                    shares = {
+                        even: [
+                            Ranks(rank, world, torch.device("cpu"), even_batches=even).share(
+                                range(n), size, most=most
+                            )
+                            for rank in range(world)
+                        ]
+                        for even in (False, True)
+                    }
+                    for own in shares.values():
+                        items = [[i for batch in share for i in batch if i is not None] for share in own]
+                        assert items == [list(range(n))[rank::world] for rank in range(world)]
+                        assert all(0 < len(batch) <= size for share in own for batch in share)
+                    assert len({(len(share), *map(len, share)) for share in shares[True]}) == 1
+                    assert len({len(batch) for share in shares[True] for batch in share}) == 1
+                    rows = sum(len(batch) for batch in shares[True][0])
+                    assert rows < max(most, n) / world + 1 + len(shares[True][0])  # little padding
