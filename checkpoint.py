@@ -78,6 +78,8 @@ class Checkpoints:
             )
         weights = copy_to_host(model.stored_state(), keep=self.is_main)
         moments = copy_to_host(state_by_name(model, optimizer), keep=self.is_main)
+        if own_numbers(model.lm_head.weight).is_cuda:
+            torch.cuda.synchronize()
         if not self.is_main:
             return 0.0
         state = {
@@ -169,7 +171,8 @@ def lacking_space(folder: Path, needed: int) -> InputError:
 def copy_to_host(state: dict, *, keep: bool) -> dict:
     """A copy in host memory of a state whose values are tensors or such states, or with `keep` false nothing.
 
-    All ranks ask together: a tensor that is split over them is put together, one after the other.
+    All ranks ask together: a tensor that is split over them is put together, one after the other. From a GPU
+    the copies go to pinned memory, which torch keeps for the next time; synchronize before they are read.
     """
     copied = {}
     for name, value in state.items():
@@ -178,7 +181,7 @@ def copy_to_host(state: dict, *, keep: bool) -> dict:
         elif keep or isinstance(value, DTensor):
             tensor = whole(value.detach())
             if keep:
-                copied[name] = tensor.to("cpu", copy=True)
+                copied[name] = tensor.to("cpu", copy=True, non_blocking=True)
     return copied
 
 

@@ -75,6 +75,7 @@ class Config:
     timeout_minutes: float = 30.0  # a rank without progress for this long ends the run
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     compile: str = "auto"  # torch.compile: true, false, or auto for only on CUDA
+    checkpoint_activations: bool = False  # keep each block's input only, compute the rest again: less memory
     shard: str = "none"  # split the model over the ranks: full, hybrid (within each machine) or none
 
 
@@ -113,6 +114,7 @@ def main(config: Config) -> None:
         asdict(config), asdict(Config()), fixed={"optimizer": config.optimizer}, content=content, ranks=ranks
     )
     model, tokenizer = open_model(state["path"] if state else base, ranks)
+    model.checkpoint_activations = config.checkpoint_activations
     T = row_length(config.max_length, model.config.max_position_embeddings)
 
     # Data: pairs of answers, so many a step.

@@ -74,6 +74,7 @@ class Config:
     timeout_minutes: float = 30.0  # a rank without progress for this long ends the run
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     compile: str = "auto"  # torch.compile: true, false, or auto for only on CUDA
+    checkpoint_activations: bool = False  # keep each block's input only, compute the rest again: less memory
     shard: str = "none"  # split the model over the ranks: full, hybrid (within each machine) or none
 
 
@@ -156,6 +157,7 @@ def main(config: Config) -> None:
     torch.manual_seed(config.seed)
     model = open_weights(state["path"], ranks) if state else shard_model(GPTModel(shape), ranks)
     model = model.to(ranks.device)
+    model.checkpoint_activations = config.checkpoint_activations
     optimizer = make_optimizer(
         model,
         config.optimizer,

@@ -268,3 +268,32 @@ def test_only_the_rows_of_new_ids_are_touched_when_a_vocabulary_grows():
     after = model.lm_head.weight.detach()
     for i in range(320):
         torch.testing.assert_close(after[i], mean if i in (5, 299) else before[i])
+
+
+def kept_bytes(model, ids) -> tuple[int, dict]:
+    """What autograd keeps of a forward pass for the backward pass, in bytes, and the gradients."""
+    seen = {}
+
+    def note(tensor):
+        seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        loss = model(ids[:, :-1], ids[:, 1:])
+    loss.backward()
+    return sum(seen.values()), {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_checkpointed_activations_keep_less_and_give_the_same_gradients(compiled):
+    ids, found = random_ids(2, 49), {}
+    for checkpointed in (False, True):
+        model = small_model(num_hidden_layers=4)
+        model.checkpoint_activations = checkpointed
+        if compiled:
+            model.compile_blocks()
+        found[checkpointed] = kept_bytes(model, ids)
+    (bytes_kept, gradients), (fewer, same) = found[False], found[True]
+    assert fewer < bytes_kept
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(same[name], gradient, rtol=1e-5, atol=1e-6)
