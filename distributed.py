@@ -3,7 +3,10 @@
 import faulthandler
 import json
 import os
+import re
 import signal
+import socket
+import statistics
 import sys
 import threading
 import time
@@ -31,6 +34,11 @@ class Ranks:
     watchdog: "Watchdog | None" = None
     answers: int = 0  # that rank 0 has given so far
 
+    def __post_init__(self):
+        self.own_work = OwnWork(self.device)
+        if self.store:
+            self.store.set(f"host of rank {self.rank}", socket.gethostname())
+
     @property
     def is_main(self) -> bool:
         return self.rank == 0
@@ -51,6 +59,26 @@ class Ranks:
     def any(self, value: bool) -> bool:
         """Whether it is true on any rank. All ranks ask together and get the same answer."""
         return self.sum(bool(value))[0] > 0
+
+    def each(self, value: float) -> list[float]:
+        """The value of every rank, in their order, in float64. All ranks ask together."""
+        values = torch.zeros(self.world, dtype=torch.float64)
+        values[self.rank] = value
+        if self.world > 1:
+            values = values.to(self.device)
+            dist.all_reduce(values)
+        return values.tolist()
+
+    def slow_one(self) -> str | None:
+        """Which rank keeps the others waiting, if one does: its own work since the last call took SLOW times
+        the median rank's. All ranks ask together; rank 0 gets the answer."""
+        seconds = self.each(self.own_work.take())
+        median, slowest = statistics.median_low(seconds), max(seconds)
+        if not self.is_main or slowest <= SLOW * median:
+            return None
+        rank = seconds.index(slowest)
+        host = self.store.get(f"host of rank {rank}").decode()
+        return f"rank {rank} on {host} is slow: {slowest:.3g} s where the median rank takes {median:.3g} s"
 
     def barrier(self) -> None:
         """Wait until all ranks are here."""
@@ -99,7 +127,7 @@ class Ranks:
     def watch(self, minutes: float) -> None:
         """With other ranks, start the watchdog: without a sign of life for so long it ends this process."""
         if self.world > 1:
-            self.watchdog = Watchdog(f"rank {self.rank} of {self.world}", 60 * minutes)
+            self.watchdog = Watchdog(self.rank, self.world, 60 * minutes)
 
     def at(self, place: str) -> None:
         """Give a sign of life, with the place where this rank is."""
@@ -131,32 +159,101 @@ class Ranks:
             dist.destroy_process_group()
 
 
+SLOW = 1.2
+
+
+class OwnWork:
+    """How long a rank works in a step before it has to meet the others: from the step's beginning to its last
+    backward, in which ranks exchange gradients. On a GPU it is the GPU's time, read without waiting for it.
+    """
+
+    def __init__(self, device: torch.device):
+        self.on_gpu, self.began, self.spans = device.type == "cuda", None, []
+
+    def now(self):
+        if not self.on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def begin(self) -> None:
+        self.began = self.now()
+
+    def end(self) -> None:
+        """The work that has begun ends; without a beginning this is nothing."""
+        if self.began is not None:
+            self.spans.append((self.began, self.now()))
+            self.began = None
+
+    def take(self) -> float:
+        """Seconds a step, the mean of those since the last call; 0 if there are none. What a GPU has not
+        finished belongs to the next call."""
+        finished = [(a, b) for a, b in self.spans if not self.on_gpu or b.query()]
+        self.spans = self.spans[len(finished) :]
+        seconds = [a.elapsed_time(b) / 1000 if self.on_gpu else b - a for a, b in finished]
+        return statistics.fmean(seconds) if seconds else 0.0
+
+
 class Watchdog:
-    """Ends the process when it has given no sign of life for some seconds, and says where it stands.
+    """Ends the process when it has given no sign of life for some seconds, and says where it stands. Under
+    NCCL it leaves the flight record, too: which collective operations this rank has entered and finished.
 
     A collective operation that one rank never enters keeps the others waiting. torchrun sees that a process
     has ended, but not that it waits. Once this one ends, torchrun ends or restarts the whole job.
     """
 
-    def __init__(self, name: str, seconds: float):
-        self.name, self.seconds = name, seconds
+    def __init__(self, rank: int, world: int, seconds: float):
+        self.rank, self.name, self.seconds = rank, f"rank {rank} of {world}", seconds
         self.place, self.since = "the set-up", time.monotonic()
         threading.Thread(target=self.exit_when_silent, daemon=True).start()
 
     def exit_when_silent(self) -> None:
         while (left := self.since + self.seconds - time.monotonic()) > 0:
             time.sleep(left)
-        print(
-            f"error: {self.name} has made no progress for {self.seconds:.0f} s in {self.place}; it stands at",
-            file=sys.stderr,
-            flush=True,
-        )
+        told = f"{self.name} has made no progress for {self.seconds:.0f} s in {self.place}; it stands at"
+        print(f"error: {told}", file=sys.stderr, flush=True)
         faulthandler.dump_traceback()
+        if dist.is_initialized() and dist.get_backend() == "nccl":
+            faulthandler.dump_traceback_later(60, exit=True)  # even if the driver never answers
+            prefix, path = write_flight_record(self.rank)
+            print(
+                f"NCCL's flight record is {path}; `torchfrtrace --prefix={prefix} {path.parent}` compares "
+                f"those of all ranks",
+                file=sys.stderr,
+                flush=True,
+            )
         os._exit(1)
 
 
-def join_ranks(device: str) -> Ranks:
-    """Join the other ranks (NCCL on GPUs, gloo on CPUs) on a device, "auto" or as torch names it.
+# NCCL's flight recorder, as torch reads it: how many operations it keeps, and the beginning of the names of
+# its files, to which torch adds the rank. The second name of each is the older one.
+RECORDED = ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE")
+RECORD_FILES = ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE")
+
+
+def set_flight_recorder(folder: str | Path) -> None:
+    """Have NCCL keep its last operations and write them into a folder when it fails or times out. What the
+    user has set in the environment stays. This has to come before the first process group."""
+    for names, value in ((RECORDED, "2000"), (RECORD_FILES, f"{Path(folder).absolute()}/nccl_trace_rank_")):
+        value = next((os.environ[name] for name in names if name in os.environ), value)
+        os.environ.update(dict.fromkeys(names, value))
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+
+
+def write_flight_record(rank: int) -> tuple[str, Path]:
+    """Write what NCCL has recorded to this rank's file, as it would by itself. Returns how the names of all
+    ranks' files begin, and the file."""
+    prefix = os.environ[RECORD_FILES[0]]
+    path = Path(f"{prefix}{rank}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(torch._C._distributed_c10d._dump_nccl_trace())
+    return Path(prefix).name, path
+
+
+def join_ranks(device: str, out_dir: str | Path = ".") -> Ranks:
+    """Join the other ranks (NCCL on GPUs, gloo on CPUs) on a device, "auto" or as torch names it. What NCCL
+    records for the case of a hang goes to out_dir.
 
     Raises InputError for a device that cannot be used here.
     """
@@ -170,6 +267,8 @@ def join_ranks(device: str) -> Ranks:
             # restarts is put before each key. Several machines count restarts apart; they need a new store,
             # by TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.
             store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+        if device.type == "cuda":
+            set_flight_recorder(out_dir)
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
             store=store,
@@ -181,12 +280,49 @@ def join_ranks(device: str) -> Ranks:
     return Ranks(rank, world, device, store)
 
 
+DEVICES = Path("/dev")  # nvidia0 and so on
+DRIVER = Path("/proc/driver/nvidia/version")
+
+
+def why_no_gpu() -> str | None:
+    """Why torch cannot use the NVIDIA GPU that is there, and what to do. None where there is none, or where
+    the user hides it by a CUDA_VISIBLE_DEVICES that names no device: empty, -1, Slurm's NoDevFiles."""
+    visible, given = os.environ.get("CUDA_VISIBLE_DEVICES"), any(DEVICES.glob("nvidia[0-9]*"))
+    hidden = visible is not None and not re.match(r"\s*(\d|GPU-|MIG-)", visible)
+    if hidden or not (given or DRIVER.exists()):
+        return None
+    version = re.search(r"\s(\d{3}[\d.]+)\s", DRIVER.read_text() if DRIVER.exists() else "")
+    driver = f"driver {version[1]}" if version else "a driver that does not tell its version"
+    if torch.version.cuda is None:
+        build, remedy = "a CPU build", "install a CUDA build (https://pytorch.org/get-started/locally)"
+    else:
+        build, remedy = (
+            f"built for CUDA {torch.version.cuda}",
+            "update the driver, or install a torch for its CUDA",
+        )
+    if not given:
+        remedy = (
+            f"give this process the GPU, which is not in {DEVICES} (docker run --gpus=all), then {remedy}"
+        )
+    named = f" with CUDA_VISIBLE_DEVICES={visible}" if visible else ""
+    return (
+        f"there is an NVIDIA GPU with {driver}, but torch {torch.__version__}, {build}, cannot use it"
+        f"{named}; {remedy}, or use --device=cpu"
+    )
+
+
 def usable_device(name: str) -> torch.device:
-    """The device that a user named, made the current one; InputError if it cannot be used here."""
+    """The device that a user named, made the current one; InputError if it cannot be used here. "auto" is a
+    GPU or, only where there is none, the CPU."""
+    if name.startswith(("auto", "cuda")) and not torch.cuda.is_available():
+        if reason := why_no_gpu():
+            raise InputError(f"--device={name}: {reason}")
+        if name != "auto":
+            raise InputError(
+                f"--device={name}, but no CUDA device is visible; use --device=cpu or --device=auto"
+            )
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    elif name.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError(f"--device={name}, but no CUDA device is visible; use --device=cpu or --device=auto")
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
