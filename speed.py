@@ -1,6 +1,6 @@
 """How fast a run is, measured against what its device can do, and where its time goes.
 
-FLOPs of a token, a device's peak, the peak of its memory, and a profile of a few steps.
+FLOPs of a token, what a device reaches at best, the most memory it has held, and a profile of a few steps.
 
 C hidden size, H query heads, G key/value heads, D dimensions of a head, F width of the SwiGLU, L blocks,
 V vocabulary, T tokens that attention reaches over.
@@ -10,6 +10,7 @@ import re
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from common import make_folder
@@ -36,6 +37,13 @@ def flops_per_token(config: GPTConfig, T: float) -> float:
     )
     block = C * D * (H + 2 * G) + H * D * C + 3 * C * F
     return 6 * (L * block + C * V) + 12 * L * H * D * T
+
+
+def mean_context(lengths: np.ndarray) -> float:
+    """T for flops_per_token where sequences differ in length: that of a token's own sequence, on average over
+    all tokens. A long sequence has more of them."""
+    lengths = lengths.astype(np.float64)
+    return float((lengths**2).sum() / lengths.sum())
 
 
 # -- the peak of a device ------------------------------------------------------------------------------------

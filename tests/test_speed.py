@@ -5,6 +5,7 @@ import json
 import re
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import ALONE, random_ids, small_model
@@ -14,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import speed
 from distributed import Ranks
 from gpt import GPTConfig
-from speed import Profiler, flops_per_token, known_peak, measured_peak, peak_flops, peak_memory
+from speed import Profiler, flops_per_token, known_peak, mean_context, measured_peak, peak_flops, peak_memory
 
 
 def test_the_flops_of_a_token_are_those_computed_by_hand():
@@ -36,6 +37,14 @@ def test_torch_counts_the_same_flops_to_the_last_one(change):
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(ids, ids).backward()
     assert counter.get_total_flops() == B * T * flops_per_token(model.config, T)
+
+
+def test_the_mean_context_gives_the_flops_of_sequences_of_all_lengths():
+    config, lengths = small_model().config, np.array([3, 5, 5, 60])
+    together = sum(n * flops_per_token(config, n) for n in lengths)
+    assert lengths.sum() * flops_per_token(config, mean_context(lengths)) == pytest.approx(
+        together, rel=1e-12
+    )
 
 
 NAMES = {
