@@ -35,7 +35,7 @@ class Ranks:
     answers: int = 0  # that rank 0 has given so far
 
     def __post_init__(self):
-        self.own_work = OwnWork(self.device)
+        self.own_work, self.slow = OwnWork(self.device), None  # the rank that was slow when last asked
         if self.store:
             self.store.set(f"host of rank {self.rank}", socket.gethostname())
 
@@ -70,15 +70,18 @@ class Ranks:
         return values.tolist()
 
     def slow_one(self) -> str | None:
-        """Which rank keeps the others waiting, if one does: its own work since the last call took SLOW times
-        the median rank's. All ranks ask together; rank 0 gets the answer."""
+        """Which rank keeps the others waiting, if one does: for the second time in a row its own work took
+        SLOW times the median rank's. All ranks ask together; rank 0 gets the answer."""
         seconds = self.each(self.own_work.take())
         median, slowest = statistics.median_low(seconds), max(seconds)
-        if not self.is_main or slowest <= SLOW * median:
+        before, self.slow = self.slow, seconds.index(slowest) if slowest > SLOW * median else None
+        if not self.is_main or self.slow is None or self.slow != before:
             return None
-        rank = seconds.index(slowest)
-        host = self.store.get(f"host of rank {rank}").decode()
-        return f"rank {rank} on {host} is slow: {slowest:.3g} s where the median rank takes {median:.3g} s"
+        host = self.store.get(f"host of rank {self.slow}").decode()
+        return (
+            f"rank {self.slow} on {host} is slow: {slowest:.3g} s to the end of a step's first forward pass, "
+            f"the median rank {median:.3g} s"
+        )
 
     def barrier(self) -> None:
         """Wait until all ranks are here."""
@@ -163,8 +166,11 @@ SLOW = 1.2
 
 
 class OwnWork:
-    """How long a rank works in a step before it has to meet the others: from the step's beginning to its last
-    backward, in which ranks exchange gradients. On a GPU it is the GPU's time, read without waiting for it.
+    """How long a rank works in a step before it waits for others: from the step's beginning to the end of its
+    first forward pass. On a GPU it is the GPU's time, read without waiting for it.
+
+    A slow GPU or a slow reader of data shows there. Ranks differ in how many micro-batches they have, but
+    each has a first one.
     """
 
     def __init__(self, device: torch.device):
@@ -181,7 +187,7 @@ class OwnWork:
         self.began = self.now()
 
     def end(self) -> None:
-        """The work that has begun ends; without a beginning this is nothing."""
+        """The work that has begun ends here; at later calls in the same step nothing does."""
         if self.began is not None:
             self.spans.append((self.began, self.now()))
             self.began = None

@@ -128,17 +128,14 @@ class Profiler:
     rank, for https://ui.perfetto.dev. With 0 steps it does nothing.
 
     The first steps compile and allocate, so SKIPPED of them are left out. A run that ends amid the recorded
-    steps writes what there is.
+    steps writes what there is; one that ends before says so.
     """
 
     SKIPPED = 5  # the profiler itself warms up in the last two
 
     def __init__(self, steps: int, out_dir: str | Path, ranks: Ranks):
-        self.path, self.ranks, self.profile = (
-            Path(out_dir) / "profile" / f"rank{ranks.rank}.json.gz",
-            ranks,
-            None,
-        )
+        self.path = Path(out_dir) / "profile" / f"rank{ranks.rank}.json.gz"
+        self.ranks, self.profile, self.written = ranks, None, False
         if steps:
             make_folder(self.path.parent)
             schedule = torch.profiler.schedule(wait=self.SKIPPED - 2, warmup=2, active=steps, repeat=1)
@@ -152,8 +149,11 @@ class Profiler:
 
     def write(self, profile: torch.profiler.profile) -> None:
         profile.export_chrome_trace(str(self.path))
+        self.written = True
         self.ranks.print(f"{self.path} is written; https://ui.perfetto.dev shows it")
 
     def close(self) -> None:
         if self.profile:
             self.profile.stop()
+            if not self.written:
+                self.ranks.print(f"no profile is written; it begins after {self.SKIPPED} steps of a run")

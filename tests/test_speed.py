@@ -153,3 +153,12 @@ def test_without_steps_to_profile_nothing_is_written(tmp_path):
     profiler.step()
     profiler.close()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_run_too_short_for_a_profile_says_so(tmp_path, capsys):
+    profiler = Profiler(2, tmp_path, ALONE)
+    for _ in range(4):
+        profiler.step()
+    profiler.close()
+    assert not list((tmp_path / "profile").iterdir())
+    assert "no profile is written; it begins after 5 steps" in capsys.readouterr().out
