@@ -52,10 +52,10 @@ def mean_context(lengths: np.ndarray) -> float:
 # without "NVIDIA". From NVIDIA's data sheets; where one tells only "with sparsity", it is half of that. The
 # GeForce cards: appendix A of the whitepapers on Ampere GA102, Ada and Blackwell RTX.
 PEAKS = {
-    r"A100[ -](SXM|PCIE|PCIe|40GB|80GB).*": 312.0,
+    r"A100-SXM4-(40|80)GB|A100-PCIE-40GB|A100 80GB PCIe": 312.0,
     r"H100 PCIe": 756.0,
     r"H100 NVL": 835.5,
-    r"H100 (80|64|96)GB HBM.*|H100 SXM.*": 989.4,
+    r"H100 80GB HBM3": 989.4,  # SXM
     r"H200 NVL": 835.5,
     r"H200": 989.4,
     r"GH200 .*": 989.4,

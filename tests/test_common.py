@@ -173,6 +173,7 @@ def test_numbers_that_can_mean_nothing_are_refused(script):
     for name, value, expected in (
         ("keep_last", -1, "from zero up"),
         ("max_steps", -5, "zero"),
+        ("profile", -1, "from zero up"),
         ("epochs", math.nan, "above zero"),
         ("epochs", math.inf, "above zero"),
         ("warmup_fraction", 2.0, "a share"),

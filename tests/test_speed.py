@@ -70,6 +70,7 @@ NAMES = {
 }
 STRANGERS = [
     "NVIDIA A100-SXM4-40GB MIG 1g.5gb",
+    "NVIDIA A100-SXM-64GB",  # a supercomputer's own, with more multiprocessors
     "NVIDIA H20",
     "NVIDIA GeForce RTX 4090 D",
     "NVIDIA GeForce RTX 4090 Laptop GPU",
