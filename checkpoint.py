@@ -18,10 +18,11 @@ from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor
 
 from common import InputError, file_sha256, one_line, read_json, sync_to_disk, write_json
-from distributed import Ranks, own_numbers, own_part, shard_model, whole
+from distributed import Ranks
 from gpt import GPTModel
 from huggingface import model_directory
 from optim import state_by_name
+from sharding import own_numbers, own_part, shard_model, whole
 from tokenization import load_tokenizer, vocabulary_size
 
 # -- writing -------------------------------------------------------------------------------------------------

@@ -18,11 +18,13 @@ import torch
 from checkpoint import open_weights, told_name, too_many_bad_steps
 from common import RESUMABLE, InputError, fingerprint, run_script
 from data import TokenLoader, verified_manifest
-from distributed import join_ranks, shard_model, wrap
+from distributed import join_ranks, wrap
 from gpt import GPTConfig, GPTModel
 from optim import make_optimizer, schedule, set_learning_rate
 from order import batch_order
 from resume import lock_and_resume
+from sharding import shard_model
+from speed import flops_per_token
 from tokenization import load_tokenizer, tokenizer_fingerprint, vocabulary_size
 from training import Prefetcher, check_settings, evaluate, forward_backward, open_records
 
@@ -68,6 +70,7 @@ class Config:
     keep_last: int = 3  # checkpoints that are kept; 0 for all
     keep_every: int = 0  # steps between two checkpoints that are never deleted; 0 for none
     wandb: str = "auto"  # auto (if a key is set up), online, offline or off
+    profile: int = 0  # steps that are traced into out_dir/profile, after five others; 0 for none
     # machine
     resume: str = "auto"  # auto (newest checkpoint in out_dir), none, or a checkpoint's path
     force: bool = False  # resume although settings that change the result differ
@@ -127,7 +130,7 @@ def sample_text(model: GPTModel, tokenizer, seed: int) -> list[str]:
 def main(config: Config) -> None:
     shape_fields = ("num_hidden_layers", "hidden_size", "num_attention_heads", "context_length")
     check_settings(asdict(config), positive=("max_steps", "batch_tokens", *shape_fields))
-    ranks = join_ranks(config.device, shard=config.shard, compile=config.compile)
+    ranks = join_ranks(config.device, config.out_dir, shard=config.shard, compile=config.compile)
 
     # Data: the tokenizer, and the windows of a step and of a validation.
     manifest = ranks.from_main(lambda: verified_manifest(config.data_dir, config.tokenizer))
@@ -178,7 +181,7 @@ def main(config: Config) -> None:
     # What records the run, and what can stop it.
     start, stopped = state["step"] if state else 0, False
     decay_steps = round(config.decay_fraction * config.max_steps)
-    history, metrics, checkpoints, signals = open_records(
+    history, metrics, checkpoints, signals, profiler = open_records(
         asdict(config),
         start=start,
         max_steps=config.max_steps,
@@ -188,13 +191,14 @@ def main(config: Config) -> None:
         origin=f"Pretrained on {told_source(manifest)}.",
         state=state,
         ranks=ranks,
+        flops_per_token=flops_per_token(shape, T),
     )
     ranks.watch(config.timeout_minutes)
 
     # A step's windows depend on the seed and the step only, so a resumed run reads none twice.
-    def step_batches(step: int) -> tuple[int, list[dict]]:
-        windows = batch_order(config.seed, step, windows_per_step, len(train))
-        return windows_per_step * T, list(train.micro_batches(windows, config.micro_batch_size, ranks))
+    def step_batches(step: int) -> tuple[int, int, list[dict]]:
+        windows, tokens = batch_order(config.seed, step, windows_per_step, len(train)), windows_per_step * T
+        return tokens, tokens, list(train.micro_batches(windows, config.micro_batch_size, ranks))
 
     upcoming = Prefetcher(step_batches, start, config.max_steps)
 
@@ -221,7 +225,8 @@ def main(config: Config) -> None:
         ranks.at(f"step {step + 1}")
         if not history.unread:
             began = time.monotonic()  # validating and saving are not part of the steps' time
-        targets, batches = upcoming.batches(step)
+        targets, tokens, batches = upcoming.batches(step)
+        ranks.own_work.begin()
 
         # Forward and backward over all micro-batches and ranks; the gradients are clipped.
         loss_sum, grad_norm = forward_backward(
@@ -232,7 +237,13 @@ def main(config: Config) -> None:
         lr_scale = schedule(step, config.max_steps, warmup_steps=config.warmup_steps, decay_steps=decay_steps)
         lr = set_learning_rate(optimizer, lr_scale)
         bad = history.record(
-            step + 1, loss_sum=loss_sum, grad_norm=grad_norm, targets=targets, lr=lr, stop=bool(signals.seen)
+            step + 1,
+            loss_sum=loss_sum,
+            grad_norm=grad_norm,
+            targets=targets,
+            tokens=tokens,
+            lr=lr,
+            stop=bool(signals.seen),
         )
         optimizer.step(skip=bad)
         optimizer.zero_grad(set_to_none=True)
@@ -244,9 +255,10 @@ def main(config: Config) -> None:
                 raise too_many_bad_steps(config.out_dir, outcome.bad_steps, outcome.numbers["skipped"])
             metrics.step(outcome.step, outcome.numbers, seconds=time.monotonic() - began)
             began, stopped = time.monotonic(), stopped or outcome.stopped
+        profiler.step()
 
     # The end: the last checkpoint is on the disk, all ranks leave together, the folder is free.
-    for part in (upcoming, checkpoints, metrics):
+    for part in (upcoming, checkpoints, profiler, metrics):
         part.close()
     signals.close(stopped)
     del module  # before its process group, see leave

@@ -26,6 +26,7 @@ from optim import make_optimizer, schedule, set_learning_rate
 from resume import lock_and_resume, starting_point
 from sft import OVERLONG, PackedLoader, SFTDataset, preparation_notes, prepare_conversations, row_length
 from sources import column_of, source_rows
+from speed import flops_per_token, mean_context
 from tokenization import tokenizer_fingerprint
 from training import Prefetcher, check_settings, evaluate, forward_backward, open_records
 
@@ -76,6 +77,7 @@ class Config:
     keep_last: int = 2  # checkpoints that are kept; 0 for all
     keep_every: int = 0  # steps between two checkpoints that are never deleted; 0 for none
     wandb: str = "auto"  # auto (if a key is set up), online, offline or off
+    profile: int = 0  # steps that are traced into out_dir/profile, after five others; 0 for none
     # machine
     cache_dir: str = ""  # folder for rendered data, shared by runs and machines; empty: in the user's cache
     resume: str = "auto"  # auto (newest checkpoint in out_dir), none, or a checkpoint's path
@@ -152,7 +154,7 @@ def prepare(config: Config, tokenizer, *, T: int, content: dict, ranks: Ranks) -
 def main(config: Config) -> None:
     check_settings(asdict(config), positive=("epochs", "batch_tokens", "max_new_tokens"))
     check_choice("overlong", config.overlong, OVERLONG)
-    ranks = join_ranks(config.device, shard=config.shard, compile=config.compile)
+    ranks = join_ranks(config.device, config.out_dir, shard=config.shard, compile=config.compile)
 
     # The newest checkpoint of this run, if it was interrupted; else the model to start from.
     base, content = ranks.from_main(lambda: starting_point(config.model, config.data))
@@ -178,6 +180,7 @@ def main(config: Config) -> None:
         )
         for split, seed in (("train", config.seed), ("val", 0))
     )
+    lengths = train.dataset.lengths()
     val_rows = val.rows[: max(1, config.eval_tokens // T) if config.eval_tokens else None]
     questions = report["questions"][: config.eval_questions]
     max_steps = config.max_steps or math.ceil(config.epochs * train.steps_per_epoch)
@@ -205,7 +208,7 @@ def main(config: Config) -> None:
     # What records the run, and what can stop it.
     start, stopped = state["step"] if state else 0, False
     warmup_steps = round(config.warmup_fraction * max_steps)
-    history, metrics, checkpoints, signals = open_records(
+    history, metrics, checkpoints, signals, profiler = open_records(
         asdict(config),
         start=start,
         max_steps=max_steps,
@@ -215,14 +218,15 @@ def main(config: Config) -> None:
         origin=f"Fine-tuned from {told_name(config.model)} on {told_data(config.data)}.",
         state=state,
         ranks=ranks,
+        flops_per_token=flops_per_token(model.config, mean_context(lengths)),
     )
     ranks.watch(config.timeout_minutes)
 
     # A step's rows, and the noise on them, depend on the seed and the step only.
-    def step_batches(step: int) -> tuple[int, list[dict]]:
+    def step_batches(step: int) -> tuple[int, int, list[dict]]:
         rows, noise = train.step_rows(step), step_noise(config, step, T, model.config.hidden_size)
         batches = list(train.micro_batches(rows, config.micro_batch_size, ranks, noise))
-        return train.count_targets(rows), batches
+        return train.count_targets(rows), sum(int(lengths[row].sum()) for row in rows), batches
 
     record = partial(
         record_answers,
@@ -260,7 +264,8 @@ def main(config: Config) -> None:
         ranks.at(f"step {step + 1}")
         if not history.unread:
             began = time.monotonic()  # validating and saving are not part of the steps' time
-        targets, batches = upcoming.batches(step)
+        targets, tokens, batches = upcoming.batches(step)
+        ranks.own_work.begin()
 
         # Forward and backward over all micro-batches and ranks; the gradients are clipped.
         loss_sum, grad_norm = forward_backward(
@@ -271,7 +276,13 @@ def main(config: Config) -> None:
         lr_scale = schedule(step, max_steps, warmup_steps=warmup_steps, decay_steps=max_steps - warmup_steps)
         lr = set_learning_rate(optimizer, lr_scale)
         bad = history.record(
-            step + 1, loss_sum=loss_sum, grad_norm=grad_norm, targets=targets, lr=lr, stop=bool(signals.seen)
+            step + 1,
+            loss_sum=loss_sum,
+            grad_norm=grad_norm,
+            targets=targets,
+            tokens=tokens,
+            lr=lr,
+            stop=bool(signals.seen),
         )
         optimizer.step(skip=bad)
         optimizer.zero_grad(set_to_none=True)
@@ -283,9 +294,10 @@ def main(config: Config) -> None:
                 raise too_many_bad_steps(config.out_dir, outcome.bad_steps, outcome.numbers["skipped"])
             metrics.step(outcome.step, outcome.numbers, seconds=time.monotonic() - began)
             began, stopped = time.monotonic(), stopped or outcome.stopped
+        profiler.step()
 
     # The end: the last checkpoint is on the disk, all ranks leave together, the folder is free.
-    for part in (upcoming, checkpoints, metrics):
+    for part in (upcoming, checkpoints, profiler, metrics):
         part.close()
     signals.close(stopped)
     del module  # before its process group, see leave

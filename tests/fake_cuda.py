@@ -291,7 +291,13 @@ def train(script: str, *, optimizer: str = "muon") -> dict:
             )
             recorder.phase = "update"
             lr = set_learning_rate(updates, 0.5)
-            values = {"loss_sum": loss_sum, "grad_norm": grad_norm, "targets": targets, "lr": lr}
+            values = {
+                "loss_sum": loss_sum,
+                "grad_norm": grad_norm,
+                "targets": targets,
+                "tokens": targets,
+                "lr": lr,
+            }
             bad = history.record(1, **values, stop=False)
             updates.step(skip=bad)
             read.append([outcome.step for outcome in history.outcomes(1)])
