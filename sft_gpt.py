@@ -227,6 +227,7 @@ def main(config: Config) -> None:
         tokenizer=tokenizer,
         questions=questions,
         max_new_tokens=config.max_new_tokens,
+        ranks=ranks,
     )
     upcoming = Prefetcher(step_batches, start, max_steps)
 
@@ -239,8 +240,9 @@ def main(config: Config) -> None:
             batches = val.micro_batches(val_rows, config.micro_batch_size, ranks)
             nats, correct, targets = evaluate(module, batches, ranks)
             numbers, lines = {"val_loss": nats / targets, "val_accuracy": correct / targets}, []
-            if questions and ranks.is_main:
-                numbers["stopped"], lines = record(step)
+            if questions:
+                answered, lines = record(step)
+                numbers |= answered
             metrics.validated(step, **numbers)
             metrics.print(lines)
 

@@ -10,7 +10,8 @@ from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM
 
 from common import InputError
-from gpt import AttentionInputs, GPTConfig, GPTModel, sample
+from generation import sample
+from gpt import AttentionInputs, GPTConfig, GPTModel
 
 
 @pytest.mark.parametrize("switches", SWITCHES, ids=str)
@@ -225,12 +226,11 @@ def test_sampling_is_repeatable_with_a_seed_and_keeps_to_top_k_and_top_p():
 
 def test_sample_draws_each_id_as_often_as_its_probability_says():
     probs = torch.tensor([0.5, 0.25, 0.125, 0.0625, 0.0625])
-    generator = torch.Generator().manual_seed(0)
+    noise = torch.rand(20_000, generator=torch.Generator().manual_seed(0))
     rows = probs.log().expand(20_000, -1)
 
     def frequencies(temperature=1.0, **options):
-        drawn = sample(rows, temperature=temperature, generator=generator, **options)
-        return drawn.bincount(minlength=5) / 20_000
+        return sample(rows, noise, temperature=temperature, **options).bincount(minlength=5) / 20_000
 
     squared = probs.square() / probs.square().sum()
     for drawn, expected in (
