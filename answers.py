@@ -32,15 +32,15 @@ def generate_answers(
     the others get None.
 
     Questions that fill the context are left out. Those of like length are answered together, and the ranks
-    divide these batches. A question's place is the seed of its answer. So the answers are always the same, on
-    any number of ranks.
+    divide these batches; of a model that is split over them they compute all together. A question's place is
+    the seed of its answer. So the answers are always the same, on any number of ranks.
     """
     stop, context = tokenizer.convert_tokens_to_ids(TURN_END), model.config.max_position_embeddings
     prompts = [prompt_ids(user_turn(question), tokenizer) for question in questions]
     fitting = [i for i, prompt in enumerate(prompts) if len(prompt) < context]
     batches = slot_batches(sorted(fitting, key=lambda i: len(prompts[i])), prompts, max_new_tokens)
-    mine = {}
-    for batch in itertools.islice(batches, ranks.rank, None, ranks.world):
+    mine, first, stride = {}, *((0, 1) if ranks.sharded else (ranks.rank, ranks.world))
+    for batch in itertools.islice(batches, first, None, stride):
         ranks.at(f"answering questions {batch}")
         some = [prompts[i] for i in batch]
         steps = model.generate(some, max_new_tokens, **SAMPLING, seed=batch, stop_ids=[stop])

@@ -7,8 +7,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -16,6 +16,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from common import InputError
 
@@ -30,23 +32,45 @@ class Ranks:
     store: dist.Store | None = None
     watchdog: "Watchdog | None" = None
     answers: int = 0  # that rank 0 has given so far
+    shard: str = "none"  # how parameters are split over the ranks: none, full or hybrid
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def sharded(self) -> bool:
+        return self.world > 1 and self.shard != "none"
 
     def print(self, *values) -> None:
         """Print on rank 0."""
         if self.is_main:
             print(*values, flush=True)
 
-    def sum(self, *values: float | torch.Tensor) -> list[float]:
-        """Each value's sum over all ranks, in float64."""
-        device = self.device if self.world > 1 else "cpu"
-        total = torch.stack([torch.as_tensor(v).to(device).double() for v in values])
+    @property
+    def sum_device(self) -> torch.device:
+        """Where sums over the ranks are: on the GPU, where nobody waits for them; else on the CPU."""
+        return self.device if self.device.type == "cuda" else torch.device("cpu")
+
+    def total(self, *values: float | torch.Tensor) -> torch.Tensor:
+        """Each value's sum over all ranks, in float64, on sum_device."""
+        there = {"device": self.sum_device, "dtype": torch.float64}
+        on_gpu = self.sum_device.type == "cuda"
+        total = torch.stack(
+            [
+                value.to(self.sum_device, non_blocking=on_gpu).double()
+                if isinstance(value, torch.Tensor)
+                else torch.full((), value, **there)  # written there, not copied, so nobody waits
+                for value in values
+            ]
+        )
         if self.world > 1:
             dist.all_reduce(total)
-        return total.tolist()
+        return total
+
+    def sum(self, *values: float | torch.Tensor) -> list[float]:
+        """Each value's sum over all ranks. A GPU is waited for."""
+        return self.total(*values).tolist()
 
     def any(self, value: bool) -> bool:
         """Whether it is true on any rank. All ranks ask together and get the same answer."""
@@ -124,6 +148,15 @@ class Ranks:
         """A pinned batch on this rank's device, without waiting for it."""
         return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
 
+    def to_host(self, values: torch.Tensor) -> tuple[torch.Tensor, Callable]:
+        """Values on their way to the host, and what waits until they are there."""
+        if not values.is_cuda:
+            return values, lambda: None
+        there = values.to("cpu", non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record()
+        return there, copied.synchronize
+
     def autocast(self):
         """bf16 matrix products on CUDA, fp32 elsewhere."""
         return torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else nullcontext()
@@ -163,8 +196,10 @@ class Watchdog:
         os._exit(1)
 
 
-def join_ranks(device: str) -> Ranks:
+def join_ranks(device: str, shard: str = "none") -> Ranks:
     """Join the other ranks (NCCL on GPUs, gloo on CPUs) on a device, "auto" or as torch names it.
+
+    `shard` is how parameters will be split over them: none, full or hybrid.
 
     Raises InputError for a device that cannot be used here.
     """
@@ -186,7 +221,7 @@ def join_ranks(device: str) -> Ranks:
             device_id=device if device.type == "cuda" else None,
             timeout=timedelta(hours=1),  # the watchdog is quicker
         )
-    return Ranks(rank, world, device, store)
+    return Ranks(rank, world, device, store, shard=shard)
 
 
 def usable_device(name: str) -> torch.device:
@@ -208,6 +243,7 @@ def usable_device(name: str) -> torch.device:
 
 
 COMPILE = ("auto", "true", "false")
+SHARD = ("none", "full", "hybrid")
 
 
 def wrap(model: nn.Module, ranks: Ranks, compile: str) -> nn.Module:
@@ -216,7 +252,7 @@ def wrap(model: nn.Module, ranks: Ranks, compile: str) -> nn.Module:
     torch._dynamo.config.recompile_limit = 32  # for rows of several lengths, in training and evaluation
     if wanted:
         model.compile_blocks()
-    if ranks.world > 1:
+    if ranks.world > 1 and not ranks.sharded:
         return nn.parallel.DistributedDataParallel(
             model,
             device_ids=[ranks.device.index] if ranks.device.type == "cuda" else None,
@@ -226,15 +262,78 @@ def wrap(model: nn.Module, ranks: Ranks, compile: str) -> nn.Module:
     return model
 
 
+# -- sharding ------------------------------------------------------------------------------------------------
+
+
+def shard_model(model: nn.Module, ranks: Ranks) -> nn.Module:
+    """Split a language model's parameters over the ranks (FSDP2), in place; their names stay.
+
+    With them their gradients and the optimizer's state are split. A block's parameters are whole on every
+    rank only while it computes. On CUDA they travel and compute in bf16; gradients are added up in fp32.
+    "hybrid" splits them over the ranks of a machine and keeps a copy on each machine.
+    """
+    if not ranks.sharded:
+        return model
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+    shape, names = (ranks.world,), ("shard",)
+    if ranks.shard == "hybrid":
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world))
+        shape, names = (ranks.world // local, local), ("replicate", "shard")
+    mesh = init_device_mesh(ranks.device.type, shape, mesh_dim_names=names)
+    compute = torch.bfloat16 if ranks.device.type == "cuda" else None
+    # A block's inputs, the residual stream and the rotary angles, stay in fp32.
+    policy = MixedPrecisionPolicy(compute, torch.float32, cast_forward_inputs=False)
+    for part in (*model.model.layers, model):
+        fully_shard(part, mesh=mesh, mp_policy=policy)
+    register_fsdp_forward_method(model, "next_logits")  # what generation calls
+    return model
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor put together from its parts on all ranks, which ask together; as it is if it is not split."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def own_numbers(tensor: torch.Tensor) -> torch.Tensor:
+    """What of a tensor lies on this rank, all of it if it is not split; it shares memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def own_part(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a whole tensor that is to be split as another is, or all of it."""
+    if not isinstance(like, DTensor) or not tensor.dim():
+        return tensor
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def own_rows(rows: int, rank: int, world: int) -> tuple[int, int]:
+    """Which of a tensor's rows, from one on and up to another, FSDP2 gives to a rank: as torch.chunk does."""
+    size = -(-rows // world)
+    return min(rows, rank * size), min(rows, (rank + 1) * size)
+
+
+@contextmanager
+def gradients_exchanged(module: nn.Module, wanted: bool, ranks: Ranks) -> Iterator[None]:
+    """Ranks exchange the gradients of this backward pass, or keep them for a later one."""
+    if ranks.sharded:
+        for part in module.modules():
+            if isinstance(part, FSDPModule):
+                part.set_requires_gradient_sync(wanted, recurse=False)
+    with nullcontext() if wanted or ranks.sharded or ranks.world == 1 else module.no_sync():
+        yield
+
+
 class StopSignals:
     """Notes SIGTERM, SIGINT and SIGUSR1 (Slurm's warning), so that a run can finish its step, save and leave.
 
-    A second SIGINT ends the process at once. `close` brings the earlier handlers back. A stopped run ignores
-    SIGTERM and SIGUSR1 instead: torchrun sends SIGTERM to all ranks as soon as the first one has left.
+    A second SIGINT ends the process at once. `close` brings the earlier handlers back. After a stopped run it
+    ignores SIGTERM and SIGUSR1 instead: torchrun sends SIGTERM to all ranks as soon as the first has left.
     """
 
-    def __init__(self, ranks: Ranks):
-        self.ranks, self.seen, self.stopped = ranks, set(), False
+    def __init__(self):
+        self.seen: set[int] = set()
         self.handlers = {
             n: signal.signal(n, self.note) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
         }
@@ -244,12 +343,7 @@ class StopSignals:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
         self.seen.add(number)
 
-    def on_any_rank(self) -> bool:
-        """Whether a signal reached any rank. All ranks ask together and get the same answer."""
-        self.stopped = self.ranks.any(self.seen)
-        return self.stopped
-
-    def close(self) -> None:
+    def close(self, stopped: bool) -> None:
         for number, handler in self.handlers.items():
-            ignored = self.stopped and number != signal.SIGINT
+            ignored = stopped and number != signal.SIGINT
             signal.signal(number, signal.SIG_IGN if ignored else handler)

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.distributed.fsdp import FSDPModule
 
 from common import InputError
+from distributed import whole
 
 
 class KVCache:
@@ -57,6 +59,7 @@ def joined(*weights: torch.Tensor, dtype: torch.dtype, for_vectors: bool) -> tor
     For products with single vectors a matrix with more rows than columns is stored by columns: a CPU then
     reads it up to twice as fast.
     """
+    weights = [whole(weight) for weight in weights]
     matrix = weights[0].to(dtype) if len(weights) == 1 else torch.cat(weights).to(dtype)
     tall = matrix.size(0) > matrix.size(1)
     return matrix.t().contiguous().t() if for_vectors and tall else matrix
@@ -68,13 +71,14 @@ def layer_weights(block: nn.Module, **layout) -> LayerWeights:
     H, G = (proj.out_features // attention.head_dim for proj in (attention.q_proj, attention.k_proj))
     norms = None
     if isinstance(attention.q_norm, nn.RMSNorm):
-        norms = torch.cat((attention.q_norm.weight.expand(H, -1), attention.k_norm.weight.expand(G, -1)))
+        q_norm, k_norm = whole(attention.q_norm.weight), whole(attention.k_norm.weight)
+        norms = torch.cat((q_norm.expand(H, -1), k_norm.expand(G, -1)))
     return LayerWeights(
-        block.input_layernorm.weight,
+        whole(block.input_layernorm.weight),
         joined(attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight, **layout),
         norms,
         joined(attention.o_proj.weight, **layout),
-        block.post_attention_layernorm.weight,
+        whole(block.post_attention_layernorm.weight),
         joined(mlp.gate_proj.weight, mlp.up_proj.weight, **layout),
         joined(mlp.down_proj.weight, **layout),
     )
@@ -84,7 +88,8 @@ class Decoding:
     """B rows that are continued, token by token; `ids` (B,) are the newest.
 
     For as long as it lives it holds, besides the cache, copies of matrices: on CUDA of all, in bf16; on a CPU
-    of those that are joined and, for one row, of the head.
+    of those that are joined and, for one row, of the head. Of a model that is split over ranks each has a
+    whole copy of all; they make and read it together.
     """
 
     def __init__(self, model: nn.Module, lengths: Sequence[int], steps: int, *, choose: Callable):
@@ -94,9 +99,12 @@ class Decoding:
         self.dtype = torch.bfloat16 if self.on_cuda else model.lm_head.weight.dtype
         self.S = -(-(self.T + steps) // 8) * 8  # CUDA wants a mask's rows aligned
         self.cache = KVCache(c, lengths, self.S, dtype=self.dtype, device=device)
+        if isinstance(model, FSDPModule):
+            model.reshard()  # what an evaluation left whole is in bf16
         layout = {"dtype": self.dtype, "for_vectors": len(lengths) == 1 and device.type == "cpu"}
         self.layers = [layer_weights(block, **layout) for block in model.model.layers]
         self.head = joined(model.lm_head.weight, **layout)
+        self.table, self.norm = whole(model.model.embed_tokens.weight), whole(model.model.norm.weight)
         self.sin = model.rope_sin.clone()
         self.sin[:, : c.head_dim // 2].neg_()  # rotate_half(x) sin = roll(x) (-sin, sin)
         # What a step changes.
@@ -108,18 +116,12 @@ class Decoding:
         self.mask = mask[:, None, None]  # (B, 1, 1, S), added to the scores
         self.filled, self.replay = self.T, None
 
-    def choose_ids(self, x: torch.Tensor) -> None:
-        """The next ids, from the hidden states (B, C) of the newest."""
-        logits = F.linear(x.to(self.dtype), self.head)
-        self.ids.copy_(self.choose(logits, self.slot - (self.T - 1)))
-
     def read(self, prompts: torch.Tensor) -> None:
         """Fill the cache with prompts (B, T), padded on the right, and choose the next ids."""
-        rows, last = torch.arange(len(prompts), device=prompts.device), self.T - 1 - self.cache.starts
         bf16 = torch.autocast("cuda", torch.bfloat16, enabled=self.on_cuda)  # as in training
         with bf16, torch.compiler.set_stance("force_eager"):  # shapes change with every prompt
-            x = self.model.hidden(prompts, cache=self.cache)
-        self.choose_ids(x[rows, last])
+            logits = self.model.next_logits(prompts, self.T - 1 - self.cache.starts, cache=self.cache)
+        self.ids.copy_(self.choose(logits, self.slot - (self.T - 1)))
 
     def step(self, window: int) -> None:
         """Put `ids` into the next slot and choose those after them, with a cache of `window` slots."""
@@ -130,7 +132,7 @@ class Decoding:
         mask = self.mask[..., :window] if self.ragged or self.on_cuda else None
         positions = (self.slot - self.cache.starts).clamp(max=c.max_position_embeddings - 1)
         cos, sin = self.model.rope_cos[positions][:, None], self.sin[positions][:, None]  # (B, 1, D)
-        x = self.model.model.embed_tokens.weight[self.ids]  # (B, C)
+        x = self.table[self.ids]  # (B, C)
         for layer, (keys, values) in zip(self.layers, self.cache.layers):
             y = F.rms_norm(x, x.shape[-1:], layer.attention_norm, c.rms_norm_eps).to(self.dtype)
             y = F.linear(y, layer.qkv).view(B, H + 2 * G, D)
@@ -147,7 +149,8 @@ class Decoding:
             y = F.rms_norm(x, x.shape[-1:], layer.mlp_norm, c.rms_norm_eps).to(self.dtype)
             gate, up = F.linear(y, layer.gate_up).chunk(2, -1)
             x = x + F.linear(F.silu(gate) * up, layer.down)
-        self.choose_ids(F.rms_norm(x, x.shape[-1:], self.model.model.norm.weight, c.rms_norm_eps))
+        y = F.rms_norm(x, x.shape[-1:], self.norm, c.rms_norm_eps).to(self.dtype)
+        self.ids.copy_(self.choose(F.linear(y, self.head), self.slot - (self.T - 1)))
 
     def advance(self) -> None:
         """One step. On CUDA it always reads the whole cache, masked, so that one graph serves all."""

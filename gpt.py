@@ -13,7 +13,7 @@ B batch, T positions, S keys, C hidden size, H query heads, G key/value heads, D
 vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -292,6 +292,11 @@ class GPTModel(nn.Module):
             return token_losses(x, self.lm_head.weight, targets)
         return summed_loss(x, self.lm_head.weight, targets, self.softmax)
 
+    def next_logits(self, input_ids: torch.Tensor, last: torch.Tensor, **attention) -> torch.Tensor:
+        """Logits (B, V) at each row's position `last` (B,)."""
+        x = self.hidden(input_ids, **attention)
+        return self.lm_head(x[torch.arange(len(x), device=x.device), last])
+
     def compile_blocks(self) -> None:
         """Compile, in place, each block, of which one graph serves all, and on CUDA the head's softmax; there
         decoding replays a CUDA graph, too."""
@@ -337,9 +342,16 @@ class GPTModel(nn.Module):
         write_model(path, config=self.config.to_hf(), weights=weights, tokenizer=tokenizer)
 
     @classmethod
-    def from_pretrained(cls, name: str | Path) -> "GPTModel":
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        *,
+        shard: Callable[["GPTModel"], None] | None = None,
+        place: Callable = lambda tensor, parameter: tensor,
+    ) -> "GPTModel":
         """Open a Llama- or Qwen3-shaped model, in fp32: a directory, or a hub id, which is downloaded.
 
+        `shard` splits the model over ranks before it has weights; `place` then makes a rank's part of each.
         Raises InputError for what is missing, damaged, or of a kind this model cannot represent.
         """
         path = model_directory(name)
@@ -347,8 +359,11 @@ class GPTModel(nn.Module):
         check_size(path, asdict(config))
         with torch.device("meta"):  # no memory yet
             model = cls(config)
+        expected = model.stored_state()
+        if shard:
+            shard(model)
         model.init_rope()
-        load_weights(model, path, expected=model.stored_state())
+        load_weights(model, path, expected=expected, place=place)
         model.tie_weights()
         return model
 

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import told_name, too_many_bad_steps
+from checkpoint import open_weights, told_name, too_many_bad_steps
 from common import RESUMABLE, InputError, fingerprint, run_script
 from data import TokenLoader, verified_manifest
-from distributed import join_ranks, wrap
+from distributed import join_ranks, shard_model, wrap
 from gpt import GPTConfig, GPTModel
 from optim import make_optimizer, schedule, set_learning_rate
 from order import batch_order
@@ -74,6 +74,7 @@ class Config:
     timeout_minutes: float = 30.0  # a rank without progress for this long ends the run
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     compile: str = "auto"  # torch.compile: true, false, or auto for only on CUDA
+    shard: str = "none"  # split the model over the ranks: full, hybrid (within each machine) or none
 
 
 PROMPTS = ("The history of", "The most important", "Water is")  # of the samples
@@ -125,7 +126,7 @@ def sample_text(model: GPTModel, tokenizer, seed: int) -> list[str]:
 def main(config: Config) -> None:
     shape_fields = ("num_hidden_layers", "hidden_size", "num_attention_heads", "context_length")
     check_settings(asdict(config), positive=("max_steps", "batch_tokens", *shape_fields))
-    ranks = join_ranks(config.device)
+    ranks = join_ranks(config.device, config.shard)
 
     # Data: the tokenizer, and the windows of a step and of a validation.
     manifest = ranks.from_main(lambda: verified_manifest(config.data_dir, config.tokenizer))
@@ -153,10 +154,12 @@ def main(config: Config) -> None:
 
     # Model and optimizer, new or from the checkpoint.
     torch.manual_seed(config.seed)
-    model = (GPTModel.from_pretrained(state["path"]) if state else GPTModel(shape)).to(ranks.device)
+    model = open_weights(state["path"], ranks) if state else shard_model(GPTModel(shape), ranks)
+    model = model.to(ranks.device)
     optimizer = make_optimizer(
         model,
         config.optimizer,
+        ranks=ranks,
         lr=config.lr,
         matrix_lr=config.matrix_lr,
         betas=(config.beta1, config.beta2),
@@ -201,7 +204,7 @@ def main(config: Config) -> None:
             batches = val.micro_batches(val_windows, config.micro_batch_size, ranks)
             nats, _, targets = evaluate(module, batches, ranks)
             metrics.validated(step, val_loss=nats / targets, val_bpb=nats / math.log(2) / val_bytes)
-            if config.samples and ranks.is_main:
+            if config.samples and (ranks.is_main or ranks.sharded):
                 metrics.print([f"  | {text}" for text in sample_text(model, tokenizer, config.seed)])
 
         # Once in a while: a checkpoint, written beside the next steps. If that went wrong, the run ends here.
@@ -214,34 +217,36 @@ def main(config: Config) -> None:
 
         # This step's batches; those of the next are read meanwhile.
         ranks.at(f"step {step + 1}")
-        began = time.monotonic()
+        if not history.unread:
+            began = time.monotonic()  # validating and saving are not part of the steps' time
         targets, batches = upcoming.batches(step)
 
         # Forward and backward over all micro-batches and ranks; the gradients are clipped.
-        loss, grad_norm = forward_backward(
+        loss_sum, grad_norm = forward_backward(
             module, batches, targets=targets, max_grad_norm=config.max_grad_norm, ranks=ranks
         )
 
-        # A bad step (its loss or norm is not finite, or a spike) changes nothing. Too many in a row: give up.
-        skipped = history.record(loss=loss, grad_norm=grad_norm)
-        if history.bad_steps >= config.max_bad_steps:
-            checkpoints.wait()
-            raise too_many_bad_steps(config.out_dir, history.bad_steps, skipped)
-
-        # The update, at this step's learning rate.
+        # The update, at this step's learning rate. A bad step changes nothing: see StepHistory.
         lr_scale = schedule(step, config.max_steps, warmup_steps=config.warmup_steps, decay_steps=decay_steps)
         lr = set_learning_rate(optimizer, lr_scale)
-        if not skipped:
-            optimizer.step()
+        bad = history.record(
+            step + 1, loss_sum=loss_sum, grad_norm=grad_norm, targets=targets, lr=lr, stop=bool(signals.seen)
+        )
+        optimizer.step(skip=bad)
         optimizer.zero_grad(set_to_none=True)
 
-        stopped = signals.on_any_rank()  # here the ranks wait for the slowest, so it is part of the time
-        numbers = {"loss": loss, "grad_norm": grad_norm, "lr": lr, "targets": targets, "skipped": skipped}
-        metrics.step(step + 1, numbers, seconds=time.monotonic() - began)
+        # What came of it; a GPU's newest step is read after the next. Too many bad ones in a row: give up.
+        for outcome in history.outcomes(step + 1):
+            if outcome.bad_steps >= config.max_bad_steps:
+                checkpoints.wait()
+                raise too_many_bad_steps(config.out_dir, outcome.bad_steps, outcome.numbers["skipped"])
+            metrics.step(outcome.step, outcome.numbers, seconds=time.monotonic() - began)
+            began, stopped = time.monotonic(), stopped or outcome.stopped
 
     # The end: the last checkpoint is on the disk, all ranks leave together, the folder is free.
-    for part in (upcoming, checkpoints, signals, metrics):
+    for part in (upcoming, checkpoints, metrics):
         part.close()
+    signals.close(stopped)
     del module  # before its process group, see leave
     ranks.leave()
     if lock:

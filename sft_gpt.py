@@ -83,6 +83,7 @@ class Config:
     timeout_minutes: float = 30.0  # a rank without progress for this long ends the run
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     compile: str = "auto"  # torch.compile: true, false, or auto for only on CUDA
+    shard: str = "none"  # split the model over the ranks: full, hybrid (within each machine) or none
 
 
 def conversations(config: Config) -> Iterator[tuple[list[dict], str]]:
@@ -150,7 +151,7 @@ def prepare(config: Config, tokenizer, *, T: int, content: dict, ranks: Ranks) -
 def main(config: Config) -> None:
     check_settings(asdict(config), positive=("epochs", "batch_tokens", "max_new_tokens"))
     check_choice("overlong", config.overlong, OVERLONG)
-    ranks = join_ranks(config.device)
+    ranks = join_ranks(config.device, config.shard)
 
     # The newest checkpoint of this run, if it was interrupted; else the model to start from.
     base, content = ranks.from_main(lambda: starting_point(config.model, config.data))
@@ -183,6 +184,7 @@ def main(config: Config) -> None:
     optimizer = make_optimizer(
         model,
         config.optimizer,
+        ranks=ranks,
         lr=config.lr,
         matrix_lr=config.matrix_lr,
         betas=(config.beta1, config.beta2),
@@ -256,34 +258,36 @@ def main(config: Config) -> None:
 
         # This step's batches; those of the next are read meanwhile.
         ranks.at(f"step {step + 1}")
-        began = time.monotonic()
+        if not history.unread:
+            began = time.monotonic()  # validating and saving are not part of the steps' time
         targets, batches = upcoming.batches(step)
 
         # Forward and backward over all micro-batches and ranks; the gradients are clipped.
-        loss, grad_norm = forward_backward(
+        loss_sum, grad_norm = forward_backward(
             module, batches, targets=targets, max_grad_norm=config.max_grad_norm, ranks=ranks
         )
 
-        # A bad step (its loss or norm is not finite, or a spike) changes nothing. Too many in a row: give up.
-        skipped = history.record(loss=loss, grad_norm=grad_norm)
-        if history.bad_steps >= config.max_bad_steps:
-            checkpoints.wait()
-            raise too_many_bad_steps(config.out_dir, history.bad_steps, skipped)
-
-        # The update, at this step's learning rate.
+        # The update, at this step's learning rate. A bad step changes nothing: see StepHistory.
         lr_scale = schedule(step, max_steps, warmup_steps=warmup_steps, decay_steps=max_steps - warmup_steps)
         lr = set_learning_rate(optimizer, lr_scale)
-        if not skipped:
-            optimizer.step()
+        bad = history.record(
+            step + 1, loss_sum=loss_sum, grad_norm=grad_norm, targets=targets, lr=lr, stop=bool(signals.seen)
+        )
+        optimizer.step(skip=bad)
         optimizer.zero_grad(set_to_none=True)
 
-        stopped = signals.on_any_rank()  # here the ranks wait for the slowest, so it is part of the time
-        numbers = {"loss": loss, "grad_norm": grad_norm, "lr": lr, "targets": targets, "skipped": skipped}
-        metrics.step(step + 1, numbers, seconds=time.monotonic() - began)
+        # What came of it; a GPU's newest step is read after the next. Too many bad ones in a row: give up.
+        for outcome in history.outcomes(step + 1):
+            if outcome.bad_steps >= config.max_bad_steps:
+                checkpoints.wait()
+                raise too_many_bad_steps(config.out_dir, outcome.bad_steps, outcome.numbers["skipped"])
+            metrics.step(outcome.step, outcome.numbers, seconds=time.monotonic() - began)
+            began, stopped = time.monotonic(), stopped or outcome.stopped
 
     # The end: the last checkpoint is on the disk, all ranks leave together, the folder is free.
-    for part in (upcoming, checkpoints, signals, metrics):
+    for part in (upcoming, checkpoints, metrics):
         part.close()
+    signals.close(stopped)
     del module  # before its process group, see leave
     ranks.leave()
     if lock:

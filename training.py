@@ -1,18 +1,18 @@
 """What the loops are made of: the check of their settings, one step's gradients, bad steps, evaluation."""
 
+import gc
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import nn
 
 from checkpoint import Checkpoints
 from common import IGNORE, InputError, check_choice, check_numbers
-from distributed import COMPILE, Ranks, StopSignals
+from distributed import COMPILE, SHARD, Ranks, StopSignals, gradients_exchanged, whole
 from metrics import WANDB, Metrics
 from optim import OPTIMIZERS
 
@@ -24,7 +24,12 @@ def check_settings(settings: dict, positive: Sequence[str]) -> None:
     """
     common = "micro_batch_size max_bad_steps log_every eval_every save_every timeout_minutes".split()
     check_numbers(settings, [*positive, *common])
-    for name, choices in (("optimizer", OPTIMIZERS), ("wandb", WANDB), ("compile", COMPILE)):
+    for name, choices in (
+        ("optimizer", OPTIMIZERS),
+        ("wandb", WANDB),
+        ("compile", COMPILE),
+        ("shard", SHARD),
+    ):
         check_choice(name, settings[name], choices)
     if settings["keep_every"] % settings["save_every"]:
         raise InputError(
@@ -49,8 +54,17 @@ def open_records(
     """What records a run and what can stop it: its history, metrics, checkpoints and signals.
 
     `settings` are the script's, which metrics and checkpoints keep. The others are described at the classes.
+    From here on Python collects garbage at the history's pauses only, not amid a step.
     """
-    history = StepHistory(settings["spike_sigma"], state)
+    gc.freeze()
+    gc.disable()
+    pauses = [settings[name] for name in ("log_every", "eval_every", "save_every")]
+    history = StepHistory(
+        settings["spike_sigma"],
+        ranks,
+        state=state,
+        read_all=lambda step: step == max_steps or any(step % every == 0 for every in pauses),
+    )
     metrics = Metrics(
         settings["out_dir"],
         start=start,
@@ -73,7 +87,7 @@ def open_records(
         keep_last=settings["keep_last"],
         keep_every=settings["keep_every"],
     )
-    return history, metrics, checkpoints, StopSignals(ranks)
+    return history, metrics, checkpoints, StopSignals()
 
 
 def targets_in(batch: dict) -> torch.Tensor:
@@ -83,28 +97,35 @@ def targets_in(batch: dict) -> torch.Tensor:
 
 def forward_backward(
     module: nn.Module, micro_batches: Sequence[dict], *, targets: int, max_grad_norm: float, ranks: Ranks
-) -> tuple[float, float]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of one global batch, of which `micro_batches` are this rank's share, each the keyword
     arguments of the module's forward.
 
     The module gives a micro-batch's loss as a sum over its targets. It is divided once, by the `targets` of
     all micro-batches of all ranks: any split of the same global batch gives the same gradients up to
-    rounding. They are scaled down to max_grad_norm (0: never). Returns the loss per target in nats and the
-    gradients' norm before clipping, the same on all ranks.
+    rounding. They are scaled down to max_grad_norm (0: never). Returns this rank's summed loss in nats and
+    the gradients' norm before clipping, both on the device: nobody waits for them.
     """
     assert targets > 0, "a global batch without targets; the loaders never give one"
     loss_sum = torch.zeros((), device=ranks.device)
     for i, batch in enumerate(micro_batches):
         last = i == len(micro_batches) - 1  # ranks exchange their gradients once, in the last backward
-        with nullcontext() if last or ranks.world == 1 else module.no_sync():
+        with gradients_exchanged(module, last, ranks):
             with ranks.autocast():
                 loss = module(**ranks.to_device(batch))
-            (loss * (ranks.world / targets)).backward()  # DDP averages over ranks: world times that is a sum
+            (loss * (ranks.world / targets)).backward()  # ranks average: world times that is a sum
         loss_sum += loss.detach()
-    grad_norm = nn.utils.clip_grad_norm_(module.parameters(), max_grad_norm or math.inf)
-    # The norm is the same on all ranks, so the sum of its shares is the norm again.
-    loss_sum, grad_norm = ranks.sum(loss_sum, grad_norm / ranks.world)
-    return loss_sum / targets, grad_norm
+    return loss_sum, whole(nn.utils.clip_grad_norm_(module.parameters(), max_grad_norm or math.inf))
+
+
+@dataclass
+class Outcome:
+    """What came of a step, read from its device."""
+
+    step: int  # completed optimizer steps, this one included
+    numbers: dict  # loss, grad_norm, lr and targets; under "skipped" why it is bad, or None
+    bad_steps: int  # in a row, up to this one
+    stopped: bool  # whether any rank was told to stop
 
 
 class StepHistory:
@@ -113,36 +134,93 @@ class StepHistory:
     A step is bad if its loss or gradient norm is not finite or is a spike: more than spike_sigma standard
     deviations above the mean of the last 128 (0: no step is a spike). The 128, and that half of them must be
     there, are those of OLMo-core's SkipStepOptimizer (https://github.com/allenai/OLMo-core). All ranks
-    record the same numbers and so decide alike.
+    record the same sums and so decide alike.
+
+    The decision is made on the device. Python reads what came of a step at once on a CPU. On a GPU it reads
+    while the next step computes, so that neither waits for the other.
     """
 
     LENGTH = 128
 
-    def __init__(self, spike_sigma: float, state: dict | None = None):
+    def __init__(
+        self,
+        spike_sigma: float,
+        ranks: Ranks,
+        *,
+        state: dict | None = None,
+        read_all: Callable[[int], bool] = lambda step: True,
+    ):
+        """`read_all` tells after which steps all outcomes are read, the newest one, too."""
         saved = state["history"] if state else {"loss": [], "grad_norm": [], "bad_steps": 0}
-        self.spike_sigma = spike_sigma
-        self.values = {name: deque(saved[name], self.LENGTH) for name in ("loss", "grad_norm")}
-        self.bad_steps = saved["bad_steps"]  # in a row
+        rows = [saved[name] for name in ("loss", "grad_norm")]
+        rows = [[math.nan] * (self.LENGTH - len(row)) + row for row in rows]  # NaN: not there yet
+        self.spike_sigma, self.ranks, self.read_all = spike_sigma, ranks, read_all
+        self.past = torch.tensor(rows, dtype=torch.float64, device=ranks.sum_device)  # (2, LENGTH)
+        self.bad_steps = torch.tensor(saved["bad_steps"], device=ranks.sum_device)  # in a row
+        self.lag = int(ranks.device.type == "cuda")  # how many of the newest steps may stay unread
+        self.unread: deque[tuple] = deque()
 
     def state(self) -> dict:
         """What a checkpoint keeps."""
-        return {name: list(values) for name, values in self.values.items()} | {"bad_steps": self.bad_steps}
+        loss, grad_norm = ([v for v in row if not math.isnan(v)] for row in self.past.tolist())
+        return {"loss": loss, "grad_norm": grad_norm, "bad_steps": int(self.bad_steps)}
 
-    def record(self, *, loss: float, grad_norm: float) -> str | None:
-        """Record a step; returns why it is bad, or None."""
-        reasons = [self.record_one("loss", loss), self.record_one("grad_norm", grad_norm)]
-        why_bad = next((reason for reason in reasons if reason), None)
-        self.bad_steps = self.bad_steps + 1 if why_bad else 0
-        return why_bad
+    def record(
+        self,
+        step: int,
+        *,
+        loss_sum: torch.Tensor,
+        grad_norm: torch.Tensor,
+        targets: int,
+        lr: float,
+        stop: bool,
+    ) -> torch.Tensor:
+        """Record a step; returns whether it is bad, a tensor on the device.
 
-    def record_one(self, name: str, value: float) -> str | None:
-        if not math.isfinite(value):
-            return f"its {name} is {value}"
-        past, limit = self.values[name], math.inf
-        if self.spike_sigma and len(past) >= self.LENGTH // 2:
-            limit = np.mean(past) + self.spike_sigma * np.std(past, ddof=1)
-        past.append(value)
-        return f"its {name} of {value:.3f} is a spike, above {limit:.3f}" if value > limit else None
+        loss_sum is this rank's, and summed over the ranks here. `stop`: this rank was told to stop.
+        """
+        # The norm is the same on all ranks, so the sum of its shares is the norm again.
+        loss, norm, stops = self.ranks.total(loss_sum, grad_norm / self.ranks.world, stop)
+        now = torch.stack([loss / targets, norm])
+        limits, finite = spike_limits(self.past, self.spike_sigma), now.isfinite()
+        bad = (~finite | (now > limits)).any()
+        newer = torch.cat([self.past[:, 1:], now[:, None]], dim=1)
+        self.past = torch.where(finite[:, None], newer, self.past)
+        self.bad_steps = (self.bad_steps + 1) * bad
+        told = torch.cat([now, limits, torch.stack([self.bad_steps.double(), stops])])
+        self.unread.append((step, {"lr": lr, "targets": targets}, *self.ranks.to_host(told)))
+        return bad
+
+    def outcomes(self, step: int) -> list[Outcome]:
+        """What came of the steps that are to be read after this one, the oldest first. A stop reads all."""
+        outcomes, all_of_them = [], self.read_all(step)
+        while self.unread and (all_of_them or len(self.unread) > self.lag):
+            recorded, numbers, told, wait = self.unread.popleft()
+            wait()
+            loss, grad_norm, loss_limit, norm_limit, bad_steps, stops = told.tolist()
+            reasons = [why_bad("loss", loss, loss_limit), why_bad("grad_norm", grad_norm, norm_limit)]
+            skipped = next((reason for reason in reasons if reason), None)
+            numbers = {"loss": loss, "grad_norm": grad_norm, **numbers, "skipped": skipped}
+            outcomes.append(Outcome(recorded, numbers, int(bad_steps), stopped=stops > 0))
+            all_of_them = all_of_them or stops > 0
+        if all_of_them and not gc.isenabled():
+            gc.collect()
+        return outcomes
+
+
+def spike_limits(past: torch.Tensor, spike_sigma: float) -> torch.Tensor:
+    """Beyond what a loss and a gradient norm are spikes, (2,), after those of the `past`, (2, LENGTH)."""
+    count, mean = (~past.isnan()).sum(1), past.nanmean(1)
+    deviation = ((past - mean[:, None]) ** 2).nansum(1).div(count - 1).sqrt()
+    known = (count >= past.size(1) // 2) & (spike_sigma > 0)
+    return torch.where(known, mean + spike_sigma * deviation, math.inf)
+
+
+def why_bad(name: str, value: float, limit: float) -> str | None:
+    """Why a step with this value is bad, or None."""
+    if not math.isfinite(value):
+        return f"its {name} is {value}"
+    return f"its {name} of {value:.3f} is a spike, above {limit:.3f}" if value > limit else None
 
 
 @torch.no_grad()
@@ -158,7 +236,8 @@ def evaluate(
             losses, hits = module(**ranks.to_device(batch), per_token=True)
         sums.append(torch.stack([losses.sum(), hits.sum().float()]))
         targets += count(batch)
-    loss, correct, targets = ranks.sum(*torch.stack(sums).cpu().double().sum(0), targets)
+    sums = torch.stack(sums).to(ranks.sum_device).double().sum(0)
+    loss, correct, targets = ranks.sum(*sums, targets)
     return loss, correct, int(targets)
 
 

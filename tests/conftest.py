@@ -1,5 +1,6 @@
 """Small things that many tests need; everything is made here, nothing is downloaded."""
 
+import gc
 import itertools
 import json
 import multiprocessing
@@ -63,6 +64,14 @@ def conversation(i: int, turns: int = 1) -> dict:
             {"role": "assistant", "content": sentence(2 * i + k)},
         ]
     return {"messages": messages}
+
+
+@pytest.fixture(autouse=True)
+def garbage():
+    """A run in this process turns Python's collector off."""
+    yield
+    gc.enable()
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

@@ -101,7 +101,7 @@ def place() -> str:
 class Recorder(TorchDispatchMode):
     """Notes every operation: products and their types, values that the host waits for, copies, collectives.
 
-    A value that Python reads is 1 or False: fake tensors have none.
+    Fake tensors have no values: Python reads 1 or False on the device, 0.0 on the host.
     """
 
     def __init__(self):
@@ -116,7 +116,13 @@ class Recorder(TorchDispatchMode):
         if name == "aten._local_scalar_dense.default" and isinstance(args[0], FakeTensor):
             if on_cuda:
                 self.waits[f"{self.phase}: reads a value at {place()}"] += 1
-            return 1.0 if args[0].is_floating_point() else False if args[0].dtype == torch.bool else 1
+            return (
+                float(bool(on_cuda))
+                if args[0].is_floating_point()
+                else False
+                if args[0].dtype == torch.bool
+                else 1
+            )
         if name == "aten.nonzero.default" and on_cuda:
             self.waits[f"{self.phase}: a shape that depends on data at {place()}"] += 1
             return args[0].new_empty((args[0].numel(), args[0].dim()), dtype=torch.long)
@@ -142,9 +148,20 @@ class Recorder(TorchDispatchMode):
         return {name: dict(getattr(self, name)) for name in names}
 
 
+class Event:
+    """A mark in the device's work. There is no work, so all is done at once."""
+
+    def record(self):
+        pass
+
+    def synchronize(self):
+        pass
+
+
 @contextmanager
 def fake_cuda():
     """Everything in here happens on fake tensors, as on a GPU with bf16 and flash attention."""
+    torch.cuda.Event = Event
     torch.cuda.amp.common.amp_definitely_not_available = lambda: False
     torch.cuda.is_bf16_supported = lambda *a, **k: True
     torch.cuda.get_device_capability = lambda *a: (9, 0)
@@ -264,22 +281,30 @@ def train(script: str, *, optimizer: str = "muon") -> dict:
     """A whole step and an evaluation, as one of eight ranks, and what they did."""
     from dpo import pairs_in
     from optim import make_optimizer, set_learning_rate
-    from training import evaluate, forward_backward, targets_in
+    from training import StepHistory, evaluate, forward_backward, targets_in
 
     with tempfile.TemporaryDirectory() as folder, fake_cuda():
         ranks = fake_ranks()
         model, step = batches_of(script, Path(folder), ranks)
-        updates = make_optimizer(
-            model, optimizer, lr=1e-3, matrix_lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1
-        )
+        rates = {"lr": 1e-3, "matrix_lr": 1e-2, "betas": (0.9, 0.95), "weight_decay": 0.1}
+        updates = make_optimizer(model, optimizer, ranks=ranks, **rates)
         module = wrapped(model, ranks, "false")
         count = pairs_in if script == "dpo" else targets_in
+        history, read = StepHistory(6.0, ranks, read_all=lambda step: False), []
         with Recorder() as recorder:
             targets, batches = step(0)
-            forward_backward(module, batches, targets=targets, max_grad_norm=1.0, ranks=ranks)
+            loss_sum, grad_norm = forward_backward(
+                module, batches, targets=targets, max_grad_norm=1.0, ranks=ranks
+            )
             recorder.phase = "update"
-            set_learning_rate(updates, 0.5)
-            updates.step()
+            lr = set_learning_rate(updates, 0.5)
+            values = {"loss_sum": loss_sum, "grad_norm": grad_norm, "targets": targets, "lr": lr}
+            bad = history.record(1, **values, stop=False)
+            updates.step(skip=bad)
+            read.append([outcome.step for outcome in history.outcomes(1)])
+            recorder.phase = "next record"  # a second forward is more than DDP can do with fake tensors
+            history.record(2, **values, stop=False)
+            read.append([outcome.step for outcome in history.outcomes(2)])
             recorder.phase = "evaluation"
             evaluate(module, step(1)[1], ranks, count)
         state = Counter(
@@ -287,9 +312,8 @@ def train(script: str, *, optimizer: str = "muon") -> dict:
             for values in updates.state.values()
             for value in values.values()
         )
-        gradients = Counter(str(p.grad.dtype).removeprefix("torch.") for p in model.parameters())
         sizes = sum(4 * p.numel() for p in model.parameters())
-        return recorder.report() | {"state": state, "gradients": gradients, "parameter_bytes": sizes}
+        return recorder.report() | {"state": state, "read": read, "parameter_bytes": sizes}
 
 
 def generate(*, new_tokens: int, graphs: bool) -> dict:

@@ -23,6 +23,8 @@ from common import read_records, run_script
 from distributed import Ranks
 from gpt import GPTModel
 from metrics import Metrics
+from optim import Muon
+from training import StepHistory
 
 SCRIPTS = {script.__name__: script for script in (pretrain_gpt, sft_gpt, dpo_gpt)}
 
@@ -74,8 +76,8 @@ def plant(*faults: str) -> None:
 
 
 def record_weights(out_dir: Path) -> None:
-    """Have each rank append a hash of its weights to out_dir/weights-RANK.txt after every step."""
-    original, models = Metrics.step, []
+    """Have each rank append a hash of its weights to out_dir/weights-RANK.txt after every update."""
+    original, models = Muon.step, []
     GPTModel.init_weights = noting(GPTModel.init_weights, models)
 
     def step(self, *arguments, **named):
@@ -84,7 +86,23 @@ def record_weights(out_dir: Path) -> None:
         with open(out_dir / f"weights-{os.environ.get('RANK', 0)}.txt", "a") as file:
             file.write(digest.hexdigest() + "\n")
 
-    Metrics.step = step
+    Muon.step = step
+
+
+def read_late(_: Path) -> None:
+    """Have what came of a step read after the next one, as on a GPU."""
+    original = StepHistory.__init__
+
+    def late(self, *arguments, **named):
+        original(self, *arguments, **named)
+        self.lag = 1
+
+    StepHistory.__init__ = late
+
+
+def read_late_and_record_weights(out_dir: Path) -> None:
+    read_late(out_dir)
+    record_weights(out_dir)
 
 
 def noting(method, models: list):

@@ -9,7 +9,7 @@ import torch
 from conftest import ALONE, small_model
 
 from common import IGNORE
-from training import Prefetcher, StepHistory, forward_backward
+from training import Outcome, Prefetcher, StepHistory, forward_backward
 
 
 def test_any_split_into_micro_batches_gives_the_same_gradients():
@@ -24,12 +24,12 @@ def test_any_split_into_micro_batches_gives_the_same_gradients():
             {"input_ids": ids[i : i + size, :-1], "targets": targets[i : i + size]} for i in range(0, 8, size)
         ]
         count = int((targets != IGNORE).sum())
-        loss, grad_norm = forward_backward(model, batches, targets=count, max_grad_norm=0.0, ranks=ALONE)
+        loss_sum, grad_norm = forward_backward(model, batches, targets=count, max_grad_norm=0.0, ranks=ALONE)
         expected = torch.nn.functional.cross_entropy(model(ids[:, :-1]).flatten(0, 1), targets.flatten())
-        assert loss == pytest.approx(expected.item(), rel=1e-5)
+        assert loss_sum.item() / count == pytest.approx(expected.item(), rel=1e-5)
         gradients = {name: p.grad for name, p in model.named_parameters()}
         norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradients.values()))
-        assert grad_norm == pytest.approx(norm, rel=1e-5)
+        assert grad_norm.item() == pytest.approx(norm, rel=1e-5)
         reference = reference or gradients
         for name, gradient in gradients.items():
             assert (gradient - reference[name]).norm() <= 1e-6 * reference[name].norm()
@@ -47,27 +47,62 @@ def test_gradients_are_scaled_down_to_the_limit_and_never_up(limit):
         torch.testing.assert_close(p.grad, q.grad * min(1.0, limit / before))
 
 
+def recorded(history: StepHistory, *, loss: float, grad_norm: float) -> Outcome:
+    """What came of a step of two targets that has this loss and norm."""
+    values = {"loss_sum": torch.tensor(2 * loss), "grad_norm": torch.tensor(grad_norm)}
+    bad = history.record(1, **values, targets=2, lr=0.1, stop=False)
+    (outcome,) = history.outcomes(1)
+    assert bool(bad) == bool(outcome.numbers["skipped"]) and outcome.numbers["targets"] == 2
+    return outcome
+
+
 def test_a_step_is_bad_when_not_finite_or_far_above_the_last_128_and_good_ones_reset_the_count():
-    history = StepHistory(6.0)
-    assert history.record(loss=math.nan, grad_norm=1.0) == "its loss is nan" and history.bad_steps == 1
-    assert history.record(loss=1.0, grad_norm=math.inf) == "its grad_norm is inf" and history.bad_steps == 2
+    history = StepHistory(6.0, ALONE)
+
+    def reason(loss: float, grad_norm: float) -> tuple[str | None, int]:
+        outcome = recorded(history, loss=loss, grad_norm=grad_norm)
+        return outcome.numbers["skipped"], outcome.bad_steps
+
+    assert reason(math.nan, 1.0) == ("its loss is nan", 1)
+    assert reason(1.0, math.inf) == ("its grad_norm is inf", 2)
     for i in range(64):
-        assert history.record(loss=1.0 + 0.01 * (i % 2), grad_norm=1.0 + 0.1 * (i % 2)) is None
-    assert history.bad_steps == 0
-    assert history.record(loss=1.1, grad_norm=1.0).startswith("its loss of 1.100 is a spike, above 1.0")
-    assert history.record(loss=1.0, grad_norm=2.0).startswith("its grad_norm of 2.000 is a spike, above 1.3")
-    assert history.bad_steps == 2
+        assert reason(1.0 + 0.01 * (i % 2), 1.0 + 0.1 * (i % 2)) == (None, 0)
+    assert reason(1.1, 1.0)[0].startswith("its loss of 1.100 is a spike, above 1.0")
+    why, count = reason(1.0, 2.0)
+    assert why.startswith("its grad_norm of 2.000 is a spike, above 1.3") and count == 2
+
+
+def test_a_spike_is_one_by_the_mean_and_deviation_of_the_last_128():
+    values = torch.randn(300, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    history = StepHistory(2.0, ALONE)
+    for i, value in enumerate(values.tolist()):
+        past = values[max(0, i - 128) : i]
+        limit = past.mean() + 2.0 * past.std() if i >= 64 else math.inf
+        record = {"grad_norm": torch.tensor(1.0), "targets": 1, "lr": 0.1, "stop": False}
+        assert bool(history.record(i, loss_sum=values[i], **record)) == (value > limit)
 
 
 def test_the_history_goes_on_from_its_state_and_no_spike_is_seen_with_sigma_zero():
-    history, calm = StepHistory(6.0), StepHistory(0.0)
+    history, calm = StepHistory(6.0, ALONE), StepHistory(0.0, ALONE)
     for i in range(200):
-        history.record(loss=float(i % 3), grad_norm=float(i % 5))
-    again = StepHistory(6.0, {"history": json.loads(json.dumps(history.state()))})
+        recorded(history, loss=float(i % 3), grad_norm=float(i % 5))
+        recorded(calm, loss=float(i % 3), grad_norm=float(i % 5))
+    again = StepHistory(6.0, ALONE, state={"history": json.loads(json.dumps(history.state()))})
     assert again.state() == history.state() and len(again.state()["loss"]) == StepHistory.LENGTH
     for loss in (1.0, 50.0, 1.5):
-        assert again.record(loss=loss, grad_norm=1.0) == history.record(loss=loss, grad_norm=1.0)
-        assert calm.record(loss=loss, grad_norm=1.0) is None
+        assert recorded(again, loss=loss, grad_norm=1.0) == recorded(history, loss=loss, grad_norm=1.0)
+        assert recorded(calm, loss=loss, grad_norm=1.0).numbers["skipped"] is None
+
+
+def test_a_gpus_newest_step_is_read_after_the_next_and_all_are_read_at_a_pause_or_stop():
+    history = StepHistory(0.0, ALONE, read_all=lambda step: step == 4)
+    history.lag = 1  # as on a GPU
+    read = []
+    for step in range(1, 8):
+        values = {"loss_sum": torch.tensor(1.0), "grad_norm": torch.tensor(1.0)}
+        history.record(step, **values, targets=1, lr=0.1, stop=step == 6)
+        read.append([outcome.step for outcome in history.outcomes(step)])
+    assert read == [[], [1], [2], [3, 4], [], [5], [6, 7]]
 
 
 def test_the_next_steps_batches_are_made_while_this_one_computes_and_no_more_than_these():
