@@ -316,7 +316,7 @@ def train(script: str, *, optimizer: str = "muon") -> dict:
         return recorder.report() | {"state": state, "read": read, "parameter_bytes": sizes}
 
 
-def generate(*, new_tokens: int, graphs: bool) -> dict:
+def generate(*, new_tokens: int, compile: bool) -> dict:
     """Three answers to prompts of several lengths: what is done while a graph of a step is recorded, and how
     many operations Python starts for each further token."""
     from generation import KVCache
@@ -341,7 +341,8 @@ def generate(*, new_tokens: int, graphs: bool) -> dict:
     torch.cuda.CUDAGraph, torch.cuda.graph, KVCache.store = Graph, recording, noted
     with fake_cuda():
         model = fake_model(num_key_value_heads=2)
-        model.graph_decoding = graphs
+        if compile:
+            model.compile_blocks()
         for prompts in ([[1, 2, 3], [4, 5]], [[6], [7] * 20], [[8] * 9, [9] * 9]):
             with recorder:
                 for _ in model.generate(prompts, new_tokens, temperature=0.8, top_k=50, top_p=0.9):

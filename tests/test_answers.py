@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 from conftest import ALONE, sentence, sft_config, small_model
 from test_distributed import in_ranks
@@ -10,6 +11,7 @@ import answers
 import sft_gpt
 from answers import FIXED_QUESTIONS
 from common import read_records
+from distributed import shard_model
 from gpt import GPTModel
 from tokenization import load_tokenizer
 
@@ -55,12 +57,14 @@ def answer_together(ranks, folder) -> None:
     """Every rank has the same model. The batches are of four questions."""
     answers.ROWS = 4
     tokenizer = load_tokenizer(folder)
-    for name, questions in (("many", [sentence(i)[:12] for i in range(2)]), ("none", [])):
+    asked = [sentence(i)[:12] for i in range(2)]
+    for name, questions, shard in (("many", asked, "none"), ("none", [], "none"), ("split", asked, "full")):
+        ranks = replace(ranks, shard=shard)
         (folder / name / str(ranks.world)).mkdir(parents=True, exist_ok=True)
         found = answers.record_answers(
             folder / name / str(ranks.world),
             5,
-            small_model(),
+            shard_model(small_model(num_key_value_heads=2), ranks),
             tokenizer=tokenizer,
             questions=questions,
             max_new_tokens=8,
@@ -74,7 +78,7 @@ def answer_together(ranks, folder) -> None:
     ranks.leave()
 
 
-def test_answers_do_not_depend_on_the_number_of_ranks_and_a_rank_without_a_question_does_not_hang(
+def test_answers_do_not_depend_on_the_ranks_nor_on_splitting_the_model_and_a_rank_without_any_does_not_hang(
     tokenizer, tmp_path
 ):
     tokenizer.save_pretrained(tmp_path)
@@ -82,6 +86,6 @@ def test_answers_do_not_depend_on_the_number_of_ranks_and_a_rank_without_a_quest
     rows = read_records(tmp_path / "many" / "1" / "answers.jsonl")
     assert len(rows) == len(FIXED_QUESTIONS) + 2 and len({row["answer"] for row in rows}) > 4
     assert in_ranks(answer_together, tmp_path, world=3) == [0, 0, 0]  # two batches: the third rank has none
-    for name in ("many", "none"):
+    for name in ("many", "none", "split"):
         paths = [tmp_path / name / n / "answers.jsonl" for n in ("1", "3")]
         assert paths[0].read_text() == paths[1].read_text()

@@ -66,12 +66,12 @@ def test_ranks_exchange_gradients_and_updates_once_and_a_few_numbers(step):
     }
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["graphs", "plain"])
+@pytest.fixture(scope="module", params=[True, False], ids=["compiled", "plain"])
 def decoding(request) -> dict:
     """Three times two prompts, each continued by six tokens."""
-    found = on_fake_cuda("generate", new_tokens=6, graphs=request.param)
+    found = on_fake_cuda("generate", new_tokens=6, compile=request.param)
     assert found["steps"] == 3 * 6
-    return {"graphs": request.param} | found
+    return {"compiled": request.param} | found
 
 
 def test_decoding_multiplies_and_keeps_its_cache_in_bf16(decoding):
@@ -93,7 +93,7 @@ def test_decoding_waits_for_the_ids_of_each_token_alone(decoding):
 def test_one_graph_serves_all_further_tokens_of_a_call_and_nothing_waits_in_it(decoding):
     """The first token comes from the prompts, the second from a step that warms up, the others from the
     graph; for these Python starts nothing but the replay and the read."""
-    if not decoding["graphs"]:
+    if not decoding["compiled"]:
         assert decoding["recorded"] == decoding["replayed"] == 0
         return
     assert (decoding["recorded"], decoding["replayed"]) == (3, 3 * 4)
