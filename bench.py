@@ -236,6 +236,7 @@ def bench_generate(config: Config, ranks: Ranks) -> None:
     from transformers import AutoModelForCausalLM
 
     ours = model_of(config, ranks.device)
+    ours.graph_decoding = True
     with tempfile.TemporaryDirectory() as folder:
         ours.save_pretrained(folder)
         theirs = AutoModelForCausalLM.from_pretrained(folder).to(ranks.device)

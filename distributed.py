@@ -152,6 +152,14 @@ class Ranks:
             raise SystemExit(1)  # rank 0 tells why
         return answer["value"]
 
+    def gather(self, value) -> list | None:
+        """Each rank's value, any object that pickles, on rank 0; None on the others."""
+        if self.world == 1:
+            return [value]
+        values = [None] * self.world if self.is_main else None
+        dist.gather_object(value, values)
+        return values
+
     def require_shared(self, path: Path) -> None:
         """Wait up to ten seconds for a file of rank 0's; InputError if this rank never sees it."""
         if self.is_main:

@@ -200,6 +200,7 @@ def main(config: Config) -> None:
         tokenizer=tokenizer,
         questions=questions,
         max_new_tokens=config.max_new_tokens,
+        ranks=ranks,
     )
     upcoming = Prefetcher(step_batches, start, max_steps)
 
@@ -213,8 +214,9 @@ def main(config: Config) -> None:
             )
             nats, correct, count = evaluate(module, batches, ranks, pairs_in)
             numbers, lines = {"val_loss": nats / count, "val_accuracy": correct / count}, []
-            if questions and (ranks.is_main or ranks.sharded):
-                numbers["stopped"], lines = record(step)
+            if questions:
+                answered, lines = record(step)
+                numbers |= answered
             metrics.validated(step, **numbers)
             metrics.print(lines)
 

@@ -235,6 +235,7 @@ def main(config: Config) -> None:
         tokenizer=tokenizer,
         questions=questions,
         max_new_tokens=config.max_new_tokens,
+        ranks=ranks,
     )
     upcoming = Prefetcher(step_batches, start, max_steps)
 
@@ -247,8 +248,9 @@ def main(config: Config) -> None:
             batches = val.micro_batches(val_rows, config.micro_batch_size, ranks)
             nats, correct, targets = evaluate(module, batches, ranks)
             numbers, lines = {"val_loss": nats / targets, "val_accuracy": correct / targets}, []
-            if questions and (ranks.is_main or ranks.sharded):
-                numbers["stopped"], lines = record(step)
+            if questions:
+                answered, lines = record(step)
+                numbers |= answered
             metrics.validated(step, **numbers)
             metrics.print(lines)
 
