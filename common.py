@@ -133,6 +133,9 @@ def told_memory(error: RuntimeError, config_class: type) -> str:
 def run_script(main: Callable, config_class: type) -> None:
     """Run main(config) with the command line's config. A mistake of the user, or a GPU's running out of
     memory, is printed as one sentence, and the process ends with status 1."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal in Latin-1 prints ? for what it lacks
     try:
         main(parse_config(config_class, sys.argv[1:]))
         return
@@ -251,9 +254,17 @@ def make_folder(path: str | Path) -> None:
 def lock_folder(out_dir: str | Path) -> typing.IO:
     """Lock a folder to write in. The lock ends with the file returned or with the process, however that ends.
 
-    Raises InputError while another process holds it: two writers would mix their files.
+    Raises InputError while another process holds it, as two writers would mix their files, and for a lock
+    that cannot be written.
     """
-    file = open(Path(out_dir) / ".lock", "a+")
+    path = Path(out_dir) / ".lock"
+    try:
+        file = open(path, "a+")
+    except OSError as error:
+        raise InputError(
+            f"{path} cannot be written ({one_line(error)}); delete it if it is another user's and no run is "
+            f"in that folder, or choose another --out_dir"
+        ) from error
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

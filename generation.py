@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch.distributed.fsdp import FSDPModule
 
 from common import InputError
-from distributed import whole
+from sharding import whole
 
 
 class KVCache:

@@ -229,7 +229,7 @@ def write_shards(config: Config, tokenizer, settings: dict) -> dict[str, ShardWr
         split: ShardWriter(out_dir, split, version=version, shard_tokens=config.shard_tokens)
         for split in ("train", "val")
     }
-    progress, bad_rows = read_json(out_dir / "progress.json"), BadRows(config.max_bad_rows)
+    progress, bad_rows = read_progress(out_dir), BadRows(config.max_bad_rows)
     done = progress["documents"]
     for split, writer in writers.items():
         writer.seek(progress["positions"].get(split, writer.position()))
@@ -265,6 +265,19 @@ def write_shards(config: Config, tokenizer, settings: dict) -> dict[str, ShardWr
     return writers
 
 
+def read_progress(out_dir: Path) -> dict:
+    """What save_progress wrote; InputError if it is something else."""
+    progress = read_json(out_dir / "progress.json")
+    kinds = {"documents": int, "positions": dict}
+    for name, kind in kinds.items():
+        if not isinstance(progress.get(name), kind):
+            raise InputError(
+                f"{out_dir / 'progress.json'} has no {name} as prepare_data.py writes it; delete the folder "
+                f"{out_dir} to prepare anew, or choose another --out_dir"
+            )
+    return progress
+
+
 def save_progress(out_dir: Path, settings: dict, done: int, writers: dict[str, ShardWriter]) -> None:
     """Note, once their bytes are on disk, how many documents the shards hold and where each writer stands."""
     for writer in writers.values():
@@ -295,7 +308,7 @@ def prepare(config: Config, settings: dict) -> None:
     # The tokenizer, new or that of the part that is done.
     out_dir = Path(config.out_dir)
     progress = out_dir / "progress.json"
-    if progress.exists() and read_json(progress)["documents"]:
+    if progress.exists() and read_progress(out_dir)["documents"]:
         tokenizer = load_tokenizer(out_dir / "tokenizer")
     else:
         tokenizer = make_tokenizer(config)

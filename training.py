@@ -33,6 +33,8 @@ def check_settings(settings: dict, positive: Sequence[str]) -> None:
         ("shard", SHARD),
     ):
         check_choice(name, settings[name], choices)
+    if not settings["out_dir"].strip():
+        raise InputError("--out_dir is empty; name a folder for the run, as --out_dir=out/mine")
     if settings["keep_every"] % settings["save_every"]:
         raise InputError(
             f"--keep_every={settings['keep_every']} is no multiple of --save_every={settings['save_every']}; "

@@ -11,8 +11,8 @@ import answers
 import sft_gpt
 from answers import FIXED_QUESTIONS
 from common import read_records
-from distributed import shard_model
 from gpt import GPTModel
+from sharding import shard_model
 from tokenization import load_tokenizer
 
 

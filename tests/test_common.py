@@ -3,10 +3,13 @@
 import dataclasses
 import errno
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import SMALL, pretrain_config, run, torchrun
+from conftest import ROOT, SMALL, pretrain_config, run, torchrun
 
 import bench
 import chat
@@ -14,7 +17,7 @@ import dpo_gpt
 import prepare_data
 import pretrain_gpt
 import sft_gpt
-from common import InputError, field_comments, parse_config, read_records, run_script
+from common import InputError, field_comments, lock_folder, parse_config, read_records, run_script
 
 SCRIPTS = {
     script.__name__ + ".py": script.Config
@@ -199,3 +202,28 @@ def test_damaged_lines_of_the_metrics_are_told_and_stop_no_run(tmp_path, capsys)
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n{"st\0\0\0\xff\n{"step": 3}\n{"step": 4, "lo')
     assert read_records(tmp_path / "metrics.jsonl") == [{"step": 1}, {"step": 3}]
     assert f"line 2 of {tmp_path}/metrics.jsonl is damaged" in capsys.readouterr().err
+
+
+def test_a_lock_that_is_another_users_is_one_sentence(tmp_path):
+    (tmp_path / ".lock").mkdir()  # root may write any file, but no folder
+    with pytest.raises(InputError, match=r"\.lock cannot be written .*another user's.*choose another"):
+        lock_folder(tmp_path)
+
+
+def test_a_character_that_the_terminal_lacks_is_printed_as_a_question_mark(tmp_path):
+    (tmp_path / "program.py").write_text(
+        "import dataclasses\nfrom common import run_script\n"
+        "@dataclasses.dataclass\nclass Config:\n    x: int = 0  # a number\n"
+        "run_script(lambda config: print('\\u6f22 \\u00e9'), Config)\n"
+    )
+    terminal = os.environ | {"PYTHONIOENCODING": "latin-1", "PYTHONPATH": str(ROOT)}
+    program = [sys.executable, tmp_path / "program.py"]
+    done = subprocess.run(program, capture_output=True, env=terminal, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.decode("latin-1") == "? \u00e9\n"
+
+
+@pytest.mark.parametrize("script", [pretrain_gpt, sft_gpt, dpo_gpt])
+def test_an_empty_out_dir_is_refused_before_anything_is_read(script):
+    with pytest.raises(InputError, match="--out_dir is empty"):
+        script.main(script.Config(out_dir=""))

@@ -640,3 +640,28 @@ def test_a_foreign_manifest_is_one_sentence(manifest, tmp_path, source, tokenize
     with pytest.raises(InputError):
         prepare(tmp_path, source, tokenizer_dir)
     refused("manifest.json is not one that prepare_data.py writes", verified_manifest, tmp_path)
+
+
+@pytest.mark.parametrize("lost", ["settings", "documents", "positions"])
+def test_a_progress_note_without_what_it_needs_is_one_sentence_and_nothing_is_lost(
+    lost, source, tokenizer_dir, tmp_path, often, monkeypatch
+):
+    original, saves = prepare_data.save_progress, []
+
+    def stop_at_the_third(*arguments):
+        original(*arguments)
+        saves.append(arguments)
+        if len(saves) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(prepare_data, "save_progress", stop_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(tmp_path / "shards", source, tokenizer_dir)
+    monkeypatch.setattr(prepare_data, "save_progress", original)
+    note = tmp_path / "shards" / "progress.json"
+    progress = json.loads(note.read_text())
+    assert progress["documents"] > 0
+    note.write_text(json.dumps({name: value for name, value in progress.items() if name != lost}))
+    before = contents(tmp_path / "shards")
+    refused("progress.json", prepare, tmp_path / "shards", source, tokenizer_dir)
+    assert contents(tmp_path / "shards") == before
