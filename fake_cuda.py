@@ -118,7 +118,8 @@ class Event:
 
 @contextmanager
 def fake_cuda():
-    """Everything in here happens on fake tensors, as on a GPU with bf16 and flash attention.
+    """Everything in here happens on fake tensors, as on a GPU with bf16, flash attention and, for a
+    mask, memory-efficient attention.
 
     torch stays changed afterwards: use a process of its own.
     """
@@ -131,14 +132,16 @@ def fake_cuda():
     torch.cuda.amp.common.amp_definitely_not_available = lambda: False
     torch.cuda.is_bf16_supported = lambda *a, **k: True
     torch.cuda.get_device_capability = lambda *a: (9, 0)
-    real = F.scaled_dot_product_attention
 
     def attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-        if attn_mask is not None:
-            return real(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
         if torch.is_autocast_enabled("cuda"):
             q, k, v = (x.to(torch.get_autocast_dtype("cuda")) for x in (q, k, v))
-        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal, scale=scale)[0]
+        if attn_mask is None:
+            return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal, scale=scale)[0]
+        bias = torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill_(~attn_mask, float("-inf"))
+        bias = bias.expand(*q.shape[:-1], k.size(-2))
+        efficient = torch.ops.aten._scaled_dot_product_efficient_attention
+        return efficient(q, k, v, bias, torch.is_grad_enabled(), 0.0, is_causal, scale=scale)[0]
 
     F.scaled_dot_product_attention = attention
     with FakeTensorMode(allow_non_fake_inputs=True):
