@@ -18,8 +18,13 @@ pytestmark = [
 
 
 def on_fake_cuda(scenario: str, **settings) -> dict:
-    """What a scenario of fake_cuda.py recorded, in a process of its own."""
-    command = [sys.executable, Path(__file__).with_name("fake_cuda.py"), scenario, json.dumps(settings)]
+    """What a scenario of fake_cuda_scenarios.py recorded, in a process of its own."""
+    command = [
+        sys.executable,
+        Path(__file__).with_name("fake_cuda_scenarios.py"),
+        scenario,
+        json.dumps(settings),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])

@@ -1,93 +1,34 @@
 """The CUDA path on a machine without a GPU: fake tensors on the device "cuda".
 
-    python tests/fake_cuda.py pretrain '{"compile": "false"}'
+    python tests/fake_cuda_scenarios.py train '{"script": "pretrain"}'
 
-runs a scenario below in this process and prints what it recorded as JSON. Fake tensors have a shape, a type
-and a device, but no values. Two things that torch's CPU build lacks for them are made with a C++ compiler: a
-guard for the device and an accelerator for autograd. They have to be there before torch is imported, so each
-scenario has a process of its own.
+runs a scenario below in this process and prints what it recorded as JSON. Fake tensors need a guard that is
+there before torch is imported, see fake_cuda.py, so each scenario has a process of its own.
 """
 
-import ctypes
-import hashlib
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import traceback
 from collections import Counter
 from contextlib import contextmanager
-from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 WORLD, RANK = 8, 1
-GUARD = """
-#include <ATen/detail/CUDAHooksInterface.h>
-#include <c10/core/impl/DeviceGuardImplInterface.h>
-using namespace c10;
-namespace {
-struct CUDAHooks : at::CUDAHooksInterface {
-  CUDAHooks(at::CUDAHooksArgs) {}
-  void init() const override {}
-  bool isBuilt() const override { return true; }
-  bool hasPrimaryContext(DeviceIndex) const override { return false; }
-  DeviceIndex deviceCount() const override { return 1; }
-  DeviceIndex getCurrentDevice() const override { return 0; }
-  void setCurrentDevice(DeviceIndex) const override {}
-  DeviceIndex exchangeDevice(DeviceIndex) const override { return 0; }
-  DeviceIndex maybeExchangeDevice(DeviceIndex) const override { return 0; }
-};
-struct FakeGuard : impl::NoOpDeviceGuardImpl<DeviceType::CUDA> {
-  Device getDevice() const override { return Device(DeviceType::CUDA, 0); }
-  Device exchangeDevice(Device) const override { return getDevice(); }
-  Stream getStream(Device d) const noexcept override { return Stream(Stream::DEFAULT, getDevice()); }
-  Stream getDefaultStream(Device) const override { return getStream(getDevice()); }
-  Stream exchangeStream(Stream) const noexcept override { return getStream(getDevice()); }
-  void record(void**, const Stream&, const DeviceIndex, const EventFlag) const override {}
-  void block(void*, const Stream&) const override {}
-  bool queryEvent(void*) const override { return true; }
-};
-FakeGuard guard;
-}
-namespace at { REGISTER_CUDA_HOOKS(CUDAHooks) }
-extern "C" void install() { impl::device_guard_impl_registry[1].store(&guard); }
-"""
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-
-def install() -> None:
-    """Compile the guard, once a torch version, and load it before torch itself."""
-    assert "torch" not in sys.modules
-    root = Path(find_spec("torch").origin).parent
-    key = hashlib.sha256((version("torch") + GUARD).encode()).hexdigest()[:12]
-    library = Path(tempfile.gettempdir()) / f"fake_cuda_{os.getuid()}_{key}.so"
-    if not library.exists():
-        with tempfile.TemporaryDirectory() as folder:
-            source, made = Path(folder) / "guard.cpp", Path(folder) / "guard.so"
-            source.write_text(GUARD)
-            command = f"g++ -std=c++20 -O1 -shared -fPIC -I{root}/include {source} -o {made} -L{root}/lib"
-            subprocess.run([*command.split(), "-lc10", "-ltorch_cpu"], check=True)
-            partial = library.with_suffix(f".{os.getpid()}")
-            partial.write_bytes(made.read_bytes())
-            partial.replace(library)
-    for name in ("libc10.so", "libtorch_cpu.so"):
-        ctypes.CDLL(str(root / "lib" / name), ctypes.RTLD_GLOBAL)
-    ctypes.CDLL(str(library)).install()
-
+from fake_cuda import fake_cuda, install  # noqa: E402
 
 if __name__ == "__main__":
     install()
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # noqa: E402
+from torch._subclasses.fake_tensor import FakeTensor  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 SHAPE = {"vocab_size": 4096, "hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4}
 T, ROWS, MICRO = 256, 4, 2  # tokens in a row, a rank's rows of a step, and of a micro-batch
 
@@ -146,43 +87,6 @@ class Recorder(TorchDispatchMode):
     def report(self) -> dict:
         names = ("waits", "products", "collectives", "mixed")
         return {name: dict(getattr(self, name)) for name in names}
-
-
-class Event:
-    """A mark in the device's work. There is no work, so all is done at once."""
-
-    def record(self):
-        pass
-
-    def synchronize(self):
-        pass
-
-
-@contextmanager
-def fake_cuda():
-    """Everything in here happens on fake tensors, as on a GPU with bf16 and flash attention."""
-    torch.cuda.Event = Event
-    torch.cuda.amp.common.amp_definitely_not_available = lambda: False
-    torch.cuda.is_bf16_supported = lambda *a, **k: True
-    torch.cuda.get_device_capability = lambda *a: (9, 0)
-    real = F.scaled_dot_product_attention
-
-    def attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-        if attn_mask is not None and attn_mask.is_floating_point():  # as a GPU takes it
-            assert {x.dtype for x in (q, k, v, attn_mask)} == {torch.bfloat16} and not attn_mask.stride(2) % 8
-            bias = attn_mask.expand(q.size(0), q.size(1), q.size(2), k.size(2))
-            return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, bias, False, scale=scale)[
-                0
-            ]
-        if attn_mask is not None:
-            return real(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-        if torch.is_autocast_enabled("cuda"):
-            q, k, v = (x.to(torch.get_autocast_dtype("cuda")) for x in (q, k, v))
-        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal, scale=scale)[0]
-
-    F.scaled_dot_product_attention = attention
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        yield
 
 
 def fake_ranks():
@@ -385,6 +289,5 @@ def compiles(script: str) -> dict:
 
 
 if __name__ == "__main__":
-    torch.Tensor.pin_memory = lambda self: self  # no driver pins here
     scenario, settings = sys.argv[1], json.loads(sys.argv[2])
     print(json.dumps(globals()[scenario](**settings)))
