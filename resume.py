@@ -1,4 +1,5 @@
-"""Where a stopped run goes on: one run a folder, the newest whole checkpoint, the same settings and data."""
+"""Where a run goes on: a stopped one at its newest whole checkpoint, with the same settings and data; a new
+phase at another run's model."""
 
 import os
 import pickle
@@ -7,17 +8,27 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import damage, find_model, list_checkpoints, newest_checkpoint, step_of
+from checkpoint import (
+    damage,
+    file_damage,
+    find_model,
+    list_checkpoints,
+    newest_checkpoint,
+    open_model,
+    step_of,
+)
 from common import InputError, file_sha256, fingerprint, lock_folder, make_folder, read_json
 from distributed import Ranks
+from gpt import GPTConfig, GPTModel
 from sources import source_files
+from tokenization import tokenizer_fingerprint
 
 # Fields you may change on resume: results stay the same up to rounding. Paths and models are compared by
 # content.
 FREE_FIELDS = (
-    "data_dir tokenizer model out_dir cache_dir log_every eval_every eval_tokens eval_questions samples "
-    "max_new_tokens save_every keep_last keep_every wandb micro_batch_size timeout_minutes resume force "
-    "device compile"
+    "data_dir tokenizer model init_from out_dir cache_dir log_every eval_every eval_tokens eval_questions "
+    "samples max_new_tokens save_every keep_last keep_every wandb micro_batch_size timeout_minutes resume "
+    "force device compile"
 ).split()
 
 
@@ -111,7 +122,7 @@ def check_same_run(
     """Compare a state with the run that wants to go on from it; the run's identity, and what has changed.
 
     `identity` has under "fixed" what a run can never change. Under "content" it has what the run's data and
-    starting point hold; None means that this cannot be known any more, and then it stays what it was.
+    starting point hold. None means in both that this cannot be known any more, and then it stays what it was.
     `defaults` stand for settings that an old checkpoint lacks. Raises InputError for another run, and unless
     `force` for other content or for other settings than FREE_FIELDS: the run would end elsewhere than an
     undisturbed one.
@@ -126,7 +137,7 @@ def check_same_run(
     same = {name for name, value in new.items() if value is not None and value == old.get(name)}
     # What a path leads to counts, not the path: the model's weights, the data's files.
     free = {*FREE_FIELDS, *(["data"] if "data_files" in same else [])}
-    moved = {"model"} if "weights" in same else set()
+    moved = {"model", "init_from"} if "weights" in same else set()
     changed = differences(defaults | state["config"], settings)
     breaking = differences(old, {name: value for name, value in new.items() if name not in moved})
     breaking += [text for text in changed if text.split()[0] not in free]
@@ -136,8 +147,11 @@ def check_same_run(
             f"another --out_dir, or --force to go on with the new ones, which ends elsewhere than an "
             f"undisturbed run"
         )
-    content = {name: old.get(name) if value is None else value for name, value in new.items()}
-    return identity | {"content": content}, breaking + [text for text in changed if text not in breaking]
+    known = {
+        part: {name: state[part].get(name) if value is None else value for name, value in values.items()}
+        for part, values in identity.items()
+    }
+    return known, breaking + [text for text in changed if text not in breaking]
 
 
 def differences(old: dict, new: dict) -> list[str]:
@@ -157,13 +171,14 @@ def starting_point(model: str, data: str) -> tuple[str, dict]:
     files = source_files(data) if data != "embedded" else None
     data_files = fingerprint([[path.name, file_sha256(path)] for path in files]) if files else None
     path = str(find_model(model))
-    weights = weight_hashes(Path(path)) if Path(path).is_dir() else []
-    content = {
-        "model": os.path.normpath(model),
-        "data_files": data_files,
-        "weights": fingerprint(weights) if weights else None,
-    }
+    content = {"model": os.path.normpath(model), "data_files": data_files, "weights": weights_of(path)}
     return path, content
+
+
+def weights_of(model: str) -> str | None:
+    """A hash of the weights in a model's directory; None if there is none, as of a hub id."""
+    hashes = weight_hashes(Path(model)) if Path(model).is_dir() else []
+    return fingerprint(hashes) if hashes else None
 
 
 def weight_hashes(folder: Path) -> list[str]:
@@ -174,3 +189,80 @@ def weight_hashes(folder: Path) -> list[str]:
         told[path.name]["sha256"] if path.name in told else file_sha256(path)
         for path in sorted(folder.glob("*.safetensors"))
     ]
+
+
+# -- a new phase ---------------------------------------------------------------------------------------------
+
+
+def phase_start(init_from: str, flags: dict) -> tuple[str | None, dict]:
+    """Where a new phase starts: the model's directory or hub id, verified, and its content; None without a
+    name. Raises InputError for flags that contradict a directory's config.json."""
+    if not init_from:
+        return None, {"init_from": None, "weights": None}
+    path = str(find_model(init_from))
+    if Path(path).is_dir():
+        check_shape(path, GPTConfig.from_hf(read_json(Path(path) / "config.json")), flags)
+    return path, {"init_from": os.path.normpath(init_from), "weights": weights_of(path)}
+
+
+def check_shape(path: str, shape: GPTConfig, flags: dict) -> None:
+    """Raise InputError for flags that want another shape than the model has that a phase starts from."""
+    other = [
+        f"--{name}={value}, it has {getattr(shape, name)}"
+        for name, value in flags.items()
+        if getattr(shape, name) != value
+    ]
+    if other:
+        raise InputError(
+            f"{path} has another shape than the flags ask for ({'; '.join(other)}); leave these flags out, "
+            f"then the shape is the model's"
+        )
+
+
+def new_phase(
+    path: str,
+    *,
+    flags: dict,
+    context_length: int,
+    rope_theta: float | None,
+    optimizer: str,
+    tokenizer,
+    ranks: Ranks,
+) -> tuple[GPTModel, dict | None]:
+    """The model that a new phase starts from, on this rank's device, and its training state for the
+    optimizer; None, and a line says why, if a fresh one starts.
+
+    The model's context grows to context_length if it is shorter. rope_theta replaces its base (None: stays).
+    Raises InputError for a model with another shape than the flags or another tokenizer than the data.
+    """
+    model, own = open_model(path, ranks)
+    check_shape(path, model.config, flags)
+    theirs, ours = tokenizer_fingerprint(own), tokenizer_fingerprint(tokenizer)
+    if theirs != ours:
+        raise InputError(
+            f"{path} has another tokenizer ({theirs}) than the data ({ours}); prepare the data with "
+            f"--tokenizer={path}"
+        )
+    known = model.config.max_position_embeddings
+    model.config.max_position_embeddings = max(known, context_length)
+    model.config.rope_theta = rope_theta or model.config.rope_theta
+    model.init_rope()
+    lacking = ranks.from_main(lambda: lacking_state(path, optimizer))
+    grown = f"; its context grows from {known} to {context_length} tokens" if context_length > known else ""
+    kept = f"with a fresh optimizer, {lacking}" if lacking else "with its optimizer state"
+    ranks.print(f"starting from {path} {kept}{grown}")
+    state = None if lacking else load_state(Path(path) / "training_state.pt")
+    return model.to(ranks.device), state
+
+
+def lacking_state(path: str, optimizer: str) -> str | None:
+    """Why a model cannot give an optimizer of this kind its state, or None; InputError for a damaged one."""
+    file, manifest = Path(path) / "training_state.pt", Path(path) / "checkpoint.json"
+    if not (file.exists() and manifest.exists()):
+        return "for it is no checkpoint with a training_state.pt"
+    told = read_json(manifest)["files"].get(file.name, {"bytes": 0, "sha256": ""})
+    what = file_damage(file.parent, file.name, (told["bytes"], told["sha256"]))
+    if what:
+        raise InputError(f"{path}: {what}; delete {file} to start with a fresh optimizer")
+    kind = load_state(file)["fixed"]["optimizer"]
+    return f"for its own was {kind}" if kind != optimizer else None
