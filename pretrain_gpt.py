@@ -22,7 +22,8 @@ from distributed import join_ranks, wrap
 from gpt import GPTConfig, GPTModel
 from mixture import parse_sources, validation_numbers
 from optim import make_optimizer, schedule, set_learning_rate
-from resume import lock_and_resume, new_phase, phase_start
+from phase import new_phase, phase_start
+from resume import lock_and_resume
 from tokenization import load_tokenizer, tokenizer_fingerprint, vocabulary_size
 from training import Prefetcher, check_settings, evaluate, forward_backward, open_records
 
