@@ -117,11 +117,12 @@ def model_of(config: Config, device: torch.device) -> GPTModel:
     return GPTModel(shape).to(device)
 
 
-def optimizer_of(model: torch.nn.Module, kind: str, config) -> Muon:
+def optimizer_of(model: torch.nn.Module, kind: str, config, ranks: Ranks) -> Muon:
     """An optimizer with the rates of a Config, this one or a training script's."""
     return make_optimizer(
         model,
         kind,
+        ranks=ranks,
         lr=config.lr,
         matrix_lr=config.matrix_lr,
         betas=(config.beta1, config.beta2),
@@ -183,7 +184,7 @@ def bench_step(config: Config, ranks: Ranks) -> None:
     theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields)).to(ranks.device)
     B, T = config.micro_batch_size, config.context_length
     ids = torch.randint(config.vocab_size, (B, T + 1), device=ranks.device)
-    optimizers = [optimizer_of(model, config.optimizer, config) for model in (ours, theirs)]
+    optimizers = [optimizer_of(model, config.optimizer, config, ranks) for model in (ours, theirs)]
 
     def their_step():
         with ranks.autocast():
@@ -200,7 +201,7 @@ def bench_step(config: Config, ranks: Ranks) -> None:
     set_learning_rate(optimizers[1], 1.0)
     compiled = copy.deepcopy(ours)
     compiled.compile_blocks()
-    optimizers.append(optimizer_of(compiled, config.optimizer, config))
+    optimizers.append(optimizer_of(compiled, config.optimizer, config, ranks))
     candidates = {
         "GPTModel": lambda: our_step(ours, optimizers[0]),
         "GPTModel, compiled": lambda: our_step(compiled, optimizers[2]),
@@ -215,7 +216,7 @@ def bench_optimizer(config: Config, ranks: Ranks) -> None:
     candidates = {}
     for kind in ("adamw", "muon"):
         model = model_of(config, ranks.device)
-        optimizer = optimizer_of(model, kind, config)
+        optimizer = optimizer_of(model, kind, config, ranks)
         set_learning_rate(optimizer, 1.0)
         for p in model.parameters():
             p.grad = torch.randn_like(p)
@@ -257,7 +258,7 @@ def bench_save(config: Config, ranks: Ranks) -> None:
     whose state is the largest."""
     B, T = config.micro_batch_size, config.context_length
     model = model_of(config, ranks.device)
-    optimizer = optimizer_of(model, "adamw", config)
+    optimizer = optimizer_of(model, "adamw", config, ranks)
     ids = torch.randint(config.vocab_size, (B, T + 1), device=ranks.device)
     batch = {"input_ids": ids[:, :-1], "targets": ids[:, 1:]}
     with tempfile.TemporaryDirectory() as folder:
@@ -308,7 +309,7 @@ VAL_FRACTION = 0.05  # of the conversations, held out
 def fine_tune(model: GPTModel, train: PackedLoader, recipe: sft_gpt.Config, ranks: Ranks) -> None:
     """An epoch, as sft_gpt.py runs it."""
     steps = train.steps_per_epoch
-    warmup, optimizer = math.ceil(WARMUP * steps), optimizer_of(model, recipe.optimizer, recipe)
+    warmup, optimizer = math.ceil(WARMUP * steps), optimizer_of(model, recipe.optimizer, recipe, ranks)
     for step in range(steps):
         batches = list(train.micro_batches(train.step_rows(step), recipe.micro_batch_size, ranks))
         lr_scale = schedule(step, steps, warmup_steps=warmup, decay_steps=steps - warmup)

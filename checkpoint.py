@@ -15,9 +15,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
+from torch.distributed.tensor import DTensor
 
 from common import InputError, file_sha256, one_line, read_json, sync_to_disk, write_json
-from distributed import Ranks
+from distributed import Ranks, own_numbers, own_part, shard_model, whole
 from gpt import GPTModel
 from huggingface import model_directory
 from optim import state_by_name
@@ -62,28 +63,30 @@ class Checkpoints:
         too little room, if weights are not finite, or if the one before could not be written.
         """
         began = time.monotonic()
-        self.wait()
-        if not self.is_main:
-            return 0.0
-        for leftover in self.out_dir.glob(".step_*.partial"):  # of a run that was killed while writing
-            shutil.rmtree(leftover)
         needed = 12 * model.num_parameters() + 50_000_000  # bytes: weights and moments in fp32, the rest
-        if shutil.disk_usage(self.out_dir).free < needed:
-            raise lacking_space(self.out_dir, needed)
-        broken = [name for name, p in model.named_parameters() if not p.isfinite().all()]
+        self.wait()
+        if self.is_main:
+            for leftover in self.out_dir.glob(".step_*.partial"):  # of a run that was killed while writing
+                shutil.rmtree(leftover)
+            if shutil.disk_usage(self.out_dir).free < needed:
+                raise lacking_space(self.out_dir, needed)
+        broken = [name for name, p in model.named_parameters() if not own_numbers(p).isfinite().all()]
         if broken:
             raise InputError(
                 f"after step {step} {len(broken)} weights are not finite, {broken[0]} among them; nothing "
                 f"was saved, the last good checkpoint is {newest_checkpoint(self.out_dir)}"
             )
-        weights = copy_to_host(model.stored_state())
+        weights = copy_to_host(model.stored_state(), keep=self.is_main)
+        moments = copy_to_host(state_by_name(model, optimizer), keep=self.is_main)
+        if not self.is_main:
+            return 0.0
         state = {
             "step": step,
             **self.identity,
             "config": self.settings,
             "history": history.state(),
             "wandb_id": metrics.wandb_id,
-            "optimizer": copy_to_host(state_by_name(model, optimizer)),
+            "optimizer": moments,
         }
         card = model_card(
             self.out_dir.name,
@@ -163,12 +166,20 @@ def lacking_space(folder: Path, needed: int) -> InputError:
     )
 
 
-def copy_to_host(state: dict) -> dict:
-    """A copy in host memory of a state whose values are tensors or such states."""
-    return {
-        name: copy_to_host(value) if isinstance(value, dict) else value.detach().to("cpu", copy=True)
-        for name, value in state.items()
-    }
+def copy_to_host(state: dict, *, keep: bool) -> dict:
+    """A copy in host memory of a state whose values are tensors or such states, or with `keep` false nothing.
+
+    All ranks ask together: a tensor that is split over them is put together, one after the other.
+    """
+    copied = {}
+    for name, value in state.items():
+        if isinstance(value, dict):
+            copied[name] = copy_to_host(value, keep=keep)
+        elif keep or isinstance(value, DTensor):
+            tensor = whole(value.detach())
+            if keep:
+                copied[name] = tensor.to("cpu", copy=True)
+    return copied
 
 
 def model_card(
@@ -291,6 +302,17 @@ def open_model(path: str | Path, ranks: Ranks) -> tuple[GPTModel, object]:
     embedding for each of the tokenizer's tokens."""
     ranks.from_main(lambda: str(model_directory(path)))  # rank 0 downloads, the others find it
     path = model_directory(path)
-    model, tokenizer = GPTModel.from_pretrained(path), load_tokenizer(path)
+    tokenizer = load_tokenizer(path)
+    size = read_json(path / "config.json").get("vocab_size", 0)
+    if not tokenizer.new_ids and vocabulary_size(tokenizer) <= size:
+        return open_weights(path, ranks), tokenizer
+    model = GPTModel.from_pretrained(path)
     model.resize_vocabulary(vocabulary_size(tokenizer), tokenizer.new_ids)
-    return model.to(ranks.device), tokenizer
+    return shard_model(model, ranks).to(ranks.device), tokenizer
+
+
+def open_weights(path: Path, ranks: Ranks) -> GPTModel:
+    """A model on this rank's device. If it is split over the ranks, this one opens its part, and never holds
+    more than one whole tensor."""
+    model = GPTModel.from_pretrained(path, shard=lambda model: shard_model(model, ranks), place=own_part)
+    return model.to(ranks.device)

@@ -7,8 +7,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -16,6 +16,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from common import InputError
 
@@ -30,10 +32,15 @@ class Ranks:
     store: dist.Store | None = None
     watchdog: "Watchdog | None" = None
     answers: int = 0  # that rank 0 has given so far
+    shard: str = "none"  # how parameters are split over the ranks: none, full or hybrid
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def sharded(self) -> bool:
+        return self.world > 1 and self.shard != "none"
 
     def print(self, *values) -> None:
         """Print on rank 0."""
@@ -181,8 +188,10 @@ class Watchdog:
         os._exit(1)
 
 
-def join_ranks(device: str) -> Ranks:
+def join_ranks(device: str, shard: str = "none") -> Ranks:
     """Join the other ranks (NCCL on GPUs, gloo on CPUs) on a device, "auto" or as torch names it.
+
+    `shard` is how parameters will be split over them: none, full or hybrid.
 
     Raises InputError for a device that cannot be used here.
     """
@@ -204,7 +213,7 @@ def join_ranks(device: str) -> Ranks:
             device_id=device if device.type == "cuda" else None,
             timeout=timedelta(hours=1),  # the watchdog is quicker
         )
-    return Ranks(rank, world, device, store)
+    return Ranks(rank, world, device, store, shard=shard)
 
 
 def usable_device(name: str) -> torch.device:
@@ -226,6 +235,7 @@ def usable_device(name: str) -> torch.device:
 
 
 COMPILE = ("auto", "true", "false")
+SHARD = ("none", "full", "hybrid")
 
 
 def wrap(model: nn.Module, ranks: Ranks, compile: str) -> nn.Module:
@@ -234,7 +244,7 @@ def wrap(model: nn.Module, ranks: Ranks, compile: str) -> nn.Module:
     torch._dynamo.config.recompile_limit = 32  # for rows of several lengths, in training and evaluation
     if wanted:
         model.compile_blocks()
-    if ranks.world > 1:
+    if ranks.world > 1 and not ranks.sharded:
         return nn.parallel.DistributedDataParallel(
             model,
             device_ids=[ranks.device.index] if ranks.device.type == "cuda" else None,
@@ -242,6 +252,69 @@ def wrap(model: nn.Module, ranks: Ranks, compile: str) -> nn.Module:
             gradient_as_bucket_view=True,
         )
     return model
+
+
+# -- sharding ------------------------------------------------------------------------------------------------
+
+
+def shard_model(model: nn.Module, ranks: Ranks) -> nn.Module:
+    """Split a language model's parameters over the ranks (FSDP2), in place; their names stay.
+
+    With them their gradients and the optimizer's state are split. A block's parameters are whole on every
+    rank only while it computes. On CUDA they travel and compute in bf16; gradients are added up in fp32.
+    "hybrid" splits them over the ranks of a machine and keeps a copy on each machine.
+    """
+    if not ranks.sharded:
+        return model
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+    shape, names = (ranks.world,), ("shard",)
+    if ranks.shard == "hybrid":
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world))
+        shape, names = (ranks.world // local, local), ("replicate", "shard")
+    mesh = init_device_mesh(ranks.device.type, shape, mesh_dim_names=names)
+    compute = torch.bfloat16 if ranks.device.type == "cuda" else None
+    # A block's inputs, the residual stream and the rotary angles, stay in fp32.
+    policy = MixedPrecisionPolicy(compute, torch.float32, cast_forward_inputs=False)
+    for part in (*model.model.layers, model):
+        fully_shard(part, mesh=mesh, mp_policy=policy)
+    register_fsdp_forward_method(model, "next_logits")  # what generation calls
+    return model
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor put together from its parts on all ranks, which ask together; as it is if it is not split."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def own_numbers(tensor: torch.Tensor) -> torch.Tensor:
+    """What of a tensor lies on this rank, all of it if it is not split; it shares memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def own_part(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a whole tensor that is to be split as another is, or all of it."""
+    if not isinstance(like, DTensor) or not tensor.dim():
+        return tensor
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def own_rows(rows: int, rank: int, world: int) -> tuple[int, int]:
+    """Which of a tensor's rows, from one on and up to another, FSDP2 gives to a rank: as torch.chunk does."""
+    size = -(-rows // world)
+    return min(rows, rank * size), min(rows, (rank + 1) * size)
+
+
+@contextmanager
+def gradients_exchanged(module: nn.Module, wanted: bool, ranks: Ranks) -> Iterator[None]:
+    """Ranks exchange the gradients of this backward pass, or keep them for a later one."""
+    if ranks.sharded:
+        for part in module.modules():
+            if isinstance(part, FSDPModule):
+                part.set_requires_gradient_sync(wanted, recurse=False)
+    with nullcontext() if wanted or ranks.sharded or ranks.world == 1 else module.no_sync():
+        yield
 
 
 class StopSignals:

@@ -75,6 +75,7 @@ class Config:
     timeout_minutes: float = 30.0  # a rank without progress for this long ends the run
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     compile: str = "auto"  # torch.compile: true, false, or auto for only on CUDA
+    shard: str = "none"  # split the model over the ranks: full, hybrid (within each machine) or none
 
 
 def told_data(data: str) -> str:
@@ -104,7 +105,7 @@ def prepare(config: Config, tokenizer, *, T: int, content: dict, ranks: Ranks) -
 
 def main(config: Config) -> None:
     check_settings(asdict(config), positive=("beta", "epochs", "batch_pairs", "max_new_tokens"))
-    ranks = join_ranks(config.device)
+    ranks = join_ranks(config.device, config.shard)
 
     # The newest checkpoint of this run, if it was interrupted; else the model to start from.
     base, content = ranks.from_main(lambda: starting_point(config.model, config.data))
@@ -130,6 +131,7 @@ def main(config: Config) -> None:
     optimizer = make_optimizer(
         model,
         config.optimizer,
+        ranks=ranks,
         lr=config.lr,
         matrix_lr=config.matrix_lr,
         betas=(config.beta1, config.beta2),
@@ -205,7 +207,7 @@ def main(config: Config) -> None:
             )
             nats, correct, count = evaluate(module, batches, ranks, pairs_in)
             numbers, lines = {"val_loss": nats / count, "val_accuracy": correct / count}, []
-            if questions and ranks.is_main:
+            if questions and (ranks.is_main or ranks.sharded):
                 numbers["stopped"], lines = record(step)
             metrics.validated(step, **numbers)
             metrics.print(lines)

@@ -13,7 +13,7 @@ B batch, T positions, C hidden size, H query heads, G key/value heads, D dimensi
 S positions in a cache.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -308,6 +308,11 @@ class GPTModel(nn.Module):
             return token_losses(x, self.lm_head.weight, targets)
         return summed_loss(x, self.lm_head.weight, targets, self.softmax)
 
+    def next_logits(self, input_ids: torch.Tensor, last: torch.Tensor, **attention) -> torch.Tensor:
+        """Logits (B, V) at each row's position `last` (B,)."""
+        x = self.hidden(input_ids, **attention)
+        return self.lm_head(x[torch.arange(len(x), device=x.device), last])
+
     def compile_blocks(self) -> None:
         """Compile, in place, each block, of which one graph serves all, and on CUDA the head's softmax."""
         for layer in self.model.layers:
@@ -351,9 +356,16 @@ class GPTModel(nn.Module):
         write_model(path, config=self.config.to_hf(), weights=weights, tokenizer=tokenizer)
 
     @classmethod
-    def from_pretrained(cls, name: str | Path) -> "GPTModel":
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        *,
+        shard: Callable[["GPTModel"], None] | None = None,
+        place: Callable = lambda tensor, parameter: tensor,
+    ) -> "GPTModel":
         """Open a Llama- or Qwen3-shaped model, in fp32: a directory, or a hub id, which is downloaded.
 
+        `shard` splits the model over ranks before it has weights; `place` then makes a rank's part of each.
         Raises InputError for what is missing, damaged, or of a kind this model cannot represent.
         """
         path = model_directory(name)
@@ -361,8 +373,11 @@ class GPTModel(nn.Module):
         check_size(path, asdict(config))
         with torch.device("meta"):  # no memory yet
             model = cls(config)
+        expected = model.stored_state()
+        if shard:
+            shard(model)
         model.init_rope()
-        load_weights(model, path, expected=model.stored_state())
+        load_weights(model, path, expected=expected, place=place)
         model.tie_weights()
         return model
 
@@ -404,8 +419,7 @@ class GPTModel(nn.Module):
             mask = slots <= positions[:, None, :, None]  # (B, 1, T, S)
             last = (filled - 1 - positions[:, 0]).clamp(max=ids.size(1) - 1)  # each row's newest token
             with bf16, torch.compiler.set_stance("force_eager"):  # shapes change with every prompt
-                x = self.hidden(ids, positions=positions, mask=mask, cache=cache)
-                logits = self.lm_head(x[torch.arange(B, device=device), last])  # (B, V)
+                logits = self.next_logits(ids, last, positions=positions, mask=mask, cache=cache)
             next_ids = sample(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
             yield [None if d else i for i, d in zip(next_ids.tolist(), done.tolist())]
             done |= torch.isin(next_ids, stops) | (filled >= limit)

@@ -223,11 +223,12 @@ def check_size(path: Path, shape: dict) -> None:
                 )
 
 
-def load_weights(model: nn.Module, path: Path, expected: dict[str, torch.Tensor]) -> None:
+def load_weights(model: nn.Module, path: Path, *, expected: dict[str, torch.Tensor], place: Callable) -> None:
     """Replace a model's parameters by those in a directory, in fp32, one at a time.
 
-    `expected` are the names and shapes that the files must hold. Raises InputError for a tensor that is
-    missing, unknown, or of another shape or type.
+    `expected` are the names and shapes that the files must hold. place(tensor, parameter) brings a tensor to
+    where the parameter is to be, or a rank's part of it. Raises InputError for a tensor that is missing,
+    unknown, or of another shape or type.
     """
     # Old files also store what follows from config.json: rotary frequencies, and the head of a tied model.
     derived = () if "lm_head.weight" in expected else ("lm_head.weight",)
@@ -244,9 +245,10 @@ def load_weights(model: nn.Module, path: Path, expected: dict[str, torch.Tensor]
             raise InputError(
                 f"{path} holds {name} as {tensor.dtype}; supported: float32, bfloat16 and float16"
             )
-        module, _, attribute = name.rpartition(".")
-        parameter = nn.Parameter(tensor.to(torch.float32, copy=True))  # the file's pages are not kept
-        setattr(model.get_submodule(module), attribute, parameter)
+        owner, _, attribute = name.rpartition(".")
+        module = model.get_submodule(owner)
+        whole = tensor.to(torch.float32, copy=True)  # the file's pages are not kept
+        setattr(module, attribute, nn.Parameter(place(whole, getattr(module, attribute))))
         del missing[name]
     if missing:
         raise InputError(

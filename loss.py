@@ -56,7 +56,7 @@ class SummedCrossEntropy(torch.autograd.Function):
         w = weight.to(x.dtype)
         loss = x.new_zeros((), dtype=torch.float32)
         dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        dw = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        dw = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         for i in range(0, len(x), chunk):
             xs, ys = x[i : i + chunk], targets[i : i + chunk, None]
             nats, gradient = softmax(product(xs, w.T), ys, x.dtype)
@@ -66,12 +66,14 @@ class SummedCrossEntropy(torch.autograd.Function):
             if dw is not None:
                 dw += product(gradient.T, xs)
         ctx.save_for_backward(dx, dw)
+        ctx.weight_dtype = weight.dtype
         return loss
 
     @staticmethod
     def backward(ctx, grad):
         dx, dw = ctx.saved_tensors
-        return None if dx is None else dx * grad, None if dw is None else dw * grad, None, None, None
+        dw = None if dw is None else (dw * grad).to(ctx.weight_dtype)
+        return None if dx is None else dx * grad, dw, None, None, None
 
 
 @torch.compiler.disable

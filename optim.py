@@ -1,29 +1,102 @@
 """Muon and AdamW, the parameter groups they work on, and the learning-rate schedule."""
 
+import heapq
 from collections import defaultdict
+from collections.abc import Iterator, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.optim.adamw import adamw as adamw_update
 
+from distributed import Ranks, own_numbers, own_part, own_rows
+
 MOMENTUM = 0.95  # of Muon, as in Jordan et al. 2024
+STACK = 2**24  # numbers in the matrices that are orthogonalized together, at most: 64 MiB in fp32
+
+# Since torch 2.13 the second name is deprecated; before, there was no other.
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+def iteration_type(g: torch.Tensor) -> torch.dtype:
+    """What orthogonalize computes in: bf16 on CUDA, g's own type elsewhere."""
+    return torch.bfloat16 if g.is_cuda else g.dtype
 
 
 def orthogonalize(g: torch.Tensor, steps: int = 5) -> torch.Tensor:
     """Nearly orthogonal matrices with the singular vectors of g (…, M, N): U Vᵀ of its SVD, singular values
-    near 1.
+    near 1; in the type that it computes in.
 
     A quintic Newton–Schulz iteration with the coefficients of Jordan et al. 2024
-    (https://kellerjordan.github.io/posts/muon/), in bf16 on CUDA and in g's own type elsewhere.
+    (https://kellerjordan.github.io/posts/muon/).
     """
-    x = g.bfloat16() if g.is_cuda else g
+    x = g.to(iteration_type(g))
     tall = g.size(-2) > g.size(-1)
     x = x.mT if tall else x
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
         a = x @ x.mT
         x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
-    return (x.mT if tall else x).type_as(g)
+    return x.mT if tall else x
+
+
+def divide(matrices: Sequence[torch.Tensor], world: int) -> list[list[torch.Tensor]]:
+    """A share of the matrices for each rank, nearly equal in work. Their shapes alone decide, so all ranks
+    divide alike.
+
+    The most expensive matrix goes first, each to the rank that has the least work so far (Graham 1969).
+    """
+
+    def work(matrix) -> int:
+        """Multiplications in one iteration: (m, n) (n, m), (m, m) (m, m) and (m, m) (m, n)."""
+        m, n = sorted(matrix.shape)
+        return m * m * (2 * n + m)
+
+    shares, loads = [[] for _ in range(world)], [(0, rank) for rank in range(world)]
+    for matrix in sorted(matrices, key=work, reverse=True):
+        load, rank = loads[0]  # the least
+        shares[rank].append(matrix)
+        heapq.heapreplace(loads, (load + work(matrix), rank))
+    return shares
+
+
+def stacks(matrices: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """Matrices of one shape at a time, of at most STACK numbers."""
+    by_shape = defaultdict(list)
+    for matrix in matrices:
+        by_shape[matrix.shape].append(matrix)
+    for shape, alike in by_shape.items():
+        n = max(1, STACK // shape.numel())
+        yield from (alike[i : i + n] for i in range(0, len(alike), n))
+
+
+def places(share: Sequence[torch.Tensor], row: torch.Tensor) -> Iterator[tuple[list, torch.Tensor]]:
+    """Each stack of a rank's share, and the (n, M, N) numbers in the rank's row that belong to it."""
+    for stack in stacks(share):
+        size = len(stack) * stack[0].numel()
+        yield stack, row[:size].view(len(stack), *stack[0].shape)
+        row = row[size:]
+
+
+def masked(updates: torch.Tensor, skip: torch.Tensor | None) -> torch.Tensor:
+    """Zeros if `skip`: a weight minus the rate times 0 is the weight."""
+    return updates if skip is None else updates.masked_fill_(skip, 0)
+
+
+def flat(tensors: Sequence[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
+    """Tensors, perhaps none, one behind the other."""
+    return torch.cat(
+        [own_numbers(like).new_empty(0, dtype=iteration_type(like)), *(t.flatten() for t in tensors)]
+    )
+
+
+def exchange(
+    sent: Sequence[torch.Tensor], sizes: Sequence[int], among: dist.ProcessGroup
+) -> Sequence[torch.Tensor]:
+    """Give each rank of a group its tensor; returns those of so many numbers that they have for this one."""
+    got = sent[0].new_empty(sum(sizes))
+    dist.all_to_all_single(got, torch.cat(list(sent)), list(sizes), [len(t) for t in sent], group=among)
+    return got.split(list(sizes))
 
 
 class Muon(torch.optim.Optimizer):
@@ -31,39 +104,111 @@ class Muon(torch.optim.Optimizer):
     others.
 
     The update is scaled by sqrt(max(1, M/N)), so that its effect on the activations does not depend on a
-    matrix's shape. Matrices of one shape are orthogonalized together. Not sharded: each rank computes every
-    update.
+    matrix's shape. Weights, gradients and all state are whole on every rank, and every rank updates all of
+    them. Divided is the work of orthogonalizing: each rank does its share of the matrices, one stack of a
+    shape after the other. One all-gather then sends all updates to all ranks, in the type that they were
+    computed in. So all ranks keep the same weights, bit for bit.
+
+    Of a model that is split over ranks (FSDP2) each rank has its rows of every matrix and of all state. One
+    all-to-all then brings each rank the other rows of its share, and a second one brings the updates' rows
+    back to where they belong.
     """
 
-    def __init__(self, groups: list[dict], *, momentum: float, betas: tuple[float, float]):
+    def __init__(self, groups: list[dict], *, momentum: float, betas: tuple[float, float], ranks: Ranks):
         super().__init__(groups, {"momentum": momentum, "betas": betas})
+        self.ranks = ranks
+
+    def step(self, skip: torch.Tensor | None = None) -> None:
+        """Update all weights, or none if `skip` is true: a bool of no dimensions, the same on all ranks.
+
+        On a CPU it is read at once. On a GPU nobody waits for it: the device computes the update and masks
+        it, also if gradients are not finite.
+        """
+        if skip is not None and skip.device.type == "cpu":
+            if skip:
+                return
+            skip = None
+        self.update(skip)
 
     @torch.no_grad()
-    def step(self, skip: torch.Tensor | None = None):
-        if skip is not None and skip:
-            return
+    def update(self, skip: torch.Tensor | None) -> None:
+        """All groups' update. A true `skip` masks it: not one bit of weights and state changes."""
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
-            (self.muon_step if group["muon"] else self.adamw_step)(params, group)
+            (self.muon_step if group["muon"] else self.adamw_step)(params, group, skip)
 
-    def muon_step(self, params: list[nn.Parameter], group: dict) -> None:
-        by_shape = defaultdict(list)
+    def muon_step(self, params: list[nn.Parameter], group: dict, skip: torch.Tensor | None) -> None:
         for p in params:
-            by_shape[p.shape].append(p)
             if not self.state[p]:
                 self.state[p]["momentum"] = torch.zeros_like(p)
-        for shape, matrices in by_shape.items():
-            grads = [p.grad for p in matrices]
-            momenta = [self.state[p]["momentum"] for p in matrices]
+        momenta = [own_numbers(self.state[p]["momentum"]) for p in params]
+        grads = [own_numbers(p.grad) for p in params]
+        decay = 1 - group["lr"] * group["weight_decay"]
+        if skip is None:
             torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
-            nesterov = torch._foreach_lerp(grads, momenta, group["momentum"])
-            updates = orthogonalize(torch.stack(nesterov))
-            torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_add_(
-                matrices, list(updates), alpha=-group["lr"] * max(1, shape[0] / shape[1]) ** 0.5
-            )
+        else:
+            decay = torch.where(skip, 1.0, decay)
+            for old, grad in zip(momenta, grads):
+                torch.where(skip, old, old.lerp(grad, 1 - group["momentum"]), out=old)
+        torch._foreach_mul_([own_numbers(p) for p in params], decay)
+        all_updates = self.updates_of_rows if self.ranks.sharded else self.all_updates
+        for matrices, updates in all_updates(params, group, skip):
+            M, N = matrices[0].shape
+            weights = [own_numbers(p) for p in matrices]
+            torch._foreach_add_(weights, list(updates), alpha=-group["lr"] * max(1, M / N) ** 0.5)
 
-    def adamw_step(self, params: list[nn.Parameter], group: dict) -> None:
+    def all_updates(self, params: list[nn.Parameter], group: dict, skip: torch.Tensor | None) -> Iterator:
+        """Stacks of matrices, each with its updates (n, M, N), from this rank and the others."""
+        if self.ranks.world == 1:
+            yield from ((stack, self.own_updates(stack, group, skip)) for stack in stacks(params))
+            return
+        shares, rank = divide(params, self.ranks.world), self.ranks.rank
+        length = max(sum(p.numel() for p in share) for share in shares)
+        rows = params[0].new_empty(self.ranks.world, length, dtype=iteration_type(params[0]))
+        for stack, place in places(shares[rank], rows[rank]):
+            place.copy_(self.own_updates(stack, group, skip))
+        all_gather(rows.view(-1), rows[rank])  # in place: each rank has filled its row
+        for share, row in zip(shares, rows):
+            yield from places(share, row)
+
+    def own_updates(self, stack: list[nn.Parameter], group: dict, skip: torch.Tensor | None) -> torch.Tensor:
+        """Nesterov's momentum of matrices of one shape, orthogonalized: (n, M, N); zeros if `skip`."""
+        return masked(orthogonalize(torch.stack(self.nesterov(stack, group))), skip)
+
+    def nesterov(self, params: list[nn.Parameter], group: dict) -> list[torch.Tensor]:
+        """What of each matrix's Nesterov momentum lies on this rank."""
+        momenta = [own_numbers(self.state[p]["momentum"]) for p in params]
+        return torch._foreach_lerp([own_numbers(p.grad) for p in params], momenta, group["momentum"])
+
+    def updates_of_rows(self, params: list[nn.Parameter], group: dict, skip: torch.Tensor | None) -> Iterator:
+        """Each matrix, alone, with the update (1, m, N) of the m rows that this rank has of it."""
+        mesh = params[0].device_mesh
+        among, rank, world = mesh.get_group("shard"), mesh.get_local_rank("shard"), mesh.size(-1)
+        shares = divide(params, world)
+        rows = dict(zip(params, self.nesterov(params, group)))
+        spans = [[own_rows(p.size(0), r, world) for p in shares[rank]] for r in range(world)]
+
+        # Each matrix is put together on the rank whose share it belongs to.
+        sent = [flat([rows[p] for p in share], params[0]) for share in shares]
+        sizes = [[(stop - start) * p.size(1) for p, (start, stop) in zip(shares[rank], of)] for of in spans]
+        got = exchange(sent, [sum(of) for of in sizes], among)
+        pieces = zip(*(numbers.split(of) for numbers, of in zip(got, sizes)))
+        updates = {p: torch.cat(parts).view(p.shape) for p, parts in zip(shares[rank], pieces)}
+        for stack in stacks(shares[rank]):
+            done = masked(orthogonalize(torch.stack([updates[p] for p in stack])), skip)
+            updates.update(zip(stack, done))
+
+        # Each rank gets back its own rows of all updates.
+        sent = [
+            flat([updates[p][slice(*span)] for p, span in zip(shares[rank], of)], params[0]) for of in spans
+        ]
+        sizes = [[rows[p].numel() for p in share] for share in shares]
+        got = exchange(sent, [sum(of) for of in sizes], among)
+        for share, numbers, of in zip(shares, got, sizes):
+            for p, update in zip(share, numbers.split(of)):
+                yield [p], update.view(1, *rows[p].shape)
+
+    def adamw_step(self, params: list[nn.Parameter], group: dict, skip: torch.Tensor | None) -> None:
         for p in params:
             if not self.state[p]:
                 self.state[p].update(
@@ -72,16 +217,17 @@ class Muon(torch.optim.Optimizer):
                     exp_avg_sq=torch.zeros_like(p),
                 )
         moments, squares, steps = (
-            [self.state[p][k] for p in params] for k in ("exp_avg", "exp_avg_sq", "step")
+            [own_numbers(self.state[p][k]) for p in params] for k in ("exp_avg", "exp_avg_sq", "step")
         )
         adamw_update(
-            params,
-            [p.grad for p in params],
+            [own_numbers(p) for p in params],
+            [own_numbers(p.grad) for p in params],
             moments,
             squares,
             [],
             steps,
             fused=True,
+            found_inf=None if skip is None else skip.float(),  # masks the kernel and the step counts
             amsgrad=False,
             beta1=group["betas"][0],
             beta2=group["betas"][1],
@@ -99,6 +245,7 @@ def make_optimizer(
     model: nn.Module,
     kind: str,
     *,
+    ranks: Ranks,
     lr: float,
     matrix_lr: float,
     betas: tuple[float, float],
@@ -122,7 +269,7 @@ def make_optimizer(
         {"params": tables, **rest},
         {"params": vectors, **rest},
     ]
-    optimizer = Muon(groups, momentum=MOMENTUM, betas=betas)
+    optimizer = Muon(groups, momentum=MOMENTUM, betas=betas, ranks=ranks)
     if state:
         load_state_by_name(model, optimizer, state.pop("optimizer"))
     return optimizer
@@ -155,4 +302,6 @@ def load_state_by_name(model: nn.Module, optimizer: torch.optim.Optimizer, state
     """Put back a copy of what state_by_name gave, on each parameter's device."""
     for name, p in model.named_parameters():
         if name in state:
-            optimizer.state[p] = {key: value.to(p.device, copy=True) for key, value in state[name].items()}
+            optimizer.state[p] = {
+                key: own_part(value.to(p.device, copy=True), p) for key, value in state[name].items()
+            }

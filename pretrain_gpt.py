@@ -15,10 +15,10 @@ from dataclasses import asdict, dataclass, fields
 
 import torch
 
-from checkpoint import told_name, too_many_bad_steps
+from checkpoint import open_weights, told_name, too_many_bad_steps
 from common import RESUMABLE, InputError, run_script
 from data import TokenLoader, verified_manifests
-from distributed import join_ranks, wrap
+from distributed import join_ranks, shard_model, wrap
 from gpt import GPTConfig, GPTModel
 from mixture import parse_sources, validation_numbers
 from optim import make_optimizer, schedule, set_learning_rate
@@ -76,6 +76,7 @@ class Config:
     timeout_minutes: float = 30.0  # a rank without progress for this long ends the run
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     compile: str = "auto"  # torch.compile: true, false, or auto for only on CUDA
+    shard: str = "none"  # split the model over the ranks: full, hybrid (within each machine) or none
 
 
 SHAPE_FLAGS = (  # taken from init_from's model if they are at their default
@@ -147,7 +148,7 @@ def main(config: Config) -> None:
     shape_fields = ("num_hidden_layers", "hidden_size", "num_attention_heads", "context_length")
     check_settings(asdict(config), positive=("max_steps", "batch_tokens", *shape_fields))
     sources, flags = parse_sources(config.data_dir), changed_flags(config, SHAPE_FLAGS)
-    ranks = join_ranks(config.device)
+    ranks = join_ranks(config.device, config.shard)
 
     # Data: the tokenizer, and the windows of a step and of a validation, by source.
     base, started_from = ranks.from_main(lambda: phase_start(config.init_from, flags))
@@ -182,7 +183,7 @@ def main(config: Config) -> None:
     torch.manual_seed(config.seed)
     learned = state  # what the optimizer goes on from
     if state:
-        model = GPTModel.from_pretrained(state["path"]).to(ranks.device)
+        model = open_weights(state["path"], ranks)
     elif base:
         model, learned = new_phase(
             base,
@@ -195,10 +196,11 @@ def main(config: Config) -> None:
         )
         identity["fixed"] |= asdict(model.config)
     else:
-        model = GPTModel(shape).to(ranks.device)
+        model = shard_model(GPTModel(shape), ranks).to(ranks.device)
     optimizer = make_optimizer(
         model,
         config.optimizer,
+        ranks=ranks,
         lr=config.lr,
         matrix_lr=config.matrix_lr,
         betas=(config.beta1, config.beta2),
@@ -246,7 +248,7 @@ def main(config: Config) -> None:
             sums = [evaluate(module, part, ranks) for part in batches]
             metrics.log(step, **train.epochs(step * windows_per_step))
             metrics.validated(step, **validation_numbers(train.names, train.shares, sums, val_bytes))
-            if config.samples and ranks.is_main:
+            if config.samples and (ranks.is_main or ranks.sharded):
                 metrics.print([f"  | {text}" for text in sample_text(model, tokenizer, config.seed)])
 
         # Once in a while: a checkpoint, written beside the next steps. If that went wrong, the run ends here.

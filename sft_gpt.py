@@ -83,6 +83,7 @@ class Config:
     timeout_minutes: float = 30.0  # a rank without progress for this long ends the run
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     compile: str = "auto"  # torch.compile: true, false, or auto for only on CUDA
+    shard: str = "none"  # split the model over the ranks: full, hybrid (within each machine) or none
 
 
 def conversations(config: Config) -> Iterator[tuple[list[dict], str]]:
@@ -150,7 +151,7 @@ def prepare(config: Config, tokenizer, *, T: int, content: dict, ranks: Ranks) -
 def main(config: Config) -> None:
     check_settings(asdict(config), positive=("epochs", "batch_tokens", "max_new_tokens"))
     check_choice("overlong", config.overlong, OVERLONG)
-    ranks = join_ranks(config.device)
+    ranks = join_ranks(config.device, config.shard)
 
     # The newest checkpoint of this run, if it was interrupted; else the model to start from.
     base, content = ranks.from_main(lambda: starting_point(config.model, config.data))
@@ -183,6 +184,7 @@ def main(config: Config) -> None:
     optimizer = make_optimizer(
         model,
         config.optimizer,
+        ranks=ranks,
         lr=config.lr,
         matrix_lr=config.matrix_lr,
         betas=(config.beta1, config.beta2),
@@ -239,7 +241,7 @@ def main(config: Config) -> None:
             batches = val.micro_batches(val_rows, config.micro_batch_size, ranks)
             nats, correct, targets = evaluate(module, batches, ranks)
             numbers, lines = {"val_loss": nats / targets, "val_accuracy": correct / targets}, []
-            if questions and ranks.is_main:
+            if questions and (ranks.is_main or ranks.sharded):
                 numbers["stopped"], lines = record(step)
             metrics.validated(step, **numbers)
             metrics.print(lines)

@@ -5,7 +5,6 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +12,7 @@ from torch import nn
 
 from checkpoint import Checkpoints
 from common import IGNORE, InputError, check_choice, check_numbers
-from distributed import COMPILE, Ranks, StopSignals
+from distributed import COMPILE, SHARD, Ranks, StopSignals, gradients_exchanged, whole
 from metrics import WANDB, Metrics
 from optim import OPTIMIZERS
 
@@ -25,7 +24,12 @@ def check_settings(settings: dict, positive: Sequence[str]) -> None:
     """
     common = "micro_batch_size max_bad_steps log_every eval_every save_every timeout_minutes".split()
     check_numbers(settings, [*positive, *common])
-    for name, choices in (("optimizer", OPTIMIZERS), ("wandb", WANDB), ("compile", COMPILE)):
+    for name, choices in (
+        ("optimizer", OPTIMIZERS),
+        ("wandb", WANDB),
+        ("compile", COMPILE),
+        ("shard", SHARD),
+    ):
         check_choice(name, settings[name], choices)
     if settings["keep_every"] % settings["save_every"]:
         raise InputError(
@@ -106,12 +110,12 @@ def forward_backward(
     loss_sum = torch.zeros((), device=ranks.device)
     for i, batch in enumerate(micro_batches):
         last = i == len(micro_batches) - 1  # ranks exchange their gradients once, in the last backward
-        with nullcontext() if last or ranks.world == 1 else module.no_sync():
+        with gradients_exchanged(module, last, ranks):
             with ranks.autocast():
                 loss = module(**ranks.to_device(batch))
-            (loss * (ranks.world / targets)).backward()  # DDP averages over ranks: world times that is a sum
+            (loss * (ranks.world / targets)).backward()  # ranks average: world times that is a sum
         loss_sum += loss.detach()
-    return loss_sum, nn.utils.clip_grad_norm_(module.parameters(), max_grad_norm or math.inf)
+    return loss_sum, whole(nn.utils.clip_grad_norm_(module.parameters(), max_grad_norm or math.inf))
 
 
 @dataclass

@@ -279,9 +279,8 @@ def train(script: str, *, optimizer: str = "muon") -> dict:
     with tempfile.TemporaryDirectory() as folder, fake_cuda():
         ranks = fake_ranks()
         model, step = batches_of(script, Path(folder), ranks)
-        updates = make_optimizer(
-            model, optimizer, lr=1e-3, matrix_lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1
-        )
+        rates = {"lr": 1e-3, "matrix_lr": 1e-2, "betas": (0.9, 0.95), "weight_decay": 0.1}
+        updates = make_optimizer(model, optimizer, ranks=ranks, **rates)
         module = wrapped(model, ranks, "false")
         count = pairs_in if script == "dpo" else targets_in
         history, read = StepHistory(6.0, ranks, read_all=lambda step: False), []

@@ -52,11 +52,15 @@ def test_an_evaluation_waits_at_its_end_alone(step):
     assert waits == {"evaluation: reads a value at distributed.py:sum": 3}  # however many micro-batches
 
 
-def test_ranks_exchange_their_gradients_once_and_a_few_numbers(step):
+def test_ranks_exchange_gradients_and_updates_once_and_a_few_numbers(step):
+    # Muon's updates, in bf16. Eight ranks share nine matrices of 128 x 384 and smaller ones; the rank with
+    # two large ones has the most numbers.
+    row = 2 * 128 * 384 * 2
     assert step["collectives"] == {
         f"step: allreduce {step['parameter_bytes']} bytes": 1,  # fp32
         "update: allreduce 24 bytes": 1,  # loss, norm and stop flag, in fp64
         "next record: allreduce 24 bytes": 1,
+        f"update: allgather_base {(8 + 1) * row} bytes": 1,  # a row from each rank; its own is counted twice
         "evaluation: allreduce 24 bytes": 1,  # loss, hits and targets
     }
 

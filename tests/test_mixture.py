@@ -205,7 +205,7 @@ def test_a_killed_run_on_a_mix_ends_in_the_same_bytes_as_an_undisturbed_one(
     data_dir = ",".join(map(str, folders)) if joined else mix
     straight, killed = (pretrain_config(data_dir, tmp_path / name, **SMALL) for name in ("a", "b"))
     assert fresh.submit(planted.forked, "pretrain_gpt", straight).result(90)[0] == [0]
-    for step in (4, 5):
+    for step in (4, 5):  # the second checkpoint was begun, so the first is whole
         fault = (f"SIGKILL:{step}:0",)
         assert fresh.submit(planted.forked, "pretrain_gpt", killed, 1, fault).result(90)[0] == [-9]
     codes, log, _ = fresh.submit(planted.forked, "pretrain_gpt", killed).result(90)

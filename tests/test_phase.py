@@ -104,13 +104,16 @@ def scratch(data: Path, tmp_path: Path) -> Path:
     return tmp_path / "scratch"
 
 
-@pytest.mark.parametrize("world", [1, 2], ids=["one rank", "two ranks"])
+@pytest.mark.parametrize(
+    "world, shard", [(1, "none"), (2, "none"), (2, "full")], ids=["one rank", "two ranks", "split over two"]
+)
 def test_a_killed_phase_ends_in_the_same_bytes_as_an_undisturbed_one(
-    world, base_run, other_data, tmp_path, fresh
+    world, shard, base_run, other_data, tmp_path, fresh
 ):
-    straight, killed = (phase_config(base_run, other_data, tmp_path / n, micro_batch_size=1) for n in "ab")
+    changes = {"micro_batch_size": 1, "shard": shard}
+    straight, killed = (phase_config(base_run, other_data, tmp_path / name, **changes) for name in "ab")
     assert not any(fresh.submit(planted.forked, "pretrain_gpt", straight, world).result(90)[0])
-    for step in (1, 4):
+    for step in (1, 5):  # the second checkpoint was begun, so the first is whole
         codes, _, _ = fresh.submit(
             planted.forked, "pretrain_gpt", killed, world, (f"SIGKILL:{step}:0",)
         ).result(90)

@@ -249,7 +249,8 @@ def test_a_start_reads_each_file_once_to_verify_it_and_a_base_models_optimizer_s
 def test_the_optimizers_state_is_not_kept_twice(base_run):
     state = load_resumable(base_run, "auto", ALONE)
     model = GPTModel.from_pretrained(state["path"])
-    optimizer = make_optimizer(model, "muon", lr=0.1, matrix_lr=0.1, betas=(0.9, 0.9), weight_decay=0.0)
+    rates = {"lr": 0.1, "matrix_lr": 0.1, "betas": (0.9, 0.9), "weight_decay": 0.0}
+    optimizer = make_optimizer(model, "muon", ranks=ALONE, **rates)
     loaded = state.pop("optimizer")
     load_state_by_name(model, optimizer, loaded)
     for name, p in model.named_parameters():

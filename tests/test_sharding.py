@@ -1,0 +1,132 @@
+"""Models that are split over ranks (FSDP2) train as whole ones do, and leave the same checkpoints."""
+
+import dataclasses
+import os
+
+import planted
+import pytest
+import torch
+from conftest import SMALL, losses, pretrain_config, small_model
+from safetensors.torch import load_file
+from test_distributed import in_ranks
+
+from checkpoint import newest_checkpoint, open_weights
+from distributed import Ranks, own_numbers, own_rows, shard_model, whole, wrap
+from optim import make_optimizer, set_learning_rate
+from training import StepHistory, forward_backward
+
+TARGETS = 8 * 32 - sum(4 * row for row in range(8))
+
+
+def batches(ranks: Ranks, step: int) -> list[dict]:
+    """A rank's share of a global batch of eight rows with unequal numbers of targets, one row at a time."""
+    ids = torch.randint(0, 320, (8, 33), generator=torch.Generator().manual_seed(step))
+    targets = ids[:, 1:].clone()
+    for row in range(8):
+        targets[row, : 4 * row] = -100
+    own = [*range(8)][ranks.rank :: ranks.world]
+    own += [None] * (-(-8 // ranks.world) - len(own))  # each rank computes as often as the others
+    nothing = torch.full_like(targets[0], -100)
+    return [
+        {"input_ids": ids[row or 0, None, :-1], "targets": (nothing if row is None else targets[row])[None]}
+        for row in own
+    ]
+
+
+def train(ranks: Ranks, kind: str, steps: int = 4, **shape) -> dict:
+    """Some steps; losses, and the first step's gradients and the last weights, all of them whole."""
+    model = shard_model(small_model(**shape), ranks)
+    rates = {"lr": 1e-3, "matrix_lr": 0.01, "betas": (0.9, 0.95), "weight_decay": 0.1}
+    optimizer = make_optimizer(model, kind, ranks=ranks, **rates)
+    module, history, found = wrap(model, ranks, "false"), StepHistory(0.0, ranks), {"losses": []}
+    for step in range(steps):
+        loss_sum, norm = forward_backward(
+            module, batches(ranks, step), targets=TARGETS, max_grad_norm=1.0, ranks=ranks
+        )
+        if not step:
+            found["gradients"] = {name: whole(p.grad).clone() for name, p in model.named_parameters()}
+        values = {"loss_sum": loss_sum, "grad_norm": norm, "targets": TARGETS}
+        bad = history.record(step, **values, lr=set_learning_rate(optimizer, 1.0), stop=False)
+        optimizer.step(skip=bad)
+        optimizer.zero_grad(set_to_none=True)
+        found["losses"] += [outcome.numbers["loss"] for outcome in history.outcomes(step)]
+    found["weights"] = {name: whole(p).detach() for name, p in model.named_parameters()}
+    return found
+
+
+CASES = [(kind, shape) for kind in ("adamw", "muon") for shape in ({}, {"tie_word_embeddings": True})]
+
+
+def in_parts(ranks: Ranks, folder) -> None:
+    ranks.shard = "full"
+    for i, (kind, shape) in enumerate(CASES):
+        found = train(ranks, kind, **shape)
+        torch.save(found, folder / f"{i}-{ranks.rank}.pt")
+    ranks.leave()
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_a_split_model_trains_as_a_whole_one(world, tmp_path):
+    """Three ranks cannot split 32 rows evenly."""
+    assert in_ranks(in_parts, tmp_path, world=world) == [0] * world
+    for i, (kind, shape) in enumerate(CASES):
+        alone = train(Ranks(0, 1, torch.device("cpu")), kind, **shape)
+        split = torch.load(tmp_path / f"{i}-0.pt", weights_only=True)
+        away = {name: (split["gradients"][name] - g).norm() for name, g in alone["gradients"].items()}
+        norms = {name: g.norm() for name, g in alone["gradients"].items()}
+        assert torch.stack([*away.values()]).norm() <= 1e-6 * torch.stack([*norms.values()]).norm()
+        assert all(away[name] <= 1e-5 * norms[name] for name in norms)
+        assert split["losses"] == pytest.approx(alone["losses"], rel=1e-5)
+        for rank in range(1, world):
+            other = torch.load(tmp_path / f"{i}-{rank}.pt", weights_only=True)["weights"]
+            assert all(torch.equal(other[name], weight) for name, weight in split["weights"].items())
+
+
+def test_the_rows_of_a_rank_are_those_that_torch_chunk_gives():
+    for rows in (1, 2, 3, 7, 8, 32):
+        for world in (1, 2, 3, 5):
+            chunks = torch.arange(rows).chunk(world)
+            for rank in range(world):
+                expected = chunks[rank].tolist() if rank < len(chunks) else []
+                assert [*range(*own_rows(rows, rank, world))] == expected
+
+
+def open_in_parts(ranks: Ranks, folder) -> None:
+    ranks.shard = "full"
+    model = open_weights(folder / "model", ranks)
+    expected = load_file(folder / "model" / "model.safetensors")
+    for name, p in model.stored_state().items():
+        part = slice(*own_rows(len(p), ranks.rank, ranks.world))
+        assert torch.equal(own_numbers(p), expected[name][part]), name
+    ranks.leave()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_rank_opens_its_part_of_a_checkpoint(tied, tmp_path):
+    small_model(tie_word_embeddings=tied).save_pretrained(tmp_path / "model")
+    assert in_ranks(open_in_parts, tmp_path, world=3) == [0, 0, 0]
+
+
+def two_ranks_a_machine(_) -> None:
+    os.environ["LOCAL_WORLD_SIZE"] = "2"
+
+
+def test_a_run_goes_on_under_any_engine_and_number_of_ranks(data_dir, tmp_path, fresh):
+    """Split over two ranks, then one rank, then split over four, then two with whole models."""
+    straight = pretrain_config(data_dir, tmp_path / "straight", **SMALL)
+    fresh.submit(planted.forked, "pretrain_gpt", straight).result(90)
+    elastic = pretrain_config(data_dir, tmp_path / "elastic", **SMALL, samples=True)
+    for world, shard, stop in ((2, "full", 2), (1, "none", 3), (4, "hybrid", 5), (2, "none", None)):
+        config = dataclasses.replace(elastic, micro_batch_size=1, save_every=100, shard=shard)
+        faults = [f"SIGTERM:{stop}:0"] if stop else []
+        job = fresh.submit(planted.forked, "pretrain_gpt", config, world, faults, two_ranks_a_machine)
+        codes, log, _ = job.result(90)
+        assert set(codes) == {75 if stop else 0}, log
+    for a, b in zip(losses(tmp_path / "straight"), losses(tmp_path / "elastic"), strict=True):
+        for x, y in zip(a, b):
+            assert x == y or abs(x - y) <= 1e-5 * abs(x), (a, b)
+    ours, theirs = (
+        load_file(newest_checkpoint(tmp_path / name) / "model.safetensors")
+        for name in ("straight", "elastic")
+    )
+    assert {n: w.shape for n, w in ours.items()} == {n: w.shape for n, w in theirs.items()}
