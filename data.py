@@ -21,7 +21,7 @@ import torch
 
 from common import InputError, file_sha256, fingerprint, read_json, write_json
 from distributed import Ranks
-from mixture import parse_sources
+from mixture import epochs_read, mix_report, parse_sources, taken
 from order import CYCLE, batch_order, mixed_order
 from tokenization import load_tokenizer, tokenizer_fingerprint
 
@@ -192,7 +192,7 @@ class TokenLoader:
         self.sizes: list[int] = []  # windows of each source
         windows = []  # of each shard
         for source in self.sources:
-            paths = shard_paths(source.folder, split)
+            paths = shard_paths(Path(source.path), split)
             tokens = [shard_header(path)[1] for path in paths]
             windows += [max(0, (count - 1) // context_length) for count in tokens]
             self.sizes.append(sum(windows[len(self.paths) :]))
@@ -200,7 +200,7 @@ class TokenLoader:
             if not self.sizes[-1]:
                 amount = f"{sum(tokens)} tokens" if tokens else "no shard"
                 raise InputError(
-                    f"the {split} split in {source.folder} has {amount}, too few for one window of "
+                    f"the {split} split in {source.path} has {amount}, too few for one window of "
                     f"{context_length + 1}; prepare more data, raise --val_fraction, or lower "
                     f"--context_length"
                 )
@@ -237,28 +237,16 @@ class TokenLoader:
 
     def first_windows(self, most: int, shares: Sequence[float]) -> list[range]:
         """The first windows of each source, its share of `most` in all (0: all it has), and at least one."""
-        ends = np.cumsum(self.sizes).tolist()
-        counts = [min(n, max(1, round(most * share))) if most else n for n, share in zip(self.sizes, shares)]
+        ends, counts = np.cumsum(self.sizes).tolist(), taken(shares, self.sizes, most)
         return [range(end - n, end - n + count) for end, n, count in zip(ends, self.sizes, counts)]
 
     def epochs(self, windows: int) -> dict[str, float]:
         """How often each of several sources was read when so many windows were, as epochs/NAME."""
-        if len(self.sources) == 1:
-            return {}
-        parts = zip(self.names, self.shares, self.sizes)
-        return {f"epochs/{name}": windows * share / size for name, share, size in parts}
+        return epochs_read(self.names, self.shares, self.sizes, windows)
 
     def report(self, windows: int) -> list[str]:
         """A line on each of several sources, for a run that reads so many windows."""
-        epochs = self.epochs(windows)
-        if not epochs:
-            return []
-        rows = zip(self.names, self.shares, self.sizes, epochs.values())
-        width = max(map(len, self.names))
-        return [
-            f"  {name:<{width}}  {share:7.2%} of the tokens; {size:,} windows, {read:.2f} epochs"
-            for name, share, size, read in rows
-        ]
+        return mix_report(self.names, self.shares, self.sizes, read=windows, unit="windows")
 
     def content(self, manifests: Sequence[dict]) -> dict:
         """What a run's data hold, for check_same_run, with each source's manifest; not where they are."""
@@ -311,9 +299,13 @@ def shard_paths(folder: Path, split: str) -> list[Path]:
 def verified_manifests(data_dir: str, tokenizer_name: str = "") -> list[dict]:
     """The manifest of each folder that --data_dir names, as verified_manifest gives it.
 
-    Raises InputError, before any shard is read, if the folders' tokenizers differ.
+    Raises InputError, before any shard is read, if a folder is named twice or the tokenizers differ.
     """
-    folders = [source.folder for source in parse_sources(data_dir)]
+    folders = [Path(source.path) for source in parse_sources(data_dir)]
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise InputError(
+            f"--data_dir={data_dir} names a folder twice; name it once, with the sum of its weights"
+        )
     made_with = {}
     for folder in folders:
         if (folder / "manifest.json").exists():

@@ -73,19 +73,25 @@ def cycle(shares: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
     return sources[order], earlier[order]
 
 
+def mixed_positions(step: int, batch_size: int, shares: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Which source each position of a step's global batch reads, and the how many-th sample of that source,
+    from 0 on. Source i gets shares[i] of every sum(shares) positions."""
+    sources, earlier = cycle(tuple(shares))
+    cycles, place = np.divmod(
+        np.arange(step * batch_size, (step + 1) * batch_size, dtype=np.int64), len(sources)
+    )
+    source = sources[place]
+    return source, cycles * np.asarray(shares)[source] + earlier[place]
+
+
 def mixed_order(
     seed: int, step: int, batch_size: int, *, sizes: Sequence[int], shares: Sequence[int]
 ) -> np.ndarray:
     """Which samples of several sources make up a step's global batch, counted through all the sources.
 
-    Source i has sizes[i] samples and gets shares[i] of every sum(shares) positions. It has epochs of its own,
-    each a fresh permutation.
+    Source i has sizes[i] samples and epochs of its own, each a fresh permutation. See mixed_positions.
     """
-    positions = np.arange(step * batch_size, (step + 1) * batch_size, dtype=np.int64)
-    sources, earlier = cycle(tuple(shares))
-    cycles, place = np.divmod(positions, len(sources))
-    source = sources[place]
-    nth = cycles * np.asarray(shares)[source] + earlier[place]  # among all that its source is read for
+    source, nth = mixed_positions(step, batch_size, shares)
     order, first = np.empty(batch_size, np.int64), 0
     for i, n in enumerate(sizes):
         here = source == i

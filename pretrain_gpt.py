@@ -12,6 +12,7 @@ B windows in a micro-batch, T tokens in a window.
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 
 import torch
 
@@ -153,7 +154,7 @@ def main(config: Config) -> None:
     # Data: the tokenizer, and the windows of a step and of a validation, by source.
     base, started_from = ranks.from_main(lambda: phase_start(config.init_from, flags))
     manifests = ranks.from_main(lambda: verified_manifests(config.data_dir, config.tokenizer))
-    tokenizer = load_tokenizer(config.tokenizer or sources[0].folder / "tokenizer")
+    tokenizer = load_tokenizer(config.tokenizer or Path(sources[0].path) / "tokenizer")
     vocab_size, T = -(-vocabulary_size(tokenizer) // 64) * 64, config.context_length
     train, val = (TokenLoader(config.data_dir, split, T, vocab_size) for split in ("train", "val"))
     windows_per_step = config.batch_tokens // T
@@ -247,7 +248,9 @@ def main(config: Config) -> None:
             batches = (val.micro_batches(part, config.micro_batch_size, ranks) for part in val_windows)
             sums = [evaluate(module, part, ranks) for part in batches]
             metrics.log(step, **train.epochs(step * windows_per_step))
-            metrics.validated(step, **validation_numbers(train.names, train.shares, sums, val_bytes))
+            counts = [len(part) for part in val_windows]
+            numbers = validation_numbers(train.names, train.shares, counts, sums, val_bytes)
+            metrics.validated(step, **numbers)
             if config.samples and (ranks.is_main or ranks.sharded):
                 metrics.print([f"  | {text}" for text in sample_text(model, tokenizer, config.seed)])
 

@@ -47,7 +47,7 @@ def mix(folders):
 
 def test_weights_stand_behind_the_last_colon_and_need_not_sum_to_one(tmp_path):
     def shares(data_dir):
-        return [(str(source.folder), source.share) for source in parse_sources(data_dir)]
+        return [(source.path, source.share) for source in parse_sources(data_dir)]
 
     assert shares("data/web:0.7,data/math:0.2,data/code:0.1") == [
         ("data/web", 7000),
@@ -67,16 +67,15 @@ def test_weights_stand_behind_the_last_colon_and_need_not_sum_to_one(tmp_path):
 @pytest.mark.parametrize(
     "data_dir, message",
     [
-        ("a:0.7,b", "gives weights to some folders, but none to b; give all a weight, as b:0.5, or none"),
-        ("a:0,b:1", "a:0, which is no folder, and '0' is no weight; .* a number above zero"),
+        ("a:0.7,b", "gives weights to some, but none to b; give all a weight, as b:0.5, or none"),
+        ("a:0,b:1", "a:0, which does not exist, and '0' is no weight; .* a number above zero"),
         ("a:-1,b:1", "'-1' is no weight"),
         ("a:nan,b:1", "'nan' is no weight"),
         ("a:inf,b:1", "'inf' is no weight"),
         ("a:lots,b:1", "'lots' is no weight"),
-        (":0.5,b:1", ":0.5, which is no folder"),
+        (":0.5,b:1", ":0.5, which does not exist"),
         ("a,,b", "has an empty name in it"),
         ("", "has an empty name in it"),
-        ("a:1,./a:2", "names a folder twice"),
         ("a:1,b:0.00001", "b has the weight 1e-05 of 1.00001, less than one window in 10,000"),
     ],
 )
@@ -94,6 +93,11 @@ def test_rounded_shares_sum_to_the_cycle_and_are_off_by_less_than_one_window_in_
     shares = rounded_shares([str(weight) for weight in weights], weights)
     assert sum(shares) == CYCLE
     assert all(abs(s - w / sum(weights) * CYCLE) < 1 for s, w in zip(shares, weights))
+
+
+def test_a_folder_named_twice_is_refused(folders):
+    data_dir = f"{folders[0]}:1,{folders[0].parent}/./{folders[0].name}{os.sep}:2"
+    refused("names a folder twice; name it once, with the sum", verified_manifests, data_dir)
 
 
 def test_sources_of_different_tokenizers_are_refused_before_a_shard_is_read(folders, tmp_path):
@@ -152,12 +156,14 @@ def test_validation_reads_of_each_source_its_share_of_the_windows_and_at_least_o
 
 def test_the_validation_loss_of_a_mix_is_that_of_a_token_drawn_by_the_shares():
     """A source that has too few windows for its share counts no less."""
-    numbers = validation_numbers(["web", "math"], [0.75, 0.25], [(300.0, 0, 100), (40.0, 0, 20)], [400, 50])
+    numbers = validation_numbers(
+        ["web", "math"], [0.75, 0.25], [5, 1], [(300.0, 0, 100), (40.0, 0, 20)], [400, 50]
+    )
     assert numbers["val_loss/web"] == 3.0 and numbers["val_loss/math"] == 2.0
     assert numbers["val_loss"] == pytest.approx(0.75 * 3.0 + 0.25 * 2.0)
     bytes_per_token = 0.75 * 4.0 + 0.25 * 2.5
     assert numbers["val_bpb"] == pytest.approx(2.75 / math.log(2) / bytes_per_token)
-    assert validation_numbers(["web"], [1.0], [(300.1, 0, 77)], [401]) == {
+    assert validation_numbers(["web"], [1.0], [7], [(300.1, 0, 77)], [401]) == {
         "val_loss": 300.1 / 77,
         "val_bpb": 300.1 / math.log(2) / 401,
     }
