@@ -152,16 +152,26 @@ def differences(old: dict, new: dict) -> list[str]:
     ]
 
 
-def starting_point(model: str, data: str) -> tuple[str, dict]:
+def starting_point(model: str, *data: str) -> tuple[str, dict]:
     """Where a run starts: the model's directory or hub id, verified, and the content of model and data.
 
-    The content has hashes of local files, None for what is of a hub or a package, or gone.
+    The content has hashes of local files, None for what is of a hub or a package, or gone. Of several data
+    sources each has its hash, or its name if it has none.
     """
-    files = source_files(data) if data != "embedded" else None
-    data_files = fingerprint([[path.name, file_sha256(path)] for path in files]) if files else None
+    hashes = [data_hash(name) for name in data]
     path = str(find_model(model))
-    content = {"model": os.path.normpath(model), "data_files": data_files, "weights": weights_of(path)}
+    content = {
+        "model": os.path.normpath(model),
+        "data_files": hashes[0] if len(data) == 1 else [found or name for found, name in zip(hashes, data)],
+        "weights": weights_of(path),
+    }
     return path, content
+
+
+def data_hash(data: str) -> str | None:
+    """A hash of the local files that a data source names; None if there are none."""
+    files = source_files(data) if data != "embedded" else None
+    return fingerprint([[path.name, file_sha256(path)] for path in files]) if files else None
 
 
 def weights_of(model: str) -> str | None:

@@ -398,6 +398,7 @@ class PackedLoader:
         self.dataset, self.T, self.seed, self.varlen = dataset, row_length, seed, varlen
         self.epoch, self.rows = None, []
         self.rows_of(0)
+        self.sizes = [len(self.rows)]  # rows of each source in an epoch
         self.steps_per_epoch = -(-len(self.rows) // rows_per_step)
 
     def rows_of(self, epoch: int) -> list[list[int]]:
