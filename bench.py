@@ -136,7 +136,9 @@ def training_step(module, optimizer, batches: list[dict], *, lr_scale: float, ra
     history = StepHistory(0.0, ranks)
     loss_sum, grad_norm = forward_backward(module, batches, targets=targets, max_grad_norm=1.0, ranks=ranks)
     lr = set_learning_rate(optimizer, lr_scale)
-    bad = history.record(1, loss_sum=loss_sum, grad_norm=grad_norm, targets=targets, lr=lr, stop=False)
+    bad = history.record(
+        1, loss_sum=loss_sum, grad_norm=grad_norm, targets=targets, tokens=targets, lr=lr, stop=False
+    )
     optimizer.step(skip=bad)
     optimizer.zero_grad(set_to_none=True)
     history.outcomes(1)
@@ -234,6 +236,7 @@ def bench_generate(config: Config, ranks: Ranks) -> None:
     from transformers import AutoModelForCausalLM
 
     ours = model_of(config, ranks.device)
+    ours.graph_decoding = True
     with tempfile.TemporaryDirectory() as folder:
         ours.save_pretrained(folder)
         theirs = AutoModelForCausalLM.from_pretrained(folder).to(ranks.device)

@@ -15,7 +15,8 @@ from answers import SAMPLING
 from checkpoint import find_model
 from common import InputError, check_numbers, run_script
 from distributed import usable_device
-from gpt import GPTModel, check_sampling
+from generation import check_sampling
+from gpt import GPTModel
 from huggingface import model_directory
 from sft import prompt_ids
 from sources import half_surrogate
@@ -39,6 +40,7 @@ def load(name: str, device: str = "cpu") -> tuple[GPTModel, object]:
     """The model that a user named, on a device, and its tokenizer; InputError if it does not know ChatML."""
     path = model_directory(find_model(name))
     model, tokenizer = GPTModel.from_pretrained(path).to(device), load_tokenizer(path)
+    model.graph_decoding = True
     unknown = tokenizer.convert_tokens_to_ids(TURN_END) in tokenizer.new_ids
     if unknown or vocabulary_size(tokenizer) > model.config.vocab_size:
         raise InputError(f"{name} has no ids for ChatML's tokens; fine-tune it with sft_gpt.py first")

@@ -18,10 +18,11 @@ from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor
 
 from common import InputError, file_sha256, one_line, read_json, sync_to_disk, write_json
-from distributed import Ranks, own_numbers, own_part, shard_model, whole
+from distributed import Ranks
 from gpt import GPTModel
 from huggingface import model_directory
 from optim import state_by_name
+from sharding import own_numbers, own_part, shard_model, whole
 from tokenization import load_tokenizer, vocabulary_size
 
 # -- writing -------------------------------------------------------------------------------------------------
@@ -78,6 +79,8 @@ class Checkpoints:
             )
         weights = copy_to_host(model.stored_state(), keep=self.is_main)
         moments = copy_to_host(state_by_name(model, optimizer), keep=self.is_main)
+        if own_numbers(model.lm_head.weight).is_cuda:
+            torch.cuda.synchronize()
         if not self.is_main:
             return 0.0
         state = {
@@ -169,7 +172,8 @@ def lacking_space(folder: Path, needed: int) -> InputError:
 def copy_to_host(state: dict, *, keep: bool) -> dict:
     """A copy in host memory of a state whose values are tensors or such states, or with `keep` false nothing.
 
-    All ranks ask together: a tensor that is split over them is put together, one after the other.
+    All ranks ask together: a tensor that is split over them is put together, one after the other. From a GPU
+    the copies go to pinned memory, which torch keeps for the next time; synchronize before they are read.
     """
     copied = {}
     for name, value in state.items():
@@ -178,7 +182,7 @@ def copy_to_host(state: dict, *, keep: bool) -> dict:
         elif keep or isinstance(value, DTensor):
             tensor = whole(value.detach())
             if keep:
-                copied[name] = tensor.to("cpu", copy=True)
+                copied[name] = tensor.to("cpu", copy=True, non_blocking=True)
     return copied
 
 

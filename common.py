@@ -105,9 +105,34 @@ def parse_config(config_class: type, arguments: Sequence[str]):
     return config_class(**values)
 
 
+# What takes less memory on a GPU without another result, where a script has the flag.
+SAVERS = {
+    "micro_batch_size": "lower --micro_batch_size",
+    "checkpoint_activations": "use --checkpoint_activations",
+}
+
+
+def told_memory(error: RuntimeError, config_class: type) -> str:
+    """A GPU's running out of memory in one sentence, with the sizes that torch gives and the script's flags
+    that help."""
+    text = " ".join(str(error).split())
+    sizes = {
+        "{} were asked for": r"Tried to allocate ([\d.]+ \wiB)",
+        "the GPU has {}": r"total capacity of ([\d.]+ \wiB)",
+        "{} are free": r"of which ([\d.]+ \wiB) is free",
+    }
+    found = [told.format(size[1]) for told, pattern in sizes.items() if (size := re.search(pattern, text))]
+    names = {field.name for field in dataclasses.fields(config_class)}
+    flags = [told for name, told in SAVERS.items() if name in names] or ["choose a smaller model"]
+    return (
+        f"out of memory on the GPU ({', '.join(found) or text[:200]}); {' or '.join(flags)}, and see with "
+        f"nvidia-smi that nothing else is on it"
+    )
+
+
 def run_script(main: Callable, config_class: type) -> None:
-    """Run main(config) with the command line's config. A mistake of the user is printed as one sentence, and
-    the process ends with status 1."""
+    """Run main(config) with the command line's config. A mistake of the user, or a GPU's running out of
+    memory, is printed as one sentence, and the process ends with status 1."""
     try:
         main(parse_config(config_class, sys.argv[1:]))
         return
@@ -122,9 +147,15 @@ def run_script(main: Callable, config_class: type) -> None:
             )
         else:
             raise
+    except RuntimeError as error:
+        import torch  # which not all scripts need
+
+        if not isinstance(error, torch.OutOfMemoryError):
+            raise
+        message = f"error: {told_memory(error, config_class)}"
     print(message, file=sys.stderr, flush=True)  # flush now: other ranks may keep this process from exiting
     if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
-        os.kill(os.getppid(), signal.SIGTERM)  # torchrun: another start would end in the same mistake
+        os.kill(os.getppid(), signal.SIGTERM)  # torchrun: another start would end in the same way
     raise SystemExit(1)
 
 

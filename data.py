@@ -18,8 +18,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
-from common import InputError, file_sha256, fingerprint, read_json, write_json
+from common import IGNORE, InputError, file_sha256, fingerprint, read_json, write_json
 from distributed import Ranks
 from mixture import epochs_read, mix_report, parse_sources, taken
 from order import CYCLE, batch_order, mixed_order
@@ -273,10 +274,11 @@ class TokenLoader:
 
     def micro_batches(self, windows: Sequence[int], micro_batch_size: int, ranks: Ranks) -> Iterator[dict]:
         """A rank's share of some windows, as the keyword arguments of the model's forward."""
-        own = windows[ranks.rank :: ranks.world]
-        for i in range(0, len(own), micro_batch_size):
-            input_ids, targets = self.read(own[i : i + micro_batch_size])
-            yield ranks.pin({"input_ids": input_ids, "targets": targets})
+        for some in ranks.share(windows, micro_batch_size):
+            input_ids, targets = self.read([window for window in some if window is not None])
+            padding = (0, 0, 0, len(some) - len(input_ids))
+            batch = {"input_ids": F.pad(input_ids, padding), "targets": F.pad(targets, padding, value=IGNORE)}
+            yield ranks.pin(batch)
 
     def text_bytes(self, windows: Sequence[int], tokenizer) -> int:
         """UTF-8 bytes of the text that these windows' targets spell: what turns nats into bits per byte."""

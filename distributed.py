@@ -3,12 +3,15 @@
 import faulthandler
 import json
 import os
+import re
 import signal
+import socket
+import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -16,8 +19,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from common import InputError
 
@@ -33,6 +34,14 @@ class Ranks:
     watchdog: "Watchdog | None" = None
     answers: int = 0  # that rank 0 has given so far
     shard: str = "none"  # how parameters are split over the ranks: none, full or hybrid
+    # All micro-batches have one shape, and all ranks as many: nothing is compiled twice, and the ranks of a
+    # split model compute together. On a CPU that does neither, smaller batches are faster.
+    even_batches: bool = False
+
+    def __post_init__(self):
+        self.own_work, self.slow = OwnWork(self.device), None  # the rank that was slow when last asked
+        if self.store:
+            self.store.set(f"host of rank {self.rank}", socket.gethostname())
 
     @property
     def is_main(self) -> bool:
@@ -41,6 +50,19 @@ class Ranks:
     @property
     def sharded(self) -> bool:
         return self.world > 1 and self.shard != "none"
+
+    def share(self, items: Sequence, size: int, *, most: int = 0) -> list[list]:
+        """This rank's share of a step's items in micro-batches of at most `size`; at least one of them.
+
+        None stands for padding. With even_batches a step of `most` items, the largest, decides the shape.
+        """
+        own = list(items)[self.rank :: self.world] or [None]
+        if self.even_batches:
+            each = -(-max(most, len(items)) // self.world)
+            count = -(-each // size)
+            size = -(-each // count)
+            own += [None] * (count * size - len(own))
+        return [own[i : i + size] for i in range(0, len(own), size)]
 
     def print(self, *values) -> None:
         """Print on rank 0."""
@@ -76,6 +98,29 @@ class Ranks:
         """Whether it is true on any rank. All ranks ask together and get the same answer."""
         return self.sum(bool(value))[0] > 0
 
+    def each(self, value: float) -> list[float]:
+        """The value of every rank, in their order, in float64. All ranks ask together."""
+        values = torch.zeros(self.world, dtype=torch.float64)
+        values[self.rank] = value
+        if self.world > 1:
+            values = values.to(self.device)
+            dist.all_reduce(values)
+        return values.tolist()
+
+    def slow_one(self) -> str | None:
+        """Which rank keeps the others waiting, if one does: for the second time in a row its own work took
+        SLOW times the median rank's. All ranks ask together; rank 0 gets the answer."""
+        seconds = self.each(self.own_work.take())
+        median, slowest = statistics.median_low(seconds), max(seconds)
+        before, self.slow = self.slow, seconds.index(slowest) if slowest > SLOW * median else None
+        if not self.is_main or self.slow is None or self.slow != before:
+            return None
+        host = self.store.get(f"host of rank {self.slow}").decode()
+        return (
+            f"rank {self.slow} on {host} is slow: {slowest:.3g} s to the end of a step's first forward pass, "
+            f"the median rank {median:.3g} s"
+        )
+
     def barrier(self) -> None:
         """Wait until all ranks are here."""
         if self.world > 1:
@@ -107,6 +152,14 @@ class Ranks:
             raise SystemExit(1)  # rank 0 tells why
         return answer["value"]
 
+    def gather(self, value) -> list | None:
+        """Each rank's value, any object that pickles, on rank 0; None on the others."""
+        if self.world == 1:
+            return [value]
+        values = [None] * self.world if self.is_main else None
+        dist.gather_object(value, values)
+        return values
+
     def require_shared(self, path: Path) -> None:
         """Wait up to ten seconds for a file of rank 0's; InputError if this rank never sees it."""
         if self.is_main:
@@ -123,7 +176,7 @@ class Ranks:
     def watch(self, minutes: float) -> None:
         """With other ranks, start the watchdog: without a sign of life for so long it ends this process."""
         if self.world > 1:
-            self.watchdog = Watchdog(f"rank {self.rank} of {self.world}", 60 * minutes)
+            self.watchdog = Watchdog(self.rank, self.world, 60 * minutes)
 
     def at(self, place: str) -> None:
         """Give a sign of life, with the place where this rank is."""
@@ -164,34 +217,108 @@ class Ranks:
             dist.destroy_process_group()
 
 
+SLOW = 1.2
+
+
+class OwnWork:
+    """How long a rank works in a step before it waits for others: from the step's beginning to the end of its
+    first forward pass. On a GPU it is the GPU's time, read without waiting for it.
+
+    A slow GPU or a slow reader of data shows there. Ranks differ in how many micro-batches they have, but
+    each has a first one.
+    """
+
+    def __init__(self, device: torch.device):
+        self.on_gpu, self.began, self.spans = device.type == "cuda", None, []
+
+    def now(self):
+        if not self.on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def begin(self) -> None:
+        self.began = self.now()
+
+    def end(self) -> None:
+        """The work that has begun ends here; at later calls in the same step nothing does."""
+        if self.began is not None:
+            self.spans.append((self.began, self.now()))
+            self.began = None
+
+    def take(self) -> float:
+        """Seconds a step, the mean of those since the last call; 0 if there are none. What a GPU has not
+        finished belongs to the next call."""
+        finished = [(a, b) for a, b in self.spans if not self.on_gpu or b.query()]
+        self.spans = self.spans[len(finished) :]
+        seconds = [a.elapsed_time(b) / 1000 if self.on_gpu else b - a for a, b in finished]
+        return statistics.fmean(seconds) if seconds else 0.0
+
+
 class Watchdog:
-    """Ends the process when it has given no sign of life for some seconds, and says where it stands.
+    """Ends the process when it has given no sign of life for some seconds, and says where it stands. Under
+    NCCL it leaves the flight record, too: which collective operations this rank has entered and finished.
 
     A collective operation that one rank never enters keeps the others waiting. torchrun sees that a process
     has ended, but not that it waits. Once this one ends, torchrun ends or restarts the whole job.
     """
 
-    def __init__(self, name: str, seconds: float):
-        self.name, self.seconds = name, seconds
+    def __init__(self, rank: int, world: int, seconds: float):
+        self.rank, self.name, self.seconds = rank, f"rank {rank} of {world}", seconds
         self.place, self.since = "the set-up", time.monotonic()
         threading.Thread(target=self.exit_when_silent, daemon=True).start()
 
     def exit_when_silent(self) -> None:
         while (left := self.since + self.seconds - time.monotonic()) > 0:
             time.sleep(left)
-        print(
-            f"error: {self.name} has made no progress for {self.seconds:.0f} s in {self.place}; it stands at",
-            file=sys.stderr,
-            flush=True,
-        )
+        told = f"{self.name} has made no progress for {self.seconds:.0f} s in {self.place}; it stands at"
+        print(f"error: {told}", file=sys.stderr, flush=True)
         faulthandler.dump_traceback()
+        if dist.is_initialized() and dist.get_backend() == "nccl":
+            faulthandler.dump_traceback_later(60, exit=True)  # even if the driver never answers
+            prefix, path = write_flight_record(self.rank)
+            print(
+                f"NCCL's flight record is {path}; `torchfrtrace --prefix={prefix} {path.parent}` compares "
+                f"those of all ranks",
+                file=sys.stderr,
+                flush=True,
+            )
         os._exit(1)
 
 
-def join_ranks(device: str, shard: str = "none") -> Ranks:
-    """Join the other ranks (NCCL on GPUs, gloo on CPUs) on a device, "auto" or as torch names it.
+# NCCL's flight recorder, as torch reads it: how many operations it keeps, and the beginning of the names of
+# its files, to which torch adds the rank. The second name of each is the older one.
+RECORDED = ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE")
+RECORD_FILES = ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE")
 
-    `shard` is how parameters will be split over them: none, full or hybrid.
+
+def set_flight_recorder(folder: str | Path) -> None:
+    """Have NCCL keep its last operations and write them into a folder when it fails or times out. What the
+    user has set in the environment stays. This has to come before the first process group."""
+    for names, value in ((RECORDED, "2000"), (RECORD_FILES, f"{Path(folder).absolute()}/nccl_trace_rank_")):
+        value = next((os.environ[name] for name in names if name in os.environ), value)
+        os.environ.update(dict.fromkeys(names, value))
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+
+
+def write_flight_record(rank: int) -> tuple[str, Path]:
+    """Write what NCCL has recorded to this rank's file, as it would by itself. Returns how the names of all
+    ranks' files begin, and the file."""
+    prefix = os.environ[RECORD_FILES[0]]
+    path = Path(f"{prefix}{rank}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(torch._C._distributed_c10d._dump_nccl_trace())
+    return Path(prefix).name, path
+
+
+def join_ranks(
+    device: str, out_dir: str | Path = ".", *, shard: str = "none", compile: str = "auto"
+) -> Ranks:
+    """Join the other ranks (NCCL on GPUs, gloo on CPUs) on a device, "auto" or as torch names it. What NCCL
+    records for the case of a hang goes to out_dir.
+
+    `shard` and `compile` are what shard_model and wrap will be asked for.
 
     Raises InputError for a device that cannot be used here.
     """
@@ -205,6 +332,8 @@ def join_ranks(device: str, shard: str = "none") -> Ranks:
             # restarts is put before each key. Several machines count restarts apart; they need a new store,
             # by TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.
             store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+        if device.type == "cuda":
+            set_flight_recorder(out_dir)
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
             store=store,
@@ -213,15 +342,53 @@ def join_ranks(device: str, shard: str = "none") -> Ranks:
             device_id=device if device.type == "cuda" else None,
             timeout=timedelta(hours=1),  # the watchdog is quicker
         )
-    return Ranks(rank, world, device, store, shard=shard)
+    even = device.type == "cuda" or compile == "true" or (world > 1 and shard != "none")
+    return Ranks(rank, world, device, store, shard=shard, even_batches=even)
+
+
+DEVICES = Path("/dev")  # nvidia0 and so on
+DRIVER = Path("/proc/driver/nvidia/version")
+
+
+def why_no_gpu() -> str | None:
+    """Why torch cannot use the NVIDIA GPU that is there, and what to do. None where there is none, or where
+    the user hides it by a CUDA_VISIBLE_DEVICES that names no device: empty, -1, Slurm's NoDevFiles."""
+    visible, given = os.environ.get("CUDA_VISIBLE_DEVICES"), any(DEVICES.glob("nvidia[0-9]*"))
+    hidden = visible is not None and not re.match(r"\s*(\d|GPU-|MIG-)", visible)
+    if hidden or not (given or DRIVER.exists()):
+        return None
+    version = re.search(r"\s(\d{3}[\d.]+)\s", DRIVER.read_text() if DRIVER.exists() else "")
+    driver = f"driver {version[1]}" if version else "a driver that does not tell its version"
+    if torch.version.cuda is None:
+        build, remedy = "a CPU build", "install a CUDA build (https://pytorch.org/get-started/locally)"
+    else:
+        build, remedy = (
+            f"built for CUDA {torch.version.cuda}",
+            "update the driver, or install a torch for its CUDA",
+        )
+    if not given:
+        remedy = (
+            f"give this process the GPU, which is not in {DEVICES} (docker run --gpus=all), then {remedy}"
+        )
+    named = f" with CUDA_VISIBLE_DEVICES={visible}" if visible else ""
+    return (
+        f"there is an NVIDIA GPU with {driver}, but torch {torch.__version__}, {build}, cannot use it"
+        f"{named}; {remedy}, or use --device=cpu"
+    )
 
 
 def usable_device(name: str) -> torch.device:
-    """The device that a user named, made the current one; InputError if it cannot be used here."""
+    """The device that a user named, made the current one; InputError if it cannot be used here. "auto" is a
+    GPU or, only where there is none, the CPU."""
+    if name.startswith(("auto", "cuda")) and not torch.cuda.is_available():
+        if reason := why_no_gpu():
+            raise InputError(f"--device={name}: {reason}")
+        if name != "auto":
+            raise InputError(
+                f"--device={name}, but no CUDA device is visible; use --device=cpu or --device=auto"
+            )
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    elif name.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError(f"--device={name}, but no CUDA device is visible; use --device=cpu or --device=auto")
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
@@ -235,7 +402,6 @@ def usable_device(name: str) -> torch.device:
 
 
 COMPILE = ("auto", "true", "false")
-SHARD = ("none", "full", "hybrid")
 
 
 def wrap(model: nn.Module, ranks: Ranks, compile: str) -> nn.Module:
@@ -252,69 +418,6 @@ def wrap(model: nn.Module, ranks: Ranks, compile: str) -> nn.Module:
             gradient_as_bucket_view=True,
         )
     return model
-
-
-# -- sharding ------------------------------------------------------------------------------------------------
-
-
-def shard_model(model: nn.Module, ranks: Ranks) -> nn.Module:
-    """Split a language model's parameters over the ranks (FSDP2), in place; their names stay.
-
-    With them their gradients and the optimizer's state are split. A block's parameters are whole on every
-    rank only while it computes. On CUDA they travel and compute in bf16; gradients are added up in fp32.
-    "hybrid" splits them over the ranks of a machine and keeps a copy on each machine.
-    """
-    if not ranks.sharded:
-        return model
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-
-    shape, names = (ranks.world,), ("shard",)
-    if ranks.shard == "hybrid":
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world))
-        shape, names = (ranks.world // local, local), ("replicate", "shard")
-    mesh = init_device_mesh(ranks.device.type, shape, mesh_dim_names=names)
-    compute = torch.bfloat16 if ranks.device.type == "cuda" else None
-    # A block's inputs, the residual stream and the rotary angles, stay in fp32.
-    policy = MixedPrecisionPolicy(compute, torch.float32, cast_forward_inputs=False)
-    for part in (*model.model.layers, model):
-        fully_shard(part, mesh=mesh, mp_policy=policy)
-    register_fsdp_forward_method(model, "next_logits")  # what generation calls
-    return model
-
-
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor put together from its parts on all ranks, which ask together; as it is if it is not split."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def own_numbers(tensor: torch.Tensor) -> torch.Tensor:
-    """What of a tensor lies on this rank, all of it if it is not split; it shares memory."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def own_part(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """This rank's part of a whole tensor that is to be split as another is, or all of it."""
-    if not isinstance(like, DTensor) or not tensor.dim():
-        return tensor
-    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
-
-
-def own_rows(rows: int, rank: int, world: int) -> tuple[int, int]:
-    """Which of a tensor's rows, from one on and up to another, FSDP2 gives to a rank: as torch.chunk does."""
-    size = -(-rows // world)
-    return min(rows, rank * size), min(rows, (rank + 1) * size)
-
-
-@contextmanager
-def gradients_exchanged(module: nn.Module, wanted: bool, ranks: Ranks) -> Iterator[None]:
-    """Ranks exchange the gradients of this backward pass, or keep them for a later one."""
-    if ranks.sharded:
-        for part in module.modules():
-            if isinstance(part, FSDPModule):
-                part.set_requires_gradient_sync(wanted, recurse=False)
-    with nullcontext() if wanted or ranks.sharded or ranks.world == 1 else module.no_sync():
-        yield
 
 
 class StopSignals:

@@ -110,25 +110,24 @@ def prepare_pairs(
 
 def pair_batches(
     dataset: SFTDataset, pairs: Sequence[int], micro_batch_size: int, ranks: Ranks
-) -> Iterator[list[int]]:
+) -> Iterator[list[int | None]]:
     """A rank's share of some pairs, micro_batch_size at a time, each pair as its two answers' places in the
-    dataset. Longest first, so similar lengths share a batch."""
+    dataset, None for padding. Longest first, so similar lengths share a batch."""
     lengths = dataset.lengths().reshape(-1, 2).max(1)
-    own = sorted(pairs, key=lambda pair: -lengths[pair])[ranks.rank :: ranks.world]
-    for i in range(0, len(own), micro_batch_size):
-        yield [answer for pair in own[i : i + micro_batch_size] for answer in (2 * pair, 2 * pair + 1)]
+    for some in ranks.share(sorted(pairs, key=lambda pair: -lengths[pair]), micro_batch_size):
+        yield [None if pair is None else 2 * pair + side for pair in some for side in (0, 1)]
 
 
-def collate(dataset: SFTDataset, answers: Sequence[int], T: int) -> dict:
-    """Conversations as input_ids and targets, padded to one of four lengths up to T, as each is compiled
-    anew. Padding is on the right, where causality hides it."""
-    rows = [dataset[answer] for answer in answers]
+def collate(dataset: SFTDataset, answers: Sequence[int | None], T: int, *, even: bool = False) -> dict:
+    """Conversations as input_ids and targets, padded to one of four lengths up to T, or if `even` to T.
+    Padding is on the right, where causality hides it; None is a row of it."""
+    rows = [([], []) if answer is None else dataset[answer] for answer in answers]
     quarter, longest = -(-T // 4), max(len(ids) for ids, _ in rows)
-    width = min(T, -(-longest // quarter) * quarter)
+    width = T if even else min(T, max(1, -(-longest // quarter)) * quarter)
     input_ids = np.zeros((len(rows), width), np.int64)
     targets = np.full((len(rows), width), IGNORE, np.int64)
     for b, (ids, labels) in enumerate(rows):
-        input_ids[b, : len(ids)], targets[b, : len(ids) - 1] = ids, labels[1:]
+        input_ids[b, : len(ids)], targets[b, : max(0, len(ids) - 1)] = ids, labels[1:]
     batch = {"input_ids": input_ids, "targets": targets}
     return {name: torch.from_numpy(array) for name, array in batch.items()}
 
@@ -139,12 +138,17 @@ def micro_batches(
     """A rank's share of some pairs, `size` at a time, as the keyword arguments of PreferenceModel's
     forward."""
     for answers in pair_batches(dataset, pairs, size, ranks):
-        known = torch.from_numpy(reference[answers])
-        yield ranks.pin(collate(dataset, answers, T) | {"reference": known})
+        known = torch.tensor([0.0 if answer is None else reference[answer] for answer in answers])
+        yield ranks.pin(collate(dataset, answers, T, even=ranks.even_batches) | {"reference": known})
 
 
-def pairs_in(batch: dict) -> int:
-    return len(batch["targets"]) // 2
+def is_pair(targets: torch.Tensor) -> torch.Tensor:
+    """Which of the pairs in targets (2P, T) are no padding, (P,)."""
+    return (targets != IGNORE).any(1)[0::2]
+
+
+def pairs_in(batch: dict) -> torch.Tensor:
+    return is_pair(batch["targets"]).sum()
 
 
 # -- the loss ------------------------------------------------------------------------------------------------
@@ -182,9 +186,9 @@ class PreferenceModel(nn.Module):
         if reference is None:
             return log_probs
         gains = log_probs - reference
-        margins = self.beta * (gains[0::2] - gains[1::2])
-        losses = -F.logsigmoid(margins)
-        preferred = 0.5 * (margins.sign() + 1)  # a tie counts half
+        margins, kept = self.beta * (gains[0::2] - gains[1::2]), is_pair(targets)
+        losses = -F.logsigmoid(margins) * kept
+        preferred = 0.5 * (margins.sign() + 1) * kept  # a tie counts half
         return (losses, preferred) if per_token else losses.sum()
 
 
@@ -208,8 +212,11 @@ def reference_log_probs(
         own = torch.zeros(len(dataset), device=ranks.device)  # zero for the answers of other ranks
         for answers in pair_batches(dataset, range(len(dataset) // 2), size, ranks):
             ranks.at("the reference log-probabilities")
+            batch = collate(dataset, answers, T, even=ranks.even_batches)
+            real = [answer for answer in answers if answer is not None]
             with ranks.autocast():
-                own[answers] = module(**ranks.to_device(collate(dataset, answers, T)))
+                found = module(**ranks.to_device(batch))
+            own[real] = found[: len(real)]  # padding comes last
         (log_probs,) = ranks.sum(own)
         if ranks.is_main:
             content = BytesIO()

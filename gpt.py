@@ -9,8 +9,8 @@ dropout. Parameter names and config fields are those of Hugging Face's `LlamaFor
     loss = model(input_ids, targets)           # summed over the targets that are not -100
     model = GPTModel.from_pretrained("out/base/step_0000300")
 
-B batch, T positions, C hidden size, H query heads, G key/value heads, D dimensions of a head, V vocabulary,
-S positions in a cache.
+B batch, T positions, S keys, C hidden size, H query heads, G key/value heads, D dimensions of a head, V
+vocabulary.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +24,7 @@ from torch.nn.attention import varlen
 from torch.utils.checkpoint import checkpoint
 
 from common import InputError, read_json
+from generation import KVCache, generate
 from huggingface import check_size, config_from_hf, config_to_hf, load_weights, model_directory, write_model
 from loss import fused_nats_and_gradient, nats_and_gradient, summed_loss, token_losses
 from rope import apply_rope, rope_cache
@@ -87,25 +88,7 @@ class AttentionInputs:
     rope: tuple[torch.Tensor, torch.Tensor]  # cos and sin, (T, D) or (B, 1, T, D)
     mask: torch.Tensor | None = None  # (B, 1, T, S), True where a query may see a key
     cu_seqlens: torch.Tensor | None = None  # where each sequence begins in the B x T tokens, and the end
-    cache: "KVCache | None" = None
-    positions: torch.Tensor | None = None  # (B, T), the cache's slots for these keys and values
-
-
-class KVCache:
-    """Keys and values of every layer, (B, G, S, D) each, allocated once for S positions."""
-
-    def __init__(
-        self, config: GPTConfig, batch: int, slots: int, *, dtype: torch.dtype, device: torch.device
-    ):
-        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, slots, config.head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
-
-    def update(self, layer: int, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor):
-        """Store k and v (B, G, T, D) at positions (B, T); returns all of the layer's, (B, G, S, D)."""
-        index = positions[:, None, :, None].expand_as(k)
-        k, v = k.to(self.keys.dtype), v.to(self.values.dtype)
-        return self.keys[layer].scatter_(2, index, k), self.values[layer].scatter_(2, index, v)
+    cache: KVCache | None = None  # what keeps the keys and values
 
 
 @torch.compiler.disable
@@ -162,7 +145,7 @@ class MultiHeadAttention(nn.Module):
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
         q, k = apply_rope(q, *inputs.rope), apply_rope(k, *inputs.rope)
         if inputs.cache is not None:
-            k, v = inputs.cache.update(self.layer, k, v, inputs.positions)
+            inputs.cache.store(self.layer, k, v)
         if inputs.cu_seqlens is not None:
             y = varlen_attention(q, k, v, inputs.cu_seqlens)
             return self.o_proj(y.reshape(B, T, -1))
@@ -218,6 +201,7 @@ class GPTModel(nn.Module):
         self.config = config
         self.checkpoint_activations = False  # keep each block's input only; compute the rest again backward
         self.softmax = nats_and_gradient
+        self.graph_decoding = False  # on CUDA: generate records a CUDA graph of a step and replays it
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie_weights()
@@ -274,7 +258,7 @@ class GPTModel(nn.Module):
         rope = self.rope_cos[:T], self.rope_sin[:T]
         if positions is not None:
             rope = self.rope_cos[positions][:, None], self.rope_sin[positions][:, None]  # (B, 1, T, D)
-        inputs = AttentionInputs(rope, positions=positions, **attention)
+        inputs = AttentionInputs(rope, **attention)
         x = self.model.embed_tokens(input_ids)
         x = x if noise is None else x + noise
         for layer in self.model.layers:
@@ -314,11 +298,13 @@ class GPTModel(nn.Module):
         return self.lm_head(x[torch.arange(len(x), device=x.device), last])
 
     def compile_blocks(self) -> None:
-        """Compile, in place, each block, of which one graph serves all, and on CUDA the head's softmax."""
+        """Compile, in place, each block, of which one graph serves all, and on CUDA the head's softmax; there
+        decoding replays a CUDA graph, too."""
         for layer in self.model.layers:
             layer.compile(dynamic=False)
         if self.lm_head.weight.is_cuda:
             self.softmax = torch.compile(fused_nats_and_gradient, dynamic=False)
+            self.graph_decoding = True
 
     def num_parameters(self) -> int:
         """How many numbers the model is made of; tied embeddings count once."""
@@ -381,7 +367,6 @@ class GPTModel(nn.Module):
         model.tie_weights()
         return model
 
-    @torch.no_grad()
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
@@ -390,96 +375,20 @@ class GPTModel(nn.Module):
         temperature: float = 0.0,
         top_k: int | None = None,
         top_p: float | None = None,
-        seed: int | None = None,
+        seed: int | Sequence[int] | None = None,
         stop_ids: Sequence[int] = (),
     ) -> Iterator[list[int | None]]:
         """Continue prompts, of any lengths, together; yields for each step a list with each prompt's next id.
 
         A prompt is done once it has yielded one of stop_ids or its context is full; then it gives None. The
-        generator ends when all are done, or after max_new_tokens. temperature 0 is greedy. A seed makes
-        sampling repeatable. Raises InputError for an empty prompt and for one that leaves no room in
-        the context.
+        generator ends when all are done, or after max_new_tokens. temperature 0 is greedy. A seed, or one for
+        each prompt, makes sampling repeatable; the i-th prompt with seed s draws as it would alone with seed
+        s + i. Raises InputError for an empty prompt and for one that leaves no room in the context.
 
             ids = [id for (id,) in model.generate([prompt], stop_ids=[2])]
+
+        Until it ends it holds a cache of 2 G D numbers for each layer, prompt and position, and copies of
+        matrices: on CUDA of all, in bf16; on a CPU of q, k, v, gate and up, and for one prompt of the head.
         """
-        check_sampling(temperature, top_k, top_p)
-        limit, device = self.config.max_position_embeddings, self.lm_head.weight.device
-        ids, filled = pad_prompts(prompts, limit, device)  # (B, T), and (B,) how many tokens each row has
-        B, longest = ids.shape
-        S = min(longest + max_new_tokens, limit)
-        bf16 = torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda")  # as in training
-        dtype = torch.bfloat16 if device.type == "cuda" else self.lm_head.weight.dtype
-        cache = KVCache(self.config, B, S, dtype=dtype, device=device)
-        slots = torch.arange(S, device=device)
-        positions = slots[None, :longest].expand(B, -1)
-        generator = torch.Generator(device).manual_seed(seed) if seed is not None else None
-        done = torch.zeros(B, dtype=torch.bool, device=device)
-        stops = torch.tensor(list(stop_ids), dtype=torch.long, device=device)
-        for _ in range(max_new_tokens):
-            mask = slots <= positions[:, None, :, None]  # (B, 1, T, S)
-            last = (filled - 1 - positions[:, 0]).clamp(max=ids.size(1) - 1)  # each row's newest token
-            with bf16, torch.compiler.set_stance("force_eager"):  # shapes change with every prompt
-                logits = self.next_logits(ids, last, positions=positions, mask=mask, cache=cache)
-            next_ids = sample(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
-            yield [None if d else i for i, d in zip(next_ids.tolist(), done.tolist())]
-            done |= torch.isin(next_ids, stops) | (filled >= limit)
-            if done.all():
-                return
-            ids, positions = next_ids[:, None], filled.clamp(max=S - 1)[:, None]
-            filled = filled + ~done
-
-
-# -- sampling ------------------------------------------------------------------------------------------------
-
-
-def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
-    """Raise InputError for numbers that describe no sampling."""
-    if not 0 <= temperature < float("inf") or 0 < temperature < 1e-6:
-        raise InputError(f"temperature is {temperature}; expected 0 (the likeliest token) or at least 1e-6")
-    if (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
-        raise InputError(f"top_k is {top_k}, top_p {top_p}; expected at least 1, and above 0 up to 1")
-
-
-def pad_prompts(
-    prompts: Sequence[Sequence[int]], limit: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Prompts as ids (B, T) and their lengths (B,); InputError for one that is empty or fills the context.
-
-    Padding is on the right. Causality alone keeps it from being seen, and each row's next token overwrites it
-    in the cache.
-    """
-    lengths = [len(prompt) for prompt in prompts]
-    if not lengths or min(lengths) < 1 or max(lengths) >= limit:
-        raise InputError(
-            f"prompts of {lengths} tokens: each must have from 1 to {limit - 1}, to leave room in the "
-            f"context of {limit}"
-        )
-    ids = torch.zeros(len(prompts), max(lengths), dtype=torch.long)
-    for row, prompt in zip(ids, prompts):
-        row[: len(prompt)] = torch.as_tensor(prompt)
-    return ids.to(device), torch.tensor(lengths, device=device)
-
-
-def sample(
-    logits: torch.Tensor,
-    *,
-    temperature: float,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    generator: torch.Generator | None = None,
-) -> torch.Tensor:
-    """Ids (B,) drawn from logits (B, V): of the top_k likeliest, the fewest that reach probability top_p."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    logits = logits.float() / temperature
-    if top_k is not None:
-        logits = logits.masked_fill(
-            logits < logits.topk(min(top_k, logits.size(-1))).values[:, -1:], -torch.inf
-        )
-    probs = logits.softmax(-1)
-    if top_p is not None:
-        ordered, index = probs.sort(descending=True)
-        enough = ordered.cumsum(-1) - ordered >= top_p  # the more likely ones reach top_p without this one
-        ordered[enough] = 0
-        probs = torch.zeros_like(probs).scatter_(1, index, ordered)
-    return torch.multinomial(probs, 1, generator=generator)[:, 0]
+        options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        return generate(self, prompts, max_new_tokens, **options, seed=seed, stop_ids=stop_ids)

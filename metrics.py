@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from common import read_records, replace_file, write_records
 from distributed import Ranks
+from speed import peak_memory
 
 WANDB = ("auto", "online", "offline", "off")
 
@@ -19,8 +20,10 @@ WANDB = ("auto", "online", "offline", "off")
 class Metrics:
     """Records, prints and plots a run's numbers on rank 0.
 
-    Steps count finished optimizer steps, of step_tokens tokens each. A loss is in `unit`. `state` is that of
-    the checkpoint that the run goes on from, if any. `settings` are what wandb shows of the run.
+    Steps count finished optimizer steps, of step_tokens tokens each or on average. A loss is in `unit`.
+    `state` is that of the checkpoint that the run goes on from, if any. `settings` are what wandb shows of
+    the run. flops_per_token is what training takes, and peak_flops what a rank's device reaches at best in a
+    second, as speed.py has both; without them no share of the peak (mfu) is told.
     """
 
     def __init__(
@@ -36,9 +39,14 @@ class Metrics:
         wandb: str = "off",
         settings: dict | None = None,
         unit: str = "nats/token",
+        flops_per_token: float | None = None,
+        peak_flops: float | None = None,
     ):
         self.ranks, self.log_every, self.max_steps = ranks, log_every, max_steps
         self.step_tokens, self.unit = step_tokens, unit
+        self.peak_speed = None  # tokens a second, if all ranks did matrix products only, at their peak
+        if flops_per_token and peak_flops:
+            self.peak_speed = ranks.world * peak_flops / flops_per_token
         self.path = Path(out_dir) / "metrics.jsonl"
         running = ranks.is_main and start < max_steps
         # None shows the bar on a terminal only
@@ -46,7 +54,7 @@ class Metrics:
         self.row, self.row_at, self.run = {}, 0, None  # the last row, and where in the file it begins
         self.points = {name: (array("q"), array("d")) for name in ("loss", "val_loss", "val_bpb")}
         self.wandb_id = state["wandb_id"] if state else None  # kept while wandb is off
-        self.seconds, self.steps = 0.0, 0  # since the last report
+        self.seconds, self.steps, self.tokens = 0.0, 0, 0  # since the last report
         if ranks.is_main:  # rows of later steps are made again
             rows = [row for row in read_records(self.path) if row["step"] <= start]
             write_records(self.path, rows)
@@ -96,13 +104,16 @@ class Metrics:
 
     def step(self, step: int, numbers: dict[str, float], *, seconds: float) -> None:
         """Count a finished step. Record and print every log_every-th, with the speed since the one before,
-        and each that was skipped.
+        and each that was skipped. All ranks call it for the same steps.
 
-        `numbers` are the step's loss, grad_norm, lr and targets, and under "skipped" why it was, or None.
+        `numbers` are the step's loss, grad_norm, lr and targets; under "skipped" why it was, or None; and
+        under "step_tokens" how many tokens it had, where steps differ in that. `seconds` are those of the
+        whole step, waiting for other ranks included; validations and saves are not part of a step.
         """
-        values = {name: value for name, value in numbers.items() if value is not None}
+        values = {k: v for k, v in numbers.items() if v is not None and k != "step_tokens"}
         self.seconds, self.steps = self.seconds + seconds, self.steps + 1
-        speed = self.steps * self.step_tokens / self.seconds
+        self.tokens += numbers.get("step_tokens", self.step_tokens)
+        speed = self.tokens / self.seconds
         self.bar.set_postfix_str(f"loss {numbers['loss']:.3f}, {speed:,.0f} tok/s", refresh=False)
         self.bar.update(step - self.bar.n)
         if "skipped" in values:
@@ -111,14 +122,30 @@ class Metrics:
         if step % self.log_every and step != self.max_steps:
             return
         left = tqdm.format_interval(self.seconds / self.steps * (self.max_steps - step))
-        self.log(step, tokens=step * self.step_tokens, **values, tokens_per_second=round(speed))
+        costs, told = self.costs(speed)
+        self.log(step, tokens=step * self.step_tokens, **values, tokens_per_second=round(speed), **costs)
+        slow = self.ranks.slow_one()
         self.print(
             [
                 f"step {step:6d}/{self.max_steps}  loss {values['loss']:7.4f}  lr {values['lr']:.2e}  "
-                f"grad norm {values['grad_norm']:6.3f}  {speed:9,.0f} tok/s  {left} left"
+                f"grad norm {values['grad_norm']:6.3f}  {speed:9,.0f} tok/s  {told}{left} left",
+                *([slow] if slow else []),
             ]
         )
-        self.seconds, self.steps = 0.0, 0
+        self.seconds, self.steps, self.tokens = 0.0, 0, 0
+
+    def costs(self, speed: float) -> tuple[dict[str, float], str]:
+        """What a speed is of the devices' peak (mfu, from 0 to 1) and the most GB that rank 0's GPU has held
+        (memory_gb), each where it is known: for the row, and for the line."""
+        costs, told = {}, ""
+        if self.peak_speed:
+            costs["mfu"] = round(speed / self.peak_speed, 4)
+            told += f"{100 * speed / self.peak_speed:4.1f}% mfu  "
+        memory = peak_memory(self.ranks.device)
+        if memory is not None:
+            costs["memory_gb"] = round(memory, 3)
+            told += f"{memory:.1f} GB  "
+        return costs, told
 
     def validated(self, step: int, val_loss: float, **values: float) -> None:
         """Record and print a validation, and draw the curves."""

@@ -1,7 +1,7 @@
 """Fine-tuning on a mix of sources: the settings of each, and the rows that a step reads of each."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -48,23 +48,33 @@ class MixedLoader(PackedLoader):
     """
 
     def __init__(self, loaders: Sequence[PackedLoader], shares: Sequence[int], rows_per_step: int):
-        self.loaders, self.shares, self.rows_per_step = loaders, shares, rows_per_step
+        self.loaders, self.shares, self.most_rows = loaders, shares, rows_per_step
         self.dataset = Conversations([loader.dataset for loader in loaders])
         self.T, self.varlen = loaders[0].T, loaders[0].varlen
+        self.sequences = max(loader.sequences for loader in loaders)
         self.sizes = [len(loader.rows) for loader in loaders]  # in an epoch
         self.steps_per_epoch = -(-sum(self.sizes) // rows_per_step)
 
     def step_rows(self, step: int) -> list[list[tuple[int, int]]]:
         """The rows of a step's global batch, each a list of conversations."""
         rows = []
-        for source, nth in zip(*(a.tolist() for a in mixed_positions(step, self.rows_per_step, self.shares))):
+        for source, nth in zip(*(a.tolist() for a in mixed_positions(step, self.most_rows, self.shares))):
             epoch, i = divmod(nth, self.sizes[source])
             rows.append([(source, number) for number in self.loaders[source].rows_of(epoch)[i]])
         return rows
 
     def count_targets(self, rows: Sequence[list[tuple[int, int]]]) -> int:
         """How many tokens of some rows are trained on, those of other ranks too."""
-        return sum(self.loaders[row[0][0]].count_targets([[number for _, number in row]]) for row in rows)
+        return sum(loader.count_targets([row]) for loader, row in self.by_source(rows))
+
+    def count_tokens(self, rows: Sequence[list[tuple[int, int]]]) -> int:
+        """How many tokens some rows have, without their padding."""
+        return sum(loader.count_tokens([row]) for loader, row in self.by_source(rows))
+
+    def by_source(self, rows: Sequence[list[tuple[int, int]]]) -> Iterator[tuple[PackedLoader, list[int]]]:
+        """The loader of each row's source, and the row as that loader knows it."""
+        for row in rows:
+            yield self.loaders[row[0][0]], [number for _, number in row]
 
     def fill(self) -> float:
         """Share of the rows' positions that hold a token."""

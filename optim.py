@@ -9,7 +9,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim.adamw import adamw as adamw_update
 
-from distributed import Ranks, own_numbers, own_part, own_rows
+from distributed import Ranks
+from sharding import own_numbers, own_part, own_rows
 
 MOMENTUM = 0.95  # of Muon, as in Jordan et al. 2024
 STACK = 2**24  # numbers in the matrices that are orthogonalized together, at most: 64 MiB in fp32

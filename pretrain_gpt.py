@@ -19,12 +19,14 @@ import torch
 from checkpoint import open_weights, told_name, too_many_bad_steps
 from common import RESUMABLE, InputError, run_script
 from data import TokenLoader, verified_manifests
-from distributed import join_ranks, shard_model, wrap
+from distributed import join_ranks, wrap
 from gpt import GPTConfig, GPTModel
 from mixture import parse_sources, validation_numbers
 from optim import make_optimizer, schedule, set_learning_rate
 from phase import new_phase, phase_start
 from resume import lock_and_resume
+from sharding import shard_model
+from speed import flops_per_token
 from tokenization import load_tokenizer, tokenizer_fingerprint, vocabulary_size
 from training import Prefetcher, check_settings, evaluate, forward_backward, open_records
 
@@ -71,12 +73,14 @@ class Config:
     keep_last: int = 3  # checkpoints that are kept; 0 for all
     keep_every: int = 0  # steps between two checkpoints that are never deleted; 0 for none
     wandb: str = "auto"  # auto (if a key is set up), online, offline or off
+    profile: int = 0  # steps that are traced into out_dir/profile, after five others; 0 for none
     # machine
     resume: str = "auto"  # auto (newest checkpoint in out_dir), none, or a checkpoint's path
     force: bool = False  # resume although settings that change the result differ
     timeout_minutes: float = 30.0  # a rank without progress for this long ends the run
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     compile: str = "auto"  # torch.compile: true, false, or auto for only on CUDA
+    checkpoint_activations: bool = False  # keep each block's input only, compute the rest again: less memory
     shard: str = "none"  # split the model over the ranks: full, hybrid (within each machine) or none
 
 
@@ -149,7 +153,7 @@ def main(config: Config) -> None:
     shape_fields = ("num_hidden_layers", "hidden_size", "num_attention_heads", "context_length")
     check_settings(asdict(config), positive=("max_steps", "batch_tokens", *shape_fields))
     sources, flags = parse_sources(config.data_dir), changed_flags(config, SHAPE_FLAGS)
-    ranks = join_ranks(config.device, config.shard)
+    ranks = join_ranks(config.device, config.out_dir, shard=config.shard, compile=config.compile)
 
     # Data: the tokenizer, and the windows of a step and of a validation, by source.
     base, started_from = ranks.from_main(lambda: phase_start(config.init_from, flags))
@@ -198,6 +202,7 @@ def main(config: Config) -> None:
         identity["fixed"] |= asdict(model.config)
     else:
         model = shard_model(GPTModel(shape), ranks).to(ranks.device)
+    model.checkpoint_activations = config.checkpoint_activations
     optimizer = make_optimizer(
         model,
         config.optimizer,
@@ -220,7 +225,7 @@ def main(config: Config) -> None:
     # What records the run, and what can stop it.
     start, stopped = state["step"] if state else 0, False
     decay_steps = round(config.decay_fraction * config.max_steps)
-    history, metrics, checkpoints, signals = open_records(
+    history, metrics, checkpoints, signals, profiler = open_records(
         asdict(config),
         start=start,
         max_steps=config.max_steps,
@@ -230,13 +235,14 @@ def main(config: Config) -> None:
         origin=told_origin(config.init_from, manifests, train.shares),
         state=state,
         ranks=ranks,
+        flops_per_token=flops_per_token(model.config, T),
     )
     ranks.watch(config.timeout_minutes)
 
     # A step's windows depend on the seed and the step only, so a resumed run reads none twice.
-    def step_batches(step: int) -> tuple[int, list[dict]]:
-        windows = train.step_windows(config.seed, step, windows_per_step)
-        return windows_per_step * T, list(train.micro_batches(windows, config.micro_batch_size, ranks))
+    def step_batches(step: int) -> tuple[int, int, list[dict]]:
+        windows, tokens = train.step_windows(config.seed, step, windows_per_step), windows_per_step * T
+        return tokens, tokens, list(train.micro_batches(windows, config.micro_batch_size, ranks))
 
     upcoming = Prefetcher(step_batches, start, config.max_steps)
 
@@ -266,7 +272,8 @@ def main(config: Config) -> None:
         ranks.at(f"step {step + 1}")
         if not history.unread:
             began = time.monotonic()  # validating and saving are not part of the steps' time
-        targets, batches = upcoming.batches(step)
+        targets, tokens, batches = upcoming.batches(step)
+        ranks.own_work.begin()
 
         # Forward and backward over all micro-batches and ranks; the gradients are clipped.
         loss_sum, grad_norm = forward_backward(
@@ -277,7 +284,13 @@ def main(config: Config) -> None:
         lr_scale = schedule(step, config.max_steps, warmup_steps=config.warmup_steps, decay_steps=decay_steps)
         lr = set_learning_rate(optimizer, lr_scale)
         bad = history.record(
-            step + 1, loss_sum=loss_sum, grad_norm=grad_norm, targets=targets, lr=lr, stop=bool(signals.seen)
+            step + 1,
+            loss_sum=loss_sum,
+            grad_norm=grad_norm,
+            targets=targets,
+            tokens=tokens,
+            lr=lr,
+            stop=bool(signals.seen),
         )
         optimizer.step(skip=bad)
         optimizer.zero_grad(set_to_none=True)
@@ -289,9 +302,10 @@ def main(config: Config) -> None:
                 raise too_many_bad_steps(config.out_dir, outcome.bad_steps, outcome.numbers["skipped"])
             metrics.step(outcome.step, outcome.numbers, seconds=time.monotonic() - began)
             began, stopped = time.monotonic(), stopped or outcome.stopped
+        profiler.step()
 
     # The end: the last checkpoint is on the disk, all ranks leave together, the folder is free.
-    for part in (upcoming, checkpoints, metrics):
+    for part in (upcoming, checkpoints, profiler, metrics):
         part.close()
     signals.close(stopped)
     del module  # before its process group, see leave

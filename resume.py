@@ -16,8 +16,8 @@ from sources import source_files
 # content.
 FREE_FIELDS = (
     "data_dir tokenizer model init_from out_dir cache_dir log_every eval_every eval_tokens eval_questions "
-    "samples max_new_tokens save_every keep_last keep_every wandb micro_batch_size timeout_minutes resume "
-    "force device compile shard"
+    "samples max_new_tokens save_every keep_last keep_every wandb profile micro_batch_size timeout_minutes "
+    "resume force device compile shard checkpoint_activations"
 ).split()
 
 

@@ -400,6 +400,9 @@ class PackedLoader:
         self.rows_of(0)
         self.sizes = [len(self.rows)]  # rows of each source in an epoch
         self.steps_per_epoch = -(-len(self.rows) // rows_per_step)
+        self.most_rows = -(-len(self.rows) // self.steps_per_epoch)  # of a step
+        # Room for the sequences of a row: twice what the fullest row of the first epoch has, and its padding.
+        self.sequences = 2 * max(len(row) for row in self.rows) + 1
 
     def rows_of(self, epoch: int) -> list[list[int]]:
         """An epoch's rows, in reading order. Lengths alone decide their number, the same in all epochs."""
@@ -421,6 +424,11 @@ class PackedLoader:
         offsets, trained = self.dataset.offsets, self.dataset.trained
         return sum(int(trained[offsets[c] + 1 : offsets[c + 1]].sum()) for row in rows for c in row)
 
+    def count_tokens(self, rows: Sequence[list[int]]) -> int:
+        """How many tokens some rows have, without their padding."""
+        offsets = self.dataset.offsets
+        return sum(int(offsets[c + 1] - offsets[c]) for row in rows for c in row)
+
     def fill(self) -> float:
         """Share of the rows' positions that hold a token."""
         return float(self.dataset.offsets[-1]) / (len(self.rows) * self.T)
@@ -430,14 +438,13 @@ class PackedLoader:
     ) -> Iterator[dict]:
         """A rank's share of some rows, as the keyword arguments of the model's forward.
 
-        A rank that gets none gives one row of padding, so that all ranks take part in every step. `noise`, if
-        any, makes a row's (T, C) from its number and its conversations' lengths.
+        `noise`, if any, makes a row's (T, C) from its number and its conversations' lengths.
         """
-        own = list(enumerate(rows))[ranks.rank :: ranks.world] or [(0, [])]
-        for i in range(0, len(own), micro_batch_size):
-            some = own[i : i + micro_batch_size]
+        for share in ranks.share([*enumerate(rows)], micro_batch_size, most=self.most_rows):
+            some = [(0, []) if item is None else item for item in share]  # rows of padding keep a shape
             some = [(number, [self.dataset[c] for c in row]) for number, row in some]
-            batch = collate([row for _, row in some], self.T, self.varlen)
+            sequences = len(some) * self.sequences if ranks.even_batches else 0
+            batch = collate([row for _, row in some], self.T, varlen=self.varlen, sequences=sequences)
             if noise:
                 lengths = [(number, [len(ids) for ids, _ in row]) for number, row in some]
                 batch["noise"] = torch.stack([noise(*pair) for pair in lengths])
@@ -445,10 +452,15 @@ class PackedLoader:
 
 
 def collate(
-    rows: Sequence[Sequence[tuple[np.ndarray, np.ndarray]]], T: int, varlen: bool = False
+    rows: Sequence[Sequence[tuple[np.ndarray, np.ndarray]]],
+    T: int,
+    *,
+    varlen: bool = False,
+    sequences: int = 0,
 ) -> dict[str, torch.Tensor]:
     """Rows of conversations (ids, labels) as input_ids, targets and positions (B, T) and mask (B, 1, T, T),
-    or, for variable-length attention, cu_seqlens: where in the B x T tokens each conversation begins.
+    or, for variable-length attention, cu_seqlens: where in the B x T tokens each conversation begins, with
+    empty ones at the end to make so many `sequences`.
 
     Positions restart in every conversation, the mask keeps it to itself, and its last token has no target, so
     that the next one's first is never predicted. What is left of a row is padding: no conversation sees it,
@@ -470,8 +482,8 @@ def collate(
             starts.append(b * T + at)
     batch = {"input_ids": input_ids, "targets": targets, "positions": positions}
     batch = {name: torch.from_numpy(array) for name, array in batch.items()}
-    if varlen:  # of few different lengths, as each is compiled anew; the last sequences are empty
-        length = 1 << len(starts).bit_length()
+    if varlen:  # more sequences than expected make another shape, of a few, as each is compiled anew
+        length = sequences if sequences >= len(starts) else 1 << len(starts).bit_length()
         return batch | {"cu_seqlens": torch.tensor(starts + [B * T] * (length + 1 - len(starts))).int()}
     owner = torch.from_numpy(owner)
     return batch | {"mask": (owner[:, :, None] == owner[:, None, :]).tril_()[:, None]}

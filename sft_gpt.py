@@ -29,6 +29,7 @@ from order import CYCLE, hash_of
 from resume import lock_and_resume, starting_point
 from sft import OVERLONG, PackedLoader, SFTDataset, preparation_notes, prepare_conversations, row_length
 from sources import column_of, source_rows
+from speed import flops_per_token, mean_context
 from tokenization import tokenizer_fingerprint
 from training import Prefetcher, check_settings, evaluate, forward_backward, open_records
 
@@ -79,6 +80,7 @@ class Config:
     keep_last: int = 2  # checkpoints that are kept; 0 for all
     keep_every: int = 0  # steps between two checkpoints that are never deleted; 0 for none
     wandb: str = "auto"  # auto (if a key is set up), online, offline or off
+    profile: int = 0  # steps that are traced into out_dir/profile, after five others; 0 for none
     # machine
     cache_dir: str = ""  # folder for rendered data, shared by runs and machines; empty: in the user's cache
     resume: str = "auto"  # auto (newest checkpoint in out_dir), none, or a checkpoint's path
@@ -86,6 +88,7 @@ class Config:
     timeout_minutes: float = 30.0  # a rank without progress for this long ends the run
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     compile: str = "auto"  # torch.compile: true, false, or auto for only on CUDA
+    checkpoint_activations: bool = False  # keep each block's input only, compute the rest again: less memory
     shard: str = "none"  # split the model over the ranks: full, hybrid (within each machine) or none
 
 
@@ -173,7 +176,7 @@ def main(config: Config) -> None:
     check_choice("overlong", config.overlong, OVERLONG)
     sources = data_sources(config.data)
     parts, shares = source_configs(config, sources), [source.share or CYCLE for source in sources]
-    ranks = join_ranks(config.device, config.shard)
+    ranks = join_ranks(config.device, config.out_dir, shard=config.shard, compile=config.compile)
 
     # The newest checkpoint of this run, if it was interrupted; else the model to start from.
     base, content = ranks.from_main(lambda: starting_point(config.model, *[part.data for part in parts]))
@@ -182,6 +185,7 @@ def main(config: Config) -> None:
         asdict(config), asdict(Config()), fixed={"optimizer": config.optimizer}, content=content, ranks=ranks
     )
     model, tokenizer = open_model(state["path"] if state else base, ranks)
+    model.checkpoint_activations = config.checkpoint_activations
     T = row_length(config.max_length, model.config.max_position_embeddings)
 
     # Data: conversations packed into rows, so many a step and so many a validation.
@@ -191,7 +195,8 @@ def main(config: Config) -> None:
             f"batch_tokens {config.batch_tokens} are {rows_per_step} rows of {T}, fewer than the "
             f"{ranks.world} ranks; raise --batch_tokens or lower --max_length"
         )
-    files = identity["content"]["data_files"] if len(parts) > 1 else [identity["content"]["data_files"]]
+    files = identity["content"]["data_files"]
+    files = files if len(parts) > 1 else [files]
     folders, reports = zip(
         *(
             prepare(part, tokenizer, T=T, files=found or part.data, ranks=ranks)
@@ -206,11 +211,11 @@ def main(config: Config) -> None:
         return [PackedLoader(data, seed=seed, **settings) for data, seed in zip(datasets, seeds)]
 
     names, weights = [source.name for source in sources], [share / CYCLE for share in shares]
-    if len(parts) == 1:
-        (train,) = loaders("train", [config.seed])
-    else:
-        seeds = [hash_of(config.seed, i) for i in range(len(parts))]
-        train = MixedLoader(loaders("train", seeds), shares, rows_per_step)
+    several = len(parts) > 1
+    seeds = [hash_of(config.seed, i) for i in range(len(parts))] if several else [config.seed]
+    trained = loaders("train", seeds)
+    train = MixedLoader(trained, shares, rows_per_step) if several else trained[0]
+    context = sum(weight * mean_context(loader.dataset.lengths()) for weight, loader in zip(weights, trained))
     val = loaders("val", [0] * len(parts))
     most = config.eval_tokens and max(1, config.eval_tokens // T)
     val_counts = taken(weights, [len(loader.rows) for loader in val], most)
@@ -246,7 +251,7 @@ def main(config: Config) -> None:
     # What records the run, and what can stop it.
     start, stopped = state["step"] if state else 0, False
     warmup_steps = round(config.warmup_fraction * max_steps)
-    history, metrics, checkpoints, signals = open_records(
+    history, metrics, checkpoints, signals, profiler = open_records(
         asdict(config),
         start=start,
         max_steps=max_steps,
@@ -256,14 +261,15 @@ def main(config: Config) -> None:
         origin=f"Fine-tuned from {told_name(config.model)} on {told_sources(sources, weights)}.",
         state=state,
         ranks=ranks,
+        flops_per_token=flops_per_token(model.config, context),
     )
     ranks.watch(config.timeout_minutes)
 
     # A step's rows, and the noise on them, depend on the seed and the step only.
-    def step_batches(step: int) -> tuple[int, list[dict]]:
+    def step_batches(step: int) -> tuple[int, int, list[dict]]:
         rows, noise = train.step_rows(step), step_noise(config, step, T, model.config.hidden_size)
         batches = list(train.micro_batches(rows, config.micro_batch_size, ranks, noise))
-        return train.count_targets(rows), batches
+        return train.count_targets(rows), train.count_tokens(rows), batches
 
     record = partial(
         record_answers,
@@ -272,6 +278,7 @@ def main(config: Config) -> None:
         tokenizer=tokenizer,
         questions=questions,
         max_new_tokens=config.max_new_tokens,
+        ranks=ranks,
     )
     upcoming = Prefetcher(step_batches, start, max_steps)
 
@@ -287,8 +294,9 @@ def main(config: Config) -> None:
             )
             sums = [evaluate(module, part, ranks) for part in batches]
             numbers, lines = validation_numbers(names, weights, val_counts, sums), []
-            if questions and (ranks.is_main or ranks.sharded):
-                numbers["stopped"], lines = record(step)
+            if questions:
+                answered, lines = record(step)
+                numbers |= answered
             metrics.log(step, **epochs_read(names, weights, train.sizes, step * rows_per_step))
             metrics.validated(step, **numbers)
             metrics.print(lines)
@@ -305,7 +313,8 @@ def main(config: Config) -> None:
         ranks.at(f"step {step + 1}")
         if not history.unread:
             began = time.monotonic()  # validating and saving are not part of the steps' time
-        targets, batches = upcoming.batches(step)
+        targets, tokens, batches = upcoming.batches(step)
+        ranks.own_work.begin()
 
         # Forward and backward over all micro-batches and ranks; the gradients are clipped.
         loss_sum, grad_norm = forward_backward(
@@ -316,7 +325,13 @@ def main(config: Config) -> None:
         lr_scale = schedule(step, max_steps, warmup_steps=warmup_steps, decay_steps=max_steps - warmup_steps)
         lr = set_learning_rate(optimizer, lr_scale)
         bad = history.record(
-            step + 1, loss_sum=loss_sum, grad_norm=grad_norm, targets=targets, lr=lr, stop=bool(signals.seen)
+            step + 1,
+            loss_sum=loss_sum,
+            grad_norm=grad_norm,
+            targets=targets,
+            tokens=tokens,
+            lr=lr,
+            stop=bool(signals.seen),
         )
         optimizer.step(skip=bad)
         optimizer.zero_grad(set_to_none=True)
@@ -328,9 +343,10 @@ def main(config: Config) -> None:
                 raise too_many_bad_steps(config.out_dir, outcome.bad_steps, outcome.numbers["skipped"])
             metrics.step(outcome.step, outcome.numbers, seconds=time.monotonic() - began)
             began, stopped = time.monotonic(), stopped or outcome.stopped
+        profiler.step()
 
     # The end: the last checkpoint is on the disk, all ranks leave together, the folder is free.
-    for part in (upcoming, checkpoints, metrics):
+    for part in (upcoming, checkpoints, profiler, metrics):
         part.close()
     signals.close(stopped)
     del module  # before its process group, see leave

@@ -12,9 +12,11 @@ from torch import nn
 
 from checkpoint import Checkpoints
 from common import IGNORE, InputError, check_choice, check_numbers
-from distributed import COMPILE, SHARD, Ranks, StopSignals, gradients_exchanged, whole
+from distributed import COMPILE, Ranks, StopSignals
 from metrics import WANDB, Metrics
 from optim import OPTIMIZERS
+from sharding import SHARD, gradients_exchanged, whole
+from speed import Profiler, peak_flops
 
 
 def check_settings(settings: dict, positive: Sequence[str]) -> None:
@@ -49,9 +51,10 @@ def open_records(
     origin: str,
     state: dict | None,
     ranks: Ranks,
+    flops_per_token: float,
     unit: str = "nats/token",
-) -> tuple["StepHistory", Metrics, Checkpoints, StopSignals]:
-    """What records a run and what can stop it: its history, metrics, checkpoints and signals.
+) -> tuple["StepHistory", Metrics, Checkpoints, StopSignals, Profiler]:
+    """What records a run and what can stop it: its history, metrics, checkpoints, signals and profiler.
 
     `settings` are the script's, which metrics and checkpoints keep. The others are described at the classes.
     From here on Python collects garbage at the history's pauses only, not amid a step.
@@ -76,6 +79,8 @@ def open_records(
         wandb=settings["wandb"],
         settings=settings,
         unit=unit,
+        flops_per_token=flops_per_token,
+        peak_flops=peak_flops(ranks, torch.bfloat16 if ranks.device.type == "cuda" else torch.float32),
     )
     checkpoints = Checkpoints(
         settings["out_dir"],
@@ -87,7 +92,13 @@ def open_records(
         keep_last=settings["keep_last"],
         keep_every=settings["keep_every"],
     )
-    return history, metrics, checkpoints, StopSignals()
+    return (
+        history,
+        metrics,
+        checkpoints,
+        StopSignals(),
+        Profiler(settings["profile"], settings["out_dir"], ranks),
+    )
 
 
 def targets_in(batch: dict) -> torch.Tensor:
@@ -113,6 +124,7 @@ def forward_backward(
         with gradients_exchanged(module, last, ranks):
             with ranks.autocast():
                 loss = module(**ranks.to_device(batch))
+            ranks.own_work.end()  # what comes now waits for other ranks
             (loss * (ranks.world / targets)).backward()  # ranks average: world times that is a sum
         loss_sum += loss.detach()
     return loss_sum, whole(nn.utils.clip_grad_norm_(module.parameters(), max_grad_norm or math.inf))
@@ -123,7 +135,7 @@ class Outcome:
     """What came of a step, read from its device."""
 
     step: int  # completed optimizer steps, this one included
-    numbers: dict  # loss, grad_norm, lr and targets; under "skipped" why it is bad, or None
+    numbers: dict  # loss, grad_norm, lr, targets and step_tokens; under "skipped" why it is bad, or None
     bad_steps: int  # in a row, up to this one
     stopped: bool  # whether any rank was told to stop
 
@@ -172,12 +184,14 @@ class StepHistory:
         loss_sum: torch.Tensor,
         grad_norm: torch.Tensor,
         targets: int,
+        tokens: int,
         lr: float,
         stop: bool,
     ) -> torch.Tensor:
         """Record a step; returns whether it is bad, a tensor on the device.
 
-        loss_sum is this rank's, and summed over the ranks here. `stop`: this rank was told to stop.
+        loss_sum is this rank's, and summed over the ranks here. targets and tokens are those of all ranks.
+        `stop`: this rank was told to stop.
         """
         # The norm is the same on all ranks, so the sum of its shares is the norm again.
         loss, norm, stops = self.ranks.total(loss_sum, grad_norm / self.ranks.world, stop)
@@ -188,7 +202,9 @@ class StepHistory:
         self.past = torch.where(finite[:, None], newer, self.past)
         self.bad_steps = (self.bad_steps + 1) * bad
         told = torch.cat([now, limits, torch.stack([self.bad_steps.double(), stops])])
-        self.unread.append((step, {"lr": lr, "targets": targets}, *self.ranks.to_host(told)))
+        self.unread.append(
+            (step, {"lr": lr, "targets": targets, "step_tokens": tokens}, *self.ranks.to_host(told))
+        )
         return bad
 
     def outcomes(self, step: int) -> list[Outcome]:
@@ -244,12 +260,12 @@ def evaluate(
 class Prefetcher:
     """Makes the batches of the next step in a thread, while this step computes."""
 
-    def __init__(self, make: Callable[[int], list[dict]], start: int, max_steps: int):
+    def __init__(self, make: Callable[[int], tuple], start: int, max_steps: int):
         self.make, self.max_steps = make, max_steps
         self.thread = ThreadPoolExecutor(1)
         self.upcoming = self.thread.submit(make, start) if start < max_steps else None
 
-    def batches(self, step: int) -> list[dict]:
+    def batches(self, step: int) -> tuple:
         """The batches of this step; steps are asked for one after the other. Raises what `make` raised."""
         batches = self.upcoming.result()
         self.upcoming = self.thread.submit(self.make, step + 1) if step + 1 < self.max_steps else None

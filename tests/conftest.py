@@ -238,6 +238,9 @@ def differing(a: bytes, b: bytes) -> int:
     return max(len(a), len(b)) - int(same.sum())
 
 
+SPEEDS = ("tokens_per_second", "mfu", "memory_gb", "save_seconds")
+
+
 def result_of(out_dir: Path) -> dict[str, bytes]:
     """All that a run leaves, but for speeds and paths: weights, resume state and metrics."""
     path = newest_checkpoint(out_dir)
@@ -250,8 +253,7 @@ def result_of(out_dir: Path) -> dict[str, bytes]:
     paths = ("out_dir", "cache_dir", "resume")
     state["config"] = {k: v for k, v in state["config"].items() if k not in paths}
     rows = [
-        {k: v for k, v in row.items() if k not in ("tokens_per_second", "save_seconds")}
-        for row in read_records(out_dir / "metrics.jsonl")
+        {k: v for k, v in row.items() if k not in SPEEDS} for row in read_records(out_dir / "metrics.jsonl")
     ]
     texts = {"state": state, "metrics": [row for row in rows if len(row) > 1]}
     return {

@@ -107,7 +107,7 @@ class Recorder(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.waits, self.products, self.collectives, self.mixed = Counter(), Counter(), Counter(), Counter()
-        self.optimizer, self.phase = Counter(), "step"
+        self.operations, self.phase = Counter(), "step"
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs, name = kwargs or {}, str(func)
@@ -127,6 +127,7 @@ class Recorder(TorchDispatchMode):
             self.waits[f"{self.phase}: a shape that depends on data at {place()}"] += 1
             return args[0].new_empty((args[0].numel(), args[0].dim()), dtype=torch.long)
         out = func(*args, **kwargs)
+        self.operations[name] += bool(on_cuda)
         if name in ("aten._to_copy.default", "aten.copy_.default"):
             to, source = (args[0], args[1]) if "copy_." in name else (out, args[0])
             ends = {to.device.type, source.device.type}
@@ -167,6 +168,12 @@ def fake_cuda():
     real = F.scaled_dot_product_attention
 
     def attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+        if attn_mask is not None and attn_mask.is_floating_point():  # as a GPU takes it
+            assert {x.dtype for x in (q, k, v, attn_mask)} == {torch.bfloat16} and not attn_mask.stride(2) % 8
+            bias = attn_mask.expand(q.size(0), q.size(1), q.size(2), k.size(2))
+            return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, bias, False, scale=scale)[
+                0
+            ]
         if attn_mask is not None:
             return real(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
         if torch.is_autocast_enabled("cuda"):
@@ -189,7 +196,7 @@ def fake_ranks():
     parallel = torch.nn.parallel.distributed  # parts in C++ that read values
     parallel._verify_param_shape_across_processes = lambda *a, **k: True
     parallel._sync_module_states = lambda *a, **k: None
-    return Ranks(RANK, WORLD, torch.device("cuda", 0))
+    return Ranks(RANK, WORLD, torch.device("cuda", 0), even_batches=True)
 
 
 def wrapped(model, ranks, compile: str):
@@ -235,7 +242,7 @@ def batches_of(script: str, folder: Path, ranks):
     from data import ShardWriter, TokenLoader
     from order import batch_order
 
-    rows = ROWS * ranks.world
+    rows = ROWS * ranks.world - 1  # not all micro-batches are full
     if script == "pretrain":
         for split in ("train", "val"):
             writer = ShardWriter(folder, split, version=1, shard_tokens=10**6)
@@ -291,7 +298,13 @@ def train(script: str, *, optimizer: str = "muon") -> dict:
             )
             recorder.phase = "update"
             lr = set_learning_rate(updates, 0.5)
-            values = {"loss_sum": loss_sum, "grad_norm": grad_norm, "targets": targets, "lr": lr}
+            values = {
+                "loss_sum": loss_sum,
+                "grad_norm": grad_norm,
+                "targets": targets,
+                "tokens": targets,
+                "lr": lr,
+            }
             bad = history.record(1, **values, stop=False)
             updates.step(skip=bad)
             read.append([outcome.step for outcome in history.outcomes(1)])
@@ -309,24 +322,39 @@ def train(script: str, *, optimizer: str = "muon") -> dict:
         return recorder.report() | {"state": state, "read": read, "parameter_bytes": sizes}
 
 
-def generate(*, new_tokens: int) -> dict:
-    """Some steps of decoding two prompts."""
-    from gpt import KVCache
+def generate(*, new_tokens: int, compile: bool) -> dict:
+    """Three answers to prompts of several lengths: what is done while a graph of a step is recorded, and how
+    many operations Python starts for each further token."""
+    from generation import KVCache
 
+    recorder, made, store = Recorder(), set(), KVCache.store
+    found = {"recorded": 0, "replayed": 0, "steps": 0, "operations": []}
+
+    class Graph:
+        def replay(self):
+            found["replayed"] += 1
+
+    @contextmanager
+    def recording(graph, capture_error_mode):
+        found["recorded"], recorder.phase = found["recorded"] + 1, "recording"
+        yield
+        recorder.phase = "step"
+
+    def noted(cache, *args):
+        made.update(f"{t.dtype} {t.device.type}".removeprefix("torch.") for t in cache.layers[0])
+        return store(cache, *args)
+
+    torch.cuda.CUDAGraph, torch.cuda.graph, KVCache.store = Graph, recording, noted
     with fake_cuda():
-        model = fake_model()
-        made, update = set(), KVCache.update
-
-        def noted(cache, *args):
-            made.add(f"{cache.keys.dtype} {cache.keys.device.type}".removeprefix("torch."))
-            return update(cache, *args)
-
-        KVCache.update = noted
-        with Recorder() as recorder:
-            steps = list(
-                model.generate([[1, 2, 3], [4, 5]], new_tokens, temperature=0.8, top_k=50, stop_ids=[])
-            )
-        return recorder.report() | {"cache": sorted(made), "steps": len(steps)}
+        model = fake_model(num_key_value_heads=2)
+        if compile:
+            model.compile_blocks()
+        for prompts in ([[1, 2, 3], [4, 5]], [[6], [7] * 20], [[8] * 9, [9] * 9]):
+            with recorder:
+                for _ in model.generate(prompts, new_tokens, temperature=0.8, top_k=50, top_p=0.9):
+                    found["steps"] += 1
+                    found["operations"].append(sum(recorder.operations.values()))
+        return recorder.report() | found | {"cache": sorted(made)}
 
 
 def compiles(script: str) -> dict:
@@ -342,7 +370,7 @@ def compiles(script: str) -> dict:
     real = torch.compile
     torch.compile = lambda *args, **kwargs: real(*args, backend=counter, **kwargs)
     with tempfile.TemporaryDirectory() as folder, fake_cuda():
-        ranks, found = Ranks(0, 1, torch.device("cuda", 0)), {}
+        ranks, found = Ranks(0, 1, torch.device("cuda", 0), even_batches=True), {}
         model, step = batches_of(script, Path(folder), ranks)
         module, count = wrap(model, ranks, "true"), pairs_in if script == "dpo" else targets_in
         for name, i in (("first step", 0), ("evaluation", 1), ("later", 2), ("later", 3), ("later", 4)):

@@ -16,6 +16,8 @@ import time
 import traceback
 from pathlib import Path
 
+import torch
+
 import dpo_gpt
 import pretrain_gpt
 import sft_gpt
@@ -33,6 +35,10 @@ def fail():
     raise RuntimeError(f"planted in rank {os.environ.get('RANK', 0)}")
 
 
+def run_out_of_memory():
+    raise torch.OutOfMemoryError("planted")
+
+
 def send(*numbers: int):
     for number in numbers:
         os.kill(os.getpid(), number)
@@ -40,6 +46,7 @@ def send(*numbers: int):
 
 ACTIONS = {
     "raise": fail,
+    "memory": run_out_of_memory,
     "sleep": lambda: time.sleep(600),
     "slow": lambda: time.sleep(0.5),
     "twice": lambda: send(signal.SIGINT, signal.SIGINT),

@@ -10,6 +10,7 @@ from conftest import refused, run, small_model
 import chat
 import common
 from common import InputError
+from gpt import GPTModel
 
 
 def cut(path: Path) -> None:
@@ -48,6 +49,11 @@ def test_a_checkpoint_with_another_tokenizer_than_its_own_is_refused(base_run, t
         chat.load(str(path))
     (path / "checkpoint.json").unlink()
     assert chat.load(str(path))[0].num_parameters() == chat.load(str(base_run))[0].num_parameters()
+
+
+def test_a_chat_decodes_by_a_recorded_graph_where_there_is_a_gpu(base_run):
+    path = base_run / "step_0000006"
+    assert chat.load(str(path))[0].graph_decoding and not GPTModel.from_pretrained(path).graph_decoding
 
 
 def test_a_model_that_does_not_know_chatml_is_told_apart(tmp_path, tokenizer):

@@ -6,12 +6,22 @@ import shutil
 import planted
 import pytest
 import torch
-from conftest import ALONE, SMALL, pretrain_config, small_model, weights
+from conftest import ALONE, SMALL, dpo_config, pretrain_config, sft_config, small_model, weights
 from huggingface_hub import ModelCard
 
 import checkpoint
+import dpo_gpt
 import pretrain_gpt
-from checkpoint import Checkpoints, damage, find_model, list_checkpoints, newest_checkpoint, step_of
+import sft_gpt
+from checkpoint import (
+    Checkpoints,
+    damage,
+    find_model,
+    list_checkpoints,
+    newest_checkpoint,
+    step_of,
+    told_name,
+)
 from common import InputError, read_records
 from resume import load_resumable
 
@@ -180,3 +190,43 @@ def test_an_old_checkpoint_that_cannot_be_deleted_is_told_and_the_others_go(tmp_
     checkpoints.delete_old(4)
     assert [step_of(path) for path in list_checkpoints(tmp_path)] == [2, 4]
     assert f"warning: {tmp_path}/step_0000002 could not be deleted" in capsys.readouterr().err
+
+
+def test_cards_tell_a_stranger_what_a_model_was_made_from(base_run, tmp_path):
+    (tmp_path / "mine.jsonl").write_text("{}\n")
+    paths = f"{tmp_path}/mine.jsonl,{base_run}"
+    hub = "[HuggingFaceTB/smol](https://huggingface.co/datasets/HuggingFaceTB/smol)"
+    assert told_name(paths) == f"mine.jsonl, {base_run.name}"  # no path of this machine
+    assert told_name("HuggingFaceTB/x") == "[HuggingFaceTB/x](https://huggingface.co/HuggingFaceTB/x)"
+    assert sft_gpt.told_data("HuggingFaceTB/smol") == f"the conversations of {hub}"
+    assert dpo_gpt.told_data(f"{tmp_path}/mine.jsonl") == "the preferences of mine.jsonl"
+    assert dpo_gpt.told_data("HuggingFaceTB/smol") == f"the preferences of {hub}"
+    told = [
+        pretrain_gpt.told_source({"source": "embedded"}),
+        sft_gpt.told_data("embedded"),
+        pretrain_gpt.told_source({"source": "a/b", "settings": {"config": "sample"}}),
+        pretrain_gpt.told_source({"source": "x", "settings": {"source_files": [["b.txt", 1], ["a.txt", 2]]}}),
+        pretrain_gpt.told_source({}),
+    ]
+    assert told == [
+        "English summaries of Wikipedia, State of the Union addresses and the World Factbook",
+        "short conversations about Wikipedia's summaries, the World Factbook and small talk",
+        "[a/b](https://huggingface.co/datasets/a/b) (sample)",
+        "text files: a.txt, b.txt",
+        "token shards without a manifest",
+    ]
+
+
+@pytest.mark.parametrize("script", ["sft_gpt", "dpo_gpt"])
+def test_the_last_card_of_a_tuned_model_tells_the_last_validation_and_its_origin(
+    script, base_run, chats, preferences, tmp_path
+):
+    module, config = {
+        "sft_gpt": (sft_gpt, sft_config(base_run, chats, tmp_path)),
+        "dpo_gpt": (dpo_gpt, dpo_config(base_run, preferences, tmp_path)),
+    }[script]
+    module.main(config)
+    card = (tmp_path / "step_0000004" / "README.md").read_text()
+    (last,) = [row for row in read_records(tmp_path / "metrics.jsonl") if row["step"] == 4]
+    assert f"step 4, val loss: {last['val_loss']:.4f} nats/" in card
+    assert f"uned from {base_run.name} on the " in card

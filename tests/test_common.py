@@ -5,7 +5,8 @@ import errno
 import math
 
 import pytest
-from conftest import run
+import torch
+from conftest import SMALL, pretrain_config, run, torchrun
 
 import bench
 import chat
@@ -112,12 +113,67 @@ def test_a_disk_that_fills_up_while_writing_is_one_sentence(monkeypatch, capsys)
     assert "the disk is full" in message and "model.safetensors" in message and "it continues" in message
 
 
+CUDA_OUT_OF_MEMORY = """CUDA out of memory. Tried to allocate 2.25 GiB. GPU 0 has a total capacity of 79.10
+GiB of which 1.21 GiB is free. Including non-PyTorch memory, this process has 77.88 GiB memory in use. Of the
+allocated memory 75.11 GiB is allocated by PyTorch, and 1.02 GiB is reserved by PyTorch but unallocated."""
+
+
+@dataclasses.dataclass
+class Flags:
+    micro_batch_size: int = 16  # rows
+    checkpoint_activations: bool = False  # less memory, more time
+
+
+@pytest.mark.parametrize(
+    ("config_class", "text", "sentence"),
+    [
+        (
+            Flags,
+            CUDA_OUT_OF_MEMORY,
+            "(2.25 GiB were asked for, the GPU has 79.10 GiB, 1.21 GiB are free); lower --micro_batch_size "
+            "or use --checkpoint_activations, and",
+        ),
+        (chat.Config, CUDA_OUT_OF_MEMORY, "1.21 GiB are free); choose a smaller model, and"),
+        (Flags, "in words\nnobody knows", "(in words nobody knows); lower --micro_batch_size or"),
+    ],
+)
+def test_a_gpu_out_of_memory_is_one_sentence_with_the_sizes_and_the_flags_that_help(
+    config_class, text, sentence, monkeypatch, capsys
+):
+    def main(_):
+        raise torch.OutOfMemoryError(text)
+
+    monkeypatch.setattr("sys.argv", ["script.py"])
+    with pytest.raises(SystemExit, match="1"):
+        run_script(main, config_class)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: out of memory on the GPU (") and sentence in line
+
+
+def test_other_errors_of_torch_keep_their_traceback(monkeypatch):
+    def main(_):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr("sys.argv", ["script.py"])
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        run_script(main, Flags)
+
+
+def test_a_gpu_out_of_memory_in_a_step_ends_all_ranks_and_torchrun_does_not_try_again(data_dir, tmp_path):
+    config = pretrain_config(data_dir, tmp_path / "run", **SMALL)
+    with torchrun("memory:3:1", config, "--max_restarts=3", "--shutdown_timeout=5") as job:
+        printed, errors = job.communicate(timeout=120)
+    assert job.returncode != 0 and (printed + errors).count("out of memory on the GPU (planted)") == 1
+    assert "lower --micro_batch_size" in errors and "OutOfMemoryError" not in errors
+
+
 @pytest.mark.parametrize("script", [pretrain_gpt, sft_gpt, dpo_gpt])
 def test_numbers_that_can_mean_nothing_are_refused(script):
     fields = {f.name for f in dataclasses.fields(script.Config)}
     for name, value, expected in (
         ("keep_last", -1, "from zero up"),
         ("max_steps", -5, "zero"),
+        ("profile", -1, "from zero up"),
         ("epochs", math.nan, "above zero"),
         ("epochs", math.inf, "above zero"),
         ("warmup_fraction", 2.0, "a share"),

@@ -1,5 +1,6 @@
 """The CUDA path on fake tensors, without a GPU: types, devices, waits, collectives, compilations."""
 
+import itertools
 import json
 import shutil
 import subprocess
@@ -65,11 +66,43 @@ def test_ranks_exchange_gradients_and_updates_once_and_a_few_numbers(step):
     }
 
 
-def test_decoding_keeps_its_cache_in_bf16_and_waits_twice_a_token():
-    found = on_fake_cuda("generate", new_tokens=4)
-    assert found["cache"] == ["bfloat16 cuda"] and found["steps"] == 4 and found["mixed"] == {}
-    # two prompts: each token's ids and which are done, and whether all are
-    assert sum(n for place, n in found["waits"].items() if "reads a value" in place) == 4 * (2 + 2 + 1)
+@pytest.fixture(scope="module", params=[True, False], ids=["compiled", "plain"])
+def decoding(request) -> dict:
+    """Three times two prompts, each continued by six tokens."""
+    found = on_fake_cuda("generate", new_tokens=6, compile=request.param)
+    assert found["steps"] == 3 * 6
+    return {"compiled": request.param} | found
+
+
+def test_decoding_multiplies_and_keeps_its_cache_in_bf16(decoding):
+    assert decoding["cache"] == ["bfloat16 cuda"] and decoding["mixed"] == {}
+    assert {types.split(": ")[1].partition(" at ")[0] for types in decoding["products"]} == {
+        "bfloat16 bfloat16 bfloat16"
+    }
+
+
+def test_decoding_waits_for_the_ids_of_each_token_alone(decoding):
+    reads = {place: n for place, n in decoding["waits"].items() if "reads a value" in place}
+    assert [place.rpartition(":")[0] for place in reads] == ["step: reads a value at generation.py:generate"]
+    assert sum(reads.values()) == 3 * 6 * 2  # a fake tensor gives the ids of two rows one by one
+    # the rest: what a call starts with, whatever the number of tokens
+    others = {place: n for place, n in decoding["waits"].items() if place not in reads}
+    assert set(others.values()) <= {3}, others
+
+
+def test_one_graph_serves_all_further_tokens_of_a_call_and_nothing_waits_in_it(decoding):
+    """The first token comes from the prompts, the second from a step that warms up, the others from the
+    graph; for these Python starts nothing but the replay and the read."""
+    if not decoding["compiled"]:
+        assert decoding["recorded"] == decoding["replayed"] == 0
+        return
+    assert (decoding["recorded"], decoding["replayed"]) == (3, 3 * 4)
+    assert not [place for place in decoding["waits"] if place.startswith("recording")]
+    assert any(place.startswith("recording") for place in decoding["products"])
+    for call in range(3):
+        counts = decoding["operations"][6 * call : 6 * call + 6]
+        started = [after - before for before, after in itertools.pairwise(counts)]
+        assert started[0] > 100 and len(set(started[1:])) == 1 and started[1] <= 8, started
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -9,8 +9,9 @@ import subprocess
 import sys
 
 import numpy as np
+import planted
 import pytest
-from conftest import ROOT, TEXTS, few, prepare, refused, write_shard
+from conftest import ROOT, TEXTS, few, prepare, pretrain_config, refused, write_shard
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -215,3 +216,35 @@ def test_a_thousand_shards_need_few_open_files(tmp_path):
         "assert loader.read(range(len(loader)))[0][::2, 0].tolist() == list(range(300))\n"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_the_bytes_of_a_validation_are_counted_window_by_window_on_rank_0_alone(
+    data_dir, tmp_path, fresh, tokenizer
+):
+    loader = TokenLoader(data_dir, "train", 32, 320)
+    asked, read = [], loader.read
+
+    def noted(windows):
+        asked.append(len(windows))
+        return read(windows)
+
+    loader.read = noted
+    total = loader.text_bytes(range(700), tokenizer)
+    assert asked == [256, 256, 188]
+    targets = read(range(700))[1].tolist()
+    assert total == sum(len(tokenizer.decode(row, skip_special_tokens=True).encode()) for row in targets)
+    config = pretrain_config(data_dir, tmp_path / "run", max_steps=1)
+    assert fresh.submit(planted.forked, "pretrain_gpt", config, 2, (), count_bytes).result(90)[0] == [0, 0]
+    assert (tmp_path / "run" / "counted").read_text() == "0"
+
+
+def count_bytes(out_dir) -> None:
+    """Have each rank that counts bytes note its number in a file."""
+    original = TokenLoader.text_bytes
+
+    def noted(self, *arguments):
+        with open(out_dir / "counted", "a") as file:
+            file.write(os.environ["RANK"])
+        return original(self, *arguments)
+
+    TokenLoader.text_bytes = noted

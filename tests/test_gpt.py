@@ -1,5 +1,6 @@
 """The model and its generation, against Hugging Face's and against themselves."""
 
+import gc
 import math
 
 import pytest
@@ -10,7 +11,8 @@ from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM
 
 from common import InputError
-from gpt import AttentionInputs, GPTConfig, GPTModel, sample
+from generation import Decoding, sample
+from gpt import AttentionInputs, GPTConfig, GPTModel
 
 
 @pytest.mark.parametrize("switches", SWITCHES, ids=str)
@@ -175,6 +177,35 @@ def test_cached_generation_equals_uncached_alone_and_in_a_batch(groups):
     assert [list(row) for row in zip(*model.generate(prompts, 30))] == alone
 
 
+def test_a_call_sees_the_weights_as_they_are_and_keeps_nothing():
+    model, prompt = small_model(num_key_value_heads=2), random_ids(1, 9)[0].tolist()
+    before = [i for (i,) in model.generate([prompt], 20)]
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.3)
+    steps = model.generate([prompt], 20)
+    after = [next(steps)[0]]
+    assert sum(type(o) is Decoding for o in gc.get_objects()) == 1
+    after += [i for (i,) in steps]
+    assert after == uncached(model, prompt, 20) != before
+    assert not any(type(o) is Decoding for o in gc.get_objects())
+
+
+def test_a_row_draws_by_its_own_seed_whatever_it_is_batched_with():
+    model = small_model()
+    prompts = [random_ids(1, n, seed=n)[0].tolist() for n in (3, 12, 12)]
+    prompts.append(prompts[0])
+
+    def draw(prompts, seed, n=30):
+        rows = zip(*model.generate(prompts, n, temperature=1.0, top_k=50, seed=seed))
+        return [list(row) for row in rows]
+
+    together = draw(prompts, 5)
+    assert together == [draw([prompt], 5 + i)[0] for i, prompt in enumerate(prompts)]
+    assert draw(prompts[::-1], [8, 7, 6, 5], n=10) == [row[:10] for row in together[::-1]]
+    assert together[0] != together[3]  # the same prompt
+
+
 def test_generation_stops_at_a_stop_id_which_it_yields_and_then_gives_none():
     model = small_model()
     prompts = [random_ids(1, n, seed=n)[0].tolist() for n in (4, 9)]
@@ -225,12 +256,11 @@ def test_sampling_is_repeatable_with_a_seed_and_keeps_to_top_k_and_top_p():
 
 def test_sample_draws_each_id_as_often_as_its_probability_says():
     probs = torch.tensor([0.5, 0.25, 0.125, 0.0625, 0.0625])
-    generator = torch.Generator().manual_seed(0)
+    noise = torch.rand(20_000, generator=torch.Generator().manual_seed(0))
     rows = probs.log().expand(20_000, -1)
 
     def frequencies(temperature=1.0, **options):
-        drawn = sample(rows, temperature=temperature, generator=generator, **options)
-        return drawn.bincount(minlength=5) / 20_000
+        return sample(rows, noise, temperature=temperature, **options).bincount(minlength=5) / 20_000
 
     squared = probs.square() / probs.square().sum()
     for drawn, expected in (
@@ -268,3 +298,32 @@ def test_only_the_rows_of_new_ids_are_touched_when_a_vocabulary_grows():
     after = model.lm_head.weight.detach()
     for i in range(320):
         torch.testing.assert_close(after[i], mean if i in (5, 299) else before[i])
+
+
+def kept_bytes(model, ids) -> tuple[int, dict]:
+    """What autograd keeps of a forward pass for the backward pass, in bytes, and the gradients."""
+    seen = {}
+
+    def note(tensor):
+        seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        loss = model(ids[:, :-1], ids[:, 1:])
+    loss.backward()
+    return sum(seen.values()), {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_checkpointed_activations_keep_less_and_give_the_same_gradients(compiled):
+    ids, found = random_ids(2, 49), {}
+    for checkpointed in (False, True):
+        model = small_model(num_hidden_layers=4)
+        model.checkpoint_activations = checkpointed
+        if compiled:
+            model.compile_blocks()
+        found[checkpointed] = kept_bytes(model, ids)
+    (bytes_kept, gradients), (fewer, same) = found[False], found[True]
+    assert fewer < bytes_kept
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(same[name], gradient, rtol=1e-5, atol=1e-6)

@@ -2,10 +2,12 @@
 
 from types import SimpleNamespace
 
+import torch
 from conftest import ALONE
 
 import metrics
 from common import read_records
+from distributed import Ranks
 from metrics import Metrics, start_wandb
 
 
@@ -108,3 +110,70 @@ def test_a_resumed_run_drops_the_rows_of_later_steps_and_knows_what_was_validate
             "step 3, val loss: 2.0000 nats/token",
         ]
         log.close()
+
+
+NUMBERS = {"loss": 2.0, "grad_norm": 1.0, "lr": 0.1, "targets": 250, "skipped": None}
+
+
+def test_mfu_is_the_share_of_all_devices_peak_over_the_steps_since_the_last_line(
+    tmp_path, capsys, monkeypatch
+):
+    """2 ranks of 1e9 FLOP/s; 256 tokens of 1e6 FLOPs in 1, then in 0.4 and 0.6 seconds."""
+    ranks = Ranks(0, 2, torch.device("cpu"))
+    monkeypatch.setattr(ranks, "each", lambda value: [value, value])
+    log = Metrics(
+        tmp_path,
+        start=0,
+        max_steps=9,
+        step_tokens=256,
+        log_every=2,
+        ranks=ranks,
+        flops_per_token=1e6,
+        peak_flops=1e9,
+    )
+    for step, seconds in ((1, 1.0), (2, 1.0), (3, 0.4), (4, 0.6)):
+        log.step(step, NUMBERS, seconds=seconds)
+    log.close()
+    rows = read_records(log.path)
+    assert [(row["step"], row["tokens_per_second"], row["mfu"]) for row in rows] == [
+        (2, 256, 0.128),
+        (4, 512, 0.256),
+    ]
+    assert all("memory_gb" not in row for row in rows)  # of GPUs only
+    assert "12.8% mfu" in (printed := capsys.readouterr().out) and "25.6% mfu" in printed
+
+
+def test_without_flops_or_a_peak_there_is_no_mfu(tmp_path, capsys):
+    for known in ({}, {"flops_per_token": 1e6}, {"peak_flops": 1e9}):
+        log = recorder(tmp_path, **known)
+        log.step(1, NUMBERS, seconds=1.0)
+        log.close()
+        assert "mfu" not in read_records(log.path)[-1]
+    assert "mfu" not in capsys.readouterr().out
+
+
+def test_a_step_that_tells_its_tokens_is_counted_with_these(tmp_path):
+    log = recorder(tmp_path, flops_per_token=1e6, peak_flops=1e9)
+    log.step(1, {**NUMBERS, "step_tokens": 100}, seconds=1.0)
+    log.step(2, {**NUMBERS, "step_tokens": 400}, seconds=1.0)
+    log.close()
+    rows = read_records(log.path)
+    assert [(row["tokens_per_second"], row["mfu"], row["tokens"]) for row in rows] == [
+        (100, 0.1, 256),
+        (400, 0.4, 512),
+    ]
+    assert all("step_tokens" not in row for row in rows)
+
+
+def test_a_gpus_memory_and_a_slow_rank_are_told_where_there_are_any(tmp_path, capsys, monkeypatch):
+    ranks = Ranks(0, 1, torch.device("cuda:0"))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 12_345_678_901)
+    monkeypatch.setattr(ranks, "slow_one", lambda: "rank 3 on node7 is slow")
+    log = Metrics(tmp_path, start=0, max_steps=9, step_tokens=256, log_every=2, ranks=ranks)
+    log.step(1, NUMBERS, seconds=1.0)
+    assert capsys.readouterr().out == ""
+    log.step(2, NUMBERS, seconds=1.0)
+    log.close()
+    first, second, *_ = capsys.readouterr().out.splitlines()
+    assert "  12.3 GB  " in first and second == "rank 3 on node7 is slow"
+    assert read_records(log.path)[0]["memory_gb"] == 12.346

@@ -91,6 +91,7 @@ def test_the_ranks_together_read_a_mix_s_rows_each_once_with_all_its_targets(dat
         expected = Counter(int(i) for row in rows for s, c in row for i in datasets[s][c][0])
         del tokens[0], expected[0]  # padding
         assert tokens == expected and targets == loader.count_targets(rows)
+        assert loader.count_tokens(rows) == sum(len(datasets[s][c][0]) for row in rows for s, c in row)
 
 
 def test_a_mix_is_as_full_as_its_sources_are(datasets):

@@ -65,16 +65,22 @@ def test_compiled_training_gives_the_same_losses(data_dir, tmp_path):
         assert all(x == y or math.isclose(x, y, rel_tol=1e-4) for x, y in zip(a, b))
 
 
+@pytest.mark.parametrize("shard", ["none", "full"])
 @pytest.mark.parametrize("script", ["pretrain_gpt.py", "sft_gpt.py", "dpo_gpt.py"])
 def test_two_and_three_ranks_over_gloo_equal_one_process(
-    script, data_dir, base_run, chats, preferences, tmp_path
+    script, shard, data_dir, base_run, chats, preferences, tmp_path
 ):
+    """Whole models, and split ones, whose ranks need equally many micro-batches."""
+
     def config(name):
         if script == "pretrain_gpt.py":  # 7 windows: 3, 2 and 2 on three ranks
-            return pretrain_config(data_dir, tmp_path / name, batch_tokens=7 * 32, max_steps=4)
+            fields = {"batch_tokens": 7 * 32, "max_steps": 4, "micro_batch_size": 2, "samples": True}
+            return pretrain_config(data_dir, tmp_path / name, shard=shard, **fields)
         if script == "dpo_gpt.py":
-            return dpo_config(base_run, preferences, tmp_path / name, batch_pairs=5)
-        return sft_config(base_run, chats, tmp_path / name, batch_tokens=5 * 64)
+            return dpo_config(base_run, preferences, tmp_path / name, batch_pairs=5, shard=shard)
+        return sft_config(
+            base_run, chats, tmp_path / name, batch_tokens=5 * 64, micro_batch_size=2, shard=shard
+        )
 
     {"pretrain_gpt.py": pretrain_gpt, "sft_gpt.py": sft_gpt, "dpo_gpt.py": dpo_gpt}[script].main(
         config("one")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -45,3 +46,10 @@ def test_the_quick_start_shrunk_to_seconds(tmp_path):
     assert "is already prepared" in again and again.count("is finished") == 2
     assert times == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
     assert np.all([part in again for part in ("What is water?", "Talk to it")])
+
+
+def test_the_quick_start_validates_its_fine_tuning_at_least_five_times():
+    text = (ROOT / "quickstart.sh").read_text()
+    script = text[text.index("sft_gpt.py --model") :]
+    steps, every = (int(re.search(rf"--{name}=(\d+)", script)[1]) for name in ("max_steps", "eval_every"))
+    assert len({*range(0, steps, every), steps}) >= 5

@@ -4,12 +4,13 @@ import dataclasses
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import planted
 import pytest
 import torch
-from conftest import ALONE, SMALL, losses, pretrain_config, sft_config, text, weights, write_jsonl
+from conftest import ALONE, SMALL, dpo_config, losses, pretrain_config, sft_config, text, weights, write_jsonl
 
 import checkpoint
 import dpo_gpt
@@ -257,3 +258,38 @@ def test_the_optimizers_state_is_not_kept_twice(base_run):
         for key, value in optimizer.state[p].items():
             assert torch.equal(value, loaded[name][key])
             assert value.data_ptr() != loaded[name][key].data_ptr()  # a copy: the file's pages may go
+
+
+def mapped(path: Path) -> bool:
+    """Whether this process has a file mapped into its memory."""
+    return str(path) in Path("/proc/self/maps").read_text()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/maps")
+@pytest.mark.parametrize("script", ["pretrain_gpt", "sft_gpt", "dpo_gpt"])
+def test_a_loaded_state_is_mapped_not_read_and_let_go_before_the_first_step(
+    script, data_dir, base_run, chats, preferences, tmp_path, monkeypatch
+):
+    module, config = {
+        "pretrain_gpt": (pretrain_gpt, pretrain_config(data_dir, tmp_path, max_steps=4)),
+        "sft_gpt": (sft_gpt, sft_config(base_run, chats, tmp_path)),
+        "dpo_gpt": (dpo_gpt, dpo_config(base_run, preferences, tmp_path)),
+    }[script]
+    module.main(config)
+    shutil.rmtree(tmp_path / "step_0000004")
+    state, seen = tmp_path / "step_0000002" / "training_state.pt", []
+    load, forward_backward = resume.load_state, module.forward_backward
+
+    def loading(path):
+        loaded = load(path)
+        seen.append(("loaded", mapped(state)))
+        return loaded
+
+    def step(*arguments, **named):
+        seen.append(("step", mapped(state)))
+        return forward_backward(*arguments, **named)
+
+    monkeypatch.setattr(resume, "load_state", loading)
+    monkeypatch.setattr(module, "forward_backward", step)
+    module.main(config)
+    assert seen == [("loaded", True), ("step", False), ("step", False)]

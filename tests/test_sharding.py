@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 from test_distributed import in_ranks
 
 from checkpoint import newest_checkpoint, open_weights
-from distributed import Ranks, own_numbers, own_rows, shard_model, whole, wrap
+from distributed import Ranks, wrap
 from optim import make_optimizer, set_learning_rate
+from sharding import own_numbers, own_rows, shard_model, whole
 from training import StepHistory, forward_backward
 
 TARGETS = 8 * 32 - sum(4 * row for row in range(8))
@@ -45,7 +46,7 @@ def train(ranks: Ranks, kind: str, steps: int = 4, **shape) -> dict:
         )
         if not step:
             found["gradients"] = {name: whole(p.grad).clone() for name, p in model.named_parameters()}
-        values = {"loss_sum": loss_sum, "grad_norm": norm, "targets": TARGETS}
+        values = {"loss_sum": loss_sum, "grad_norm": norm, "targets": TARGETS, "tokens": 256}
         bad = history.record(step, **values, lr=set_learning_rate(optimizer, 1.0), stop=False)
         optimizer.step(skip=bad)
         optimizer.zero_grad(set_to_none=True)

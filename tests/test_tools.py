@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -10,7 +13,7 @@ import urllib.request
 
 import pytest
 import torch
-from conftest import conversation, sentence, text, write_jsonl
+from conftest import ROOT, conversation, sentence, text, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 from checkpoint import newest_checkpoint
@@ -138,3 +141,23 @@ def test_lm_eval_scores_a_checkpoint_as_this_code_does(checkpoint, tmp_path):
         with torch.no_grad():
             nats += model(ids[:, :-1], ids[:, 1:]).item()
     assert abs(found - nats / len("".join(texts).encode()) / math.log(2)) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["no/such/folder/anywhere", "out/bse"])
+def test_scoring_a_model_that_is_not_there_ends_in_one_sentence_before_anything_is_fetched(name, tmp_path):
+    for file in ("eval.sh", "quickstart.sh", "requirements.txt", *(path.name for path in ROOT.glob("*.py"))):
+        (tmp_path / file).symlink_to(ROOT / file)
+    venv = tmp_path / "venv"
+    (venv / "bin").mkdir(parents=True)
+    (venv / "bin" / "python").symlink_to(sys.executable)
+    shutil.copy(ROOT / "requirements.txt", venv / "installed.txt")  # nothing is to be installed
+    done = subprocess.run(
+        ["bash", str(tmp_path / "eval.sh"), name],
+        env=os.environ | {"VENV": str(venv), "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 1 and not done.stdout
+    assert re.fullmatch(rf"error: .*{name}.*\n", done.stderr), done.stderr
+    assert not (tmp_path / "downloads").exists()

@@ -50,7 +50,7 @@ def test_gradients_are_scaled_down_to_the_limit_and_never_up(limit):
 def recorded(history: StepHistory, *, loss: float, grad_norm: float) -> Outcome:
     """What came of a step of two targets that has this loss and norm."""
     values = {"loss_sum": torch.tensor(2 * loss), "grad_norm": torch.tensor(grad_norm)}
-    bad = history.record(1, **values, targets=2, lr=0.1, stop=False)
+    bad = history.record(1, **values, targets=2, tokens=4, lr=0.1, stop=False)
     (outcome,) = history.outcomes(1)
     assert bool(bad) == bool(outcome.numbers["skipped"]) and outcome.numbers["targets"] == 2
     return outcome
@@ -78,7 +78,7 @@ def test_a_spike_is_one_by_the_mean_and_deviation_of_the_last_128():
     for i, value in enumerate(values.tolist()):
         past = values[max(0, i - 128) : i]
         limit = past.mean() + 2.0 * past.std() if i >= 64 else math.inf
-        record = {"grad_norm": torch.tensor(1.0), "targets": 1, "lr": 0.1, "stop": False}
+        record = {"grad_norm": torch.tensor(1.0), "targets": 1, "tokens": 1, "lr": 0.1, "stop": False}
         assert bool(history.record(i, loss_sum=values[i], **record)) == (value > limit)
 
 
@@ -100,7 +100,7 @@ def test_a_gpus_newest_step_is_read_after_the_next_and_all_are_read_at_a_pause_o
     read = []
     for step in range(1, 8):
         values = {"loss_sum": torch.tensor(1.0), "grad_norm": torch.tensor(1.0)}
-        history.record(step, **values, targets=1, lr=0.1, stop=step == 6)
+        history.record(step, **values, targets=1, tokens=1, lr=0.1, stop=step == 6)
         read.append([outcome.step for outcome in history.outcomes(step)])
     assert read == [[], [1], [2], [3, 4], [], [5], [6, 7]]
 
@@ -108,16 +108,16 @@ def test_a_gpus_newest_step_is_read_after_the_next_and_all_are_read_at_a_pause_o
 def test_the_next_steps_batches_are_made_while_this_one_computes_and_no_more_than_these():
     made, gate = [], threading.Event()
 
-    def make(step: int) -> list[dict]:
+    def make(step: int) -> tuple:
         if step == 3:
             gate.wait(60)
         made.append(step)
-        return [{"step": step}]
+        return (step, [{"step": step}])
 
     upcoming = Prefetcher(make, 2, 5)
-    assert upcoming.batches(2) == [{"step": 2}] and made == [2]  # 3 is being made
+    assert upcoming.batches(2) == (2, [{"step": 2}]) and made == [2]  # 3 is being made
     gate.set()
-    assert upcoming.batches(3) == [{"step": 3}] and upcoming.batches(4) == [{"step": 4}]
+    assert upcoming.batches(3)[0] == 3 and upcoming.batches(4)[0] == 4
     upcoming.close()
     assert made == [2, 3, 4]
 

@@ -1,0 +1,275 @@
+"""Generation: the model reads the prompts once; then a plain step makes one token after another.
+
+The step works on tensors that stay where they are: a cache, the newest ids, and the slot they go to. On CUDA
+it is recorded as a graph after it ran once, and each further token is one launch and one read.
+
+B rows, T tokens in the longest prompt, S slots in the cache, N new tokens, C hidden size, H query heads, G
+key/value heads, D dimensions of a head, V vocabulary.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.distributed.fsdp import FSDPModule
+
+from common import InputError
+from sharding import whole
+
+
+class KVCache:
+    """Keys and values of every layer, (B, G, S, D) each, allocated once.
+
+    All prompts end in slot T - 1; a shorter one starts later. So a step writes the same slot in each row.
+    """
+
+    def __init__(self, config, lengths: Sequence[int], slots: int, *, dtype: torch.dtype, device):
+        T = max(lengths)
+        shape = (len(lengths), config.num_key_value_heads, slots, config.head_dim)
+        both = (config.num_hidden_layers, 2, *shape)
+        self.layers = [layer.unbind() for layer in torch.zeros(both, dtype=dtype, device=device)]
+        self.starts = T - torch.tensor(lengths, device=device)  # (B,)
+        self.order = (torch.arange(T, device=device) - self.starts[:, None]) % T  # (B, T)
+
+    def store(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Keep a layer's k and v (B, G, T, D) of prompts that are padded on the right."""
+        order = self.order[:, None, :, None].expand_as(k)
+        for kept, new in zip(self.layers[layer], (k, v)):
+            kept[:, :, : k.size(2)] = new.gather(2, order)
+
+
+@dataclass(slots=True)
+class LayerWeights:
+    """A block's weights as a step multiplies by them: what is multiplied by the same factor is one matrix."""
+
+    attention_norm: torch.Tensor  # (C,)
+    qkv: torch.Tensor  # ((H + 2G) D, C)
+    qk_norm: torch.Tensor | None  # (H + G, D)
+    o: torch.Tensor  # (C, H D)
+    mlp_norm: torch.Tensor  # (C,)
+    gate_up: torch.Tensor  # (2 I, C) for a SwiGLU of width I
+    down: torch.Tensor  # (C, I)
+
+
+def joined(*weights: torch.Tensor, dtype: torch.dtype, for_vectors: bool) -> torch.Tensor:
+    """Matrices (out, in) on top of each other; a single one that is as wanted is not copied.
+
+    For products with single vectors a matrix with more rows than columns is stored by columns: a CPU then
+    reads it up to twice as fast.
+    """
+    weights = [whole(weight) for weight in weights]
+    matrix = weights[0].to(dtype) if len(weights) == 1 else torch.cat(weights).to(dtype)
+    tall = matrix.size(0) > matrix.size(1)
+    return matrix.t().contiguous().t() if for_vectors and tall else matrix
+
+
+def layer_weights(block: nn.Module, **layout) -> LayerWeights:
+    """Of a TransformerBlock; layout as in joined."""
+    attention, mlp = block.self_attn, block.mlp
+    H, G = (proj.out_features // attention.head_dim for proj in (attention.q_proj, attention.k_proj))
+    norms = None
+    if isinstance(attention.q_norm, nn.RMSNorm):
+        q_norm, k_norm = whole(attention.q_norm.weight), whole(attention.k_norm.weight)
+        norms = torch.cat((q_norm.expand(H, -1), k_norm.expand(G, -1)))
+    return LayerWeights(
+        whole(block.input_layernorm.weight),
+        joined(attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight, **layout),
+        norms,
+        joined(attention.o_proj.weight, **layout),
+        whole(block.post_attention_layernorm.weight),
+        joined(mlp.gate_proj.weight, mlp.up_proj.weight, **layout),
+        joined(mlp.down_proj.weight, **layout),
+    )
+
+
+class Decoding:
+    """B rows that are continued, token by token; `ids` (B,) are the newest.
+
+    For as long as it lives it holds, besides the cache, copies of matrices: on CUDA of all, in bf16; on a CPU
+    of those that are joined and, for one row, of the head. Of a model that is split over ranks each has a
+    whole copy of all; they make and read it together.
+    """
+
+    def __init__(self, model: nn.Module, lengths: Sequence[int], steps: int, *, choose: Callable):
+        c, device = model.config, model.lm_head.weight.device
+        self.model, self.choose, self.T = model, choose, max(lengths)
+        self.on_cuda, self.ragged = device.type == "cuda", min(lengths) < self.T
+        self.dtype = torch.bfloat16 if self.on_cuda else model.lm_head.weight.dtype
+        self.S = -(-(self.T + steps) // 8) * 8  # CUDA wants a mask's rows aligned
+        self.cache = KVCache(c, lengths, self.S, dtype=self.dtype, device=device)
+        if isinstance(model, FSDPModule):
+            model.reshard()  # what an evaluation left whole is in bf16
+        layout = {"dtype": self.dtype, "for_vectors": len(lengths) == 1 and device.type == "cpu"}
+        self.layers = [layer_weights(block, **layout) for block in model.model.layers]
+        self.head = joined(model.lm_head.weight, **layout)
+        self.table, self.norm = whole(model.model.embed_tokens.weight), whole(model.model.norm.weight)
+        self.sin = model.rope_sin.clone()
+        self.sin[:, : c.head_dim // 2].neg_()  # rotate_half(x) sin = roll(x) (-sin, sin)
+        # What a step changes.
+        self.ids = torch.zeros(len(lengths), dtype=torch.long, device=device)
+        self.slot = torch.full((1,), self.T - 1, device=device)  # the last one that is filled
+        slots = torch.arange(self.S, device=device)
+        unseen = (slots < self.cache.starts[:, None]) | (slots >= self.T)  # (B, S)
+        mask = torch.zeros(unseen.shape, dtype=self.dtype, device=device).masked_fill_(unseen, -torch.inf)
+        self.mask = mask[:, None, None]  # (B, 1, 1, S), added to the scores
+        self.filled, self.replay = self.T, None
+
+    def read(self, prompts: torch.Tensor) -> None:
+        """Fill the cache with prompts (B, T), padded on the right, and choose the next ids."""
+        bf16 = torch.autocast("cuda", torch.bfloat16, enabled=self.on_cuda)  # as in training
+        with bf16, torch.compiler.set_stance("force_eager"):  # shapes change with every prompt
+            logits = self.model.next_logits(prompts, self.T - 1 - self.cache.starts, cache=self.cache)
+        self.ids.copy_(self.choose(logits, self.slot - (self.T - 1)))
+
+    def step(self, window: int) -> None:
+        """Put `ids` into the next slot and choose those after them, with a cache of `window` slots."""
+        c = self.model.config
+        B, H, G, D = len(self.ids), c.num_attention_heads, c.num_key_value_heads, c.head_dim
+        self.slot.add_(1)
+        self.mask.index_fill_(3, self.slot, 0.0)
+        mask = self.mask[..., :window] if self.ragged or self.on_cuda else None
+        positions = (self.slot - self.cache.starts).clamp(max=c.max_position_embeddings - 1)
+        cos, sin = self.model.rope_cos[positions][:, None], self.sin[positions][:, None]  # (B, 1, D)
+        x = self.table[self.ids]  # (B, C)
+        for layer, (keys, values) in zip(self.layers, self.cache.layers):
+            y = F.rms_norm(x, x.shape[-1:], layer.attention_norm, c.rms_norm_eps).to(self.dtype)
+            y = F.linear(y, layer.qkv).view(B, H + 2 * G, D)
+            qk = y[:, : H + G]
+            if layer.qk_norm is not None:
+                qk = F.rms_norm(qk.to(cos.dtype), (D,), eps=c.rms_norm_eps) * layer.qk_norm
+            qk = (qk * cos + qk.roll(D // 2, -1) * sin).to(self.dtype)
+            keys.index_copy_(2, self.slot, qk[:, H:, None])
+            values.index_copy_(2, self.slot, y[:, H + G :, None])
+            # The queries of a group are rows of one product: no key is repeated.
+            q, k, v = qk[:, :H].view(B, G, H // G, D), keys[:, :, :window], values[:, :, :window]
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            x = x + F.linear(y.reshape(B, -1), layer.o)
+            y = F.rms_norm(x, x.shape[-1:], layer.mlp_norm, c.rms_norm_eps).to(self.dtype)
+            gate, up = F.linear(y, layer.gate_up).chunk(2, -1)
+            x = x + F.linear(F.silu(gate) * up, layer.down)
+        y = F.rms_norm(x, x.shape[-1:], self.norm, c.rms_norm_eps).to(self.dtype)
+        self.ids.copy_(self.choose(F.linear(y, self.head), self.slot - (self.T - 1)))
+
+    def advance(self) -> None:
+        """One step. On CUDA it always reads the whole cache, masked, so that one graph serves all."""
+        self.filled += 1
+        if self.replay is not None:
+            self.replay()
+            return
+        self.step(self.S if self.on_cuda else self.filled)
+        if self.on_cuda and self.model.graph_decoding:
+            self.replay = recorded(lambda: self.step(self.S))
+
+
+def recorded(step: Callable[[], None]) -> Callable[[], None]:
+    """A CUDA graph of the step: what it returns does all its work again, in one launch.
+
+    The step has to have run once, so that its kernels are loaded. While it is recorded this thread may not
+    wait for the GPU; another one may, to save a checkpoint.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        step()
+    return graph.replay
+
+
+@torch.no_grad()
+def generate(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    seed: int | Sequence[int] | None,
+    stop_ids: Sequence[int],
+) -> Iterator[list[int | None]]:
+    """See GPTModel.generate."""
+    check_sampling(temperature, top_k, top_p)
+    limit, device = model.config.max_position_embeddings, model.lm_head.weight.device
+    ids, lengths = pad_prompts(prompts, limit)
+    rooms = [limit + 1 - length for length in lengths]  # the last id fills no position any more
+    steps = min(max_new_tokens, max(rooms))
+    noise = uniform_noise(seed, len(prompts), steps).to(device)
+
+    def choose(logits: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
+        drawn = noise.index_select(1, number)[:, 0]
+        return sample(logits, drawn, temperature=temperature, top_k=top_k, top_p=top_p)
+
+    decoding, done = Decoding(model, lengths, steps, choose=choose), [False] * len(prompts)
+    for number in range(1, steps + 1):
+        if number == 1:
+            decoding.read(ids.to(device))
+        else:
+            decoding.advance()
+        new = decoding.ids.tolist()  # here Python waits for the device
+        yield [None if over else id for id, over in zip(new, done)]
+        done = [over or id in stop_ids or number == room for id, over, room in zip(new, done, rooms)]
+        if all(done):
+            return
+
+
+# -- sampling ------------------------------------------------------------------------------------------------
+
+
+def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
+    """Raise InputError for numbers that describe no sampling."""
+    if not 0 <= temperature < float("inf") or 0 < temperature < 1e-6:
+        raise InputError(f"temperature is {temperature}; expected 0 (the likeliest token) or at least 1e-6")
+    if (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
+        raise InputError(f"top_k is {top_k}, top_p {top_p}; expected at least 1, and above 0 up to 1")
+
+
+def pad_prompts(prompts: Sequence[Sequence[int]], limit: int) -> tuple[torch.Tensor, list[int]]:
+    """Prompts as ids (B, T), padded on the right, and their lengths.
+
+    Raises InputError for one that is empty or fills the context.
+    """
+    lengths = [len(prompt) for prompt in prompts]
+    if not lengths or min(lengths) < 1 or max(lengths) >= limit:
+        raise InputError(
+            f"prompts of {lengths} tokens: each must have from 1 to {limit - 1}, to leave room in the "
+            f"context of {limit}"
+        )
+    ids = torch.zeros(len(prompts), max(lengths), dtype=torch.long)
+    for row, prompt in zip(ids, prompts):
+        row[: len(prompt)] = torch.as_tensor(prompt)
+    return ids, lengths
+
+
+def uniform_noise(seed: int | Sequence[int] | None, rows: int, steps: int) -> torch.Tensor:
+    """Numbers (rows, steps) in [0, 1), one for each token. A row's depend on its own seed alone: seed + row,
+    or its one of several."""
+    if seed is None:
+        return torch.rand(rows, steps)
+    seeds = [seed + row for row in range(rows)] if isinstance(seed, int) else seed
+    generators = [torch.Generator().manual_seed(own) for own in seeds]
+    return torch.stack([torch.rand(steps, generator=generator) for generator in generators])
+
+
+def sample(
+    logits: torch.Tensor,
+    noise: torch.Tensor,
+    *,
+    temperature: float,
+    top_k: int | None = None,
+    top_p: float | None = None,
+) -> torch.Tensor:
+    """Ids (B,) drawn from logits (B, V): of the top_k likeliest, the fewest that reach probability top_p.
+
+    noise (B,), uniform in [0, 1), decides: a row's id is where the sum of the probabilities so far passes it.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    V = logits.size(-1)
+    logits, order = (logits.float() / temperature).topk(min(top_k or V, V))  # falling
+    probs = logits.softmax(-1)
+    if top_p is not None:
+        probs[probs.cumsum(-1) - probs >= top_p] = 0  # the more likely ones reach top_p without this one
+    sums = probs.cumsum(-1)
+    passed = (sums <= noise[:, None] * sums[:, -1:]).sum(-1)
+    last = (probs > 0).sum(-1) - 1  # where rounding would lead past it
+    return order.gather(1, torch.minimum(passed, last)[:, None])[:, 0]

@@ -1,0 +1,72 @@
+"""Models that are split over ranks by FSDP2: wrapping them, and what of a tensor lies on which rank."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from distributed import Ranks
+
+SHARD = ("none", "full", "hybrid")
+
+
+def shard_model(model: nn.Module, ranks: Ranks) -> nn.Module:
+    """Split a language model's parameters over the ranks (FSDP2), in place; their names stay.
+
+    With them their gradients and the optimizer's state are split. A block's parameters are whole on every
+    rank only while it computes. On CUDA they travel and compute in bf16; gradients are added up in fp32.
+    "hybrid" splits them over the ranks of a machine and keeps a copy on each machine.
+    """
+    if not ranks.sharded:
+        return model
+    shape, names = (ranks.world,), ("shard",)
+    if ranks.shard == "hybrid":
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world))
+        shape, names = (ranks.world // local, local), ("replicate", "shard")
+    mesh = init_device_mesh(ranks.device.type, shape, mesh_dim_names=names)
+    compute = torch.bfloat16 if ranks.device.type == "cuda" else None
+    # A block's inputs, the residual stream and the rotary angles, stay in fp32.
+    policy = MixedPrecisionPolicy(compute, torch.float32, cast_forward_inputs=False)
+    for part in (*model.model.layers, model):
+        fully_shard(part, mesh=mesh, mp_policy=policy)
+    register_fsdp_forward_method(model, "next_logits")  # what generation calls
+    return model
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor put together from its parts on all ranks, which ask together; as it is if it is not split."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def own_numbers(tensor: torch.Tensor) -> torch.Tensor:
+    """What of a tensor lies on this rank, all of it if it is not split; it shares memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def own_part(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a whole tensor that is to be split as another is, or all of it."""
+    if not isinstance(like, DTensor) or not tensor.dim():
+        return tensor
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def own_rows(rows: int, rank: int, world: int) -> tuple[int, int]:
+    """Which of a tensor's rows, from one on and up to another, FSDP2 gives to a rank: as torch.chunk does."""
+    size = -(-rows // world)
+    return min(rows, rank * size), min(rows, (rank + 1) * size)
+
+
+@contextmanager
+def gradients_exchanged(module: nn.Module, wanted: bool, ranks: Ranks) -> Iterator[None]:
+    """Ranks exchange the gradients of this backward pass, or keep them for a later one."""
+    if ranks.sharded:
+        for part in module.modules():
+            if isinstance(part, FSDPModule):
+                part.set_requires_gradient_sync(wanted, recurse=False)
+    with nullcontext() if wanted or ranks.sharded or ranks.world == 1 else module.no_sync():
+        yield
