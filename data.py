@@ -20,8 +20,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from common import IGNORE, InputError, file_sha256, read_json, write_json
+from common import IGNORE, InputError, file_sha256, fingerprint, read_json, write_json
 from distributed import Ranks
+from mixture import epochs_read, mix_report, parse_sources, taken
+from order import CYCLE, batch_order, mixed_order
 from tokenization import load_tokenizer, tokenizer_fingerprint
 
 MAGIC, HEADER_INTS = 20240520, 256
@@ -180,29 +182,80 @@ def damaged_shards(folder: Path, manifest: dict) -> dict[str, str]:
 class TokenLoader:
     """The windows of one split: T inputs each, and the same T shifted by one as targets. None crosses shards.
 
-    The shards are those of the manifest; without one, all whose names hold the split's. Raises InputError for
-    a split without a window, and when it meets an id beyond vocab_size.
+    `data_dir` names a folder or several, see parse_sources. The windows of several are counted through. A
+    folder's shards are those of its manifest; without one, all whose names hold the split's. Raises
+    InputError for a folder whose split has no window, and when it meets an id beyond vocab_size.
     """
 
-    def __init__(self, folder: str | Path, split: str, context_length: int, vocab_size: int):
-        self.folder, self.T, self.vocab_size = Path(folder), context_length, vocab_size
-        if (self.folder / "manifest.json").exists():
-            names = [shard["file"] for shard in read_manifest(self.folder)["shards"]]
-        else:
-            names = [path.name for path in self.folder.glob("*.bin")]
-        self.paths = sorted(self.folder / name for name in names if split in name)
-        tokens = [shard_header(path)[1] for path in self.paths]
-        self.ends = np.cumsum([max(0, (count - 1) // context_length) for count in tokens])
+    def __init__(self, data_dir: str | Path, split: str, context_length: int, vocab_size: int):
+        self.T, self.vocab_size, self.sources = context_length, vocab_size, parse_sources(data_dir)
+        self.paths: list[Path] = []
+        self.sizes: list[int] = []  # windows of each source
+        windows = []  # of each shard
+        for source in self.sources:
+            paths = shard_paths(Path(source.path), split)
+            tokens = [shard_header(path)[1] for path in paths]
+            windows += [max(0, (count - 1) // context_length) for count in tokens]
+            self.sizes.append(sum(windows[len(self.paths) :]))
+            self.paths += paths
+            if not self.sizes[-1]:
+                amount = f"{sum(tokens)} tokens" if tokens else "no shard"
+                raise InputError(
+                    f"the {split} split in {source.path} has {amount}, too few for one window of "
+                    f"{context_length + 1}; prepare more data, raise --val_fraction, or lower "
+                    f"--context_length"
+                )
+        self.ends = np.cumsum(windows)  # of each shard, among all windows
         self.shard = lru_cache(SHARDS_OPEN)(read_shard)
-        if not len(self.ends) or self.ends[-1] == 0:
-            amount = f"{sum(tokens)} tokens" if tokens else "no shard"
-            raise InputError(
-                f"the {split} split in {folder} has {amount}, too few for one window of "
-                f"{context_length + 1}; prepare more data, raise --val_fraction, or lower --context_length"
-            )
 
     def __len__(self) -> int:
         return int(self.ends[-1])
+
+    @property
+    def names(self) -> list[str]:
+        return [source.name for source in self.sources]
+
+    @property
+    def weighted(self) -> bool:
+        return len(self.sources) > 1 and self.sources[0].share is not None
+
+    @property
+    def shares(self) -> list[float]:
+        """Each source's share of the windows that are read: as its weight says, or as many as it has."""
+        if self.weighted:
+            return [source.share / CYCLE for source in self.sources]
+        return [size / len(self) for size in self.sizes]
+
+    def step_windows(self, seed: int, step: int, batch_size: int) -> np.ndarray:
+        """Which windows make up a step's global batch: a pure function of seed and step.
+
+        Sources with weights have epochs of their own. Those without are one source.
+        """
+        if not self.weighted:
+            return batch_order(seed, step, batch_size, len(self))
+        shares = [source.share for source in self.sources]
+        return mixed_order(seed, step, batch_size, sizes=self.sizes, shares=shares)
+
+    def first_windows(self, most: int, shares: Sequence[float]) -> list[range]:
+        """The first windows of each source, its share of `most` in all (0: all it has), and at least one."""
+        ends, counts = np.cumsum(self.sizes).tolist(), taken(shares, self.sizes, most)
+        return [range(end - n, end - n + count) for end, n, count in zip(ends, self.sizes, counts)]
+
+    def epochs(self, windows: int) -> dict[str, float]:
+        """How often each of several sources was read when so many windows were, as epochs/NAME."""
+        return epochs_read(self.names, self.shares, self.sizes, windows)
+
+    def report(self, windows: int) -> list[str]:
+        """A line on each of several sources, for a run that reads so many windows."""
+        return mix_report(self.names, self.shares, self.sizes, read=windows, unit="windows")
+
+    def content(self, manifests: Sequence[dict]) -> dict:
+        """What a run's data hold, for check_same_run, with each source's manifest; not where they are."""
+        if len(self.sources) == 1:
+            return {"data": fingerprint(manifests[0]["shards"]), "windows": len(self)}
+        data = [fingerprint(manifest["shards"]) for manifest in manifests]
+        shares = [source.share for source in self.sources] if self.weighted else "joined"
+        return {"data": data, "windows": self.sizes, "shares": shares}
 
     def read(self, windows: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Input ids and targets of some windows, (B, T) int64 each."""
@@ -234,6 +287,38 @@ class TokenLoader:
             rows = self.read(windows[i : i + 256])[1].tolist()
             total += sum(len(tokenizer.decode(row, skip_special_tokens=True).encode()) for row in rows)
         return total
+
+
+def shard_paths(folder: Path, split: str) -> list[Path]:
+    """A split's shards, in order: those of the manifest, or without one all that are named after it."""
+    if (folder / "manifest.json").exists():
+        names = [shard["file"] for shard in read_manifest(folder)["shards"]]
+    else:
+        names = [path.name for path in folder.glob("*.bin")]
+    return sorted(folder / name for name in names if split in name)
+
+
+def verified_manifests(data_dir: str, tokenizer_name: str = "") -> list[dict]:
+    """The manifest of each folder that --data_dir names, as verified_manifest gives it.
+
+    Raises InputError, before any shard is read, if a folder is named twice or the tokenizers differ.
+    """
+    folders = [Path(source.path) for source in parse_sources(data_dir)]
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise InputError(
+            f"--data_dir={data_dir} names a folder twice; name it once, with the sum of its weights"
+        )
+    made_with = {}
+    for folder in folders:
+        if (folder / "manifest.json").exists():
+            manifest = read_manifest(folder)
+            made_with.setdefault(manifest["tokenizer_fingerprint"], f"{folder} ({manifest['tokenizer']})")
+    if len(made_with) > 1:
+        raise InputError(
+            f"{' and '.join(made_with.values())} were made with different tokenizers; prepare one of them "
+            f"again with the other's, by --tokenizer"
+        )
+    return [verified_manifest(folder, tokenizer_name) for folder in folders]
 
 
 def verified_manifest(folder: str | Path, tokenizer_name: str = "") -> dict:

@@ -2,10 +2,14 @@
 
 from bisect import bisect_left, insort
 from collections import defaultdict
+from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 
 from common import InputError
+
+CYCLE = 10_000  # positions in which a mix of sources has exactly its shares
 
 
 def mix(x: np.ndarray, key: int) -> np.ndarray:
@@ -35,14 +39,64 @@ def shuffled(index: np.ndarray, n: int, key: int) -> np.ndarray:
     return x.astype(np.int64)
 
 
-def batch_order(seed: int, step: int, batch_size: int, n: int) -> np.ndarray:
-    """Which of n samples make up a step's global batch. Each epoch is a fresh permutation of all samples."""
-    positions = np.arange(step * batch_size, (step + 1) * batch_size, dtype=np.int64)
-    order = np.empty(batch_size, np.int64)
+def hash_of(seed: int, number: int) -> int:
+    """A 64-bit hash of a seed, of any size, and a number."""
+    return int(mix(np.array([number], np.uint64), int(mix(np.array([seed % 2**64], np.uint64), 0)[0]))[0])
+
+
+def samples_at(positions: np.ndarray, seed: int, n: int) -> np.ndarray:
+    """Which of n samples are read at some positions. Each epoch is a fresh permutation of all samples."""
+    order = np.empty(len(positions), np.int64)
     for epoch in np.unique(positions // n):
         here = positions // n == epoch
-        key = int(mix(np.array([epoch], np.uint64), int(mix(np.array([seed % 2**64], np.uint64), 0)[0]))[0])
-        order[here] = shuffled(positions[here] % n, n, key)
+        order[here] = shuffled(positions[here] % n, n, hash_of(seed, epoch))
+    return order
+
+
+def batch_order(seed: int, step: int, batch_size: int, n: int) -> np.ndarray:
+    """Which of n samples make up a step's global batch."""
+    return samples_at(np.arange(step * batch_size, (step + 1) * batch_size, dtype=np.int64), seed, n)
+
+
+@lru_cache(8)
+def cycle(shares: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Which source each position of a cycle reads, and how many earlier ones read the same; sum(shares) each.
+
+    A source's positions are spread evenly. So any B positions in a row hold its share of B, but for a few.
+
+        cycle((3, 1)) -> [0, 0, 1, 0], [0, 1, 0, 2]
+    """
+    sources = np.repeat(np.arange(len(shares)), shares)
+    earlier = np.concatenate([np.arange(share) for share in shares])
+    moments = (earlier + 0.5) / np.repeat(shares, shares)  # in the cycle, from 0 to 1
+    order = np.argsort(moments, kind="stable")
+    return sources[order], earlier[order]
+
+
+def mixed_positions(step: int, batch_size: int, shares: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Which source each position of a step's global batch reads, and the how many-th sample of that source,
+    from 0 on. Source i gets shares[i] of every sum(shares) positions."""
+    sources, earlier = cycle(tuple(shares))
+    cycles, place = np.divmod(
+        np.arange(step * batch_size, (step + 1) * batch_size, dtype=np.int64), len(sources)
+    )
+    source = sources[place]
+    return source, cycles * np.asarray(shares)[source] + earlier[place]
+
+
+def mixed_order(
+    seed: int, step: int, batch_size: int, *, sizes: Sequence[int], shares: Sequence[int]
+) -> np.ndarray:
+    """Which samples of several sources make up a step's global batch, counted through all the sources.
+
+    Source i has sizes[i] samples and epochs of its own, each a fresh permutation. See mixed_positions.
+    """
+    source, nth = mixed_positions(step, batch_size, shares)
+    order, first = np.empty(batch_size, np.int64), 0
+    for i, n in enumerate(sizes):
+        here = source == i
+        order[here] = first + samples_at(nth[here], hash_of(seed, i), n)
+        first += n
     return order
 
 

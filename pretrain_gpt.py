@@ -2,26 +2,28 @@
 
     python pretrain_gpt.py --data_dir=data/embedded --out_dir=out/base
     torchrun --standalone --nproc_per_node=8 pretrain_gpt.py --data_dir=data/fineweb-edu --out_dir=out/base
+    python pretrain_gpt.py --init_from=out/base --data_dir=data/web:0.6,data/math:0.4 --out_dir=out/annealed
 
 Every field of Config is a flag. The same command, started again, continues from the newest checkpoint.
 
 B windows in a micro-batch, T tokens in a window.
 """
 
-import math
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
 
 from checkpoint import open_weights, told_name, too_many_bad_steps
-from common import RESUMABLE, InputError, fingerprint, run_script
-from data import TokenLoader, verified_manifest
+from common import RESUMABLE, InputError, run_script
+from data import TokenLoader, verified_manifests
 from distributed import join_ranks, wrap
 from gpt import GPTConfig, GPTModel
+from mixture import parse_sources, validation_numbers
 from optim import make_optimizer, schedule, set_learning_rate
-from order import batch_order
+from phase import new_phase, phase_start
 from resume import lock_and_resume
 from sharding import shard_model
 from speed import flops_per_token
@@ -32,10 +34,11 @@ from training import Prefetcher, check_settings, evaluate, forward_backward, ope
 @dataclass
 class Config:
     # data
-    data_dir: str = "data/fineweb-edu"  # folder with token shards
+    data_dir: str = "data/fineweb-edu"  # token shards: a folder, a joint a,b, or a mix by tokens a:0.7,b:0.3
     tokenizer: str = ""  # hub id or directory; empty for the one in data_dir
     out_dir: str = "out/base"  # folder for checkpoints, metrics.jsonl and loss.png
     # model
+    init_from: str = ""  # run, checkpoint or model whose weights, shape and optimizer state a new phase takes
     num_hidden_layers: int = 12  # blocks
     hidden_size: int = 512  # width of the residual stream
     num_attention_heads: int = 8  # query heads
@@ -81,12 +84,16 @@ class Config:
     shard: str = "none"  # split the model over the ranks: full, hybrid (within each machine) or none
 
 
+SHAPE_FLAGS = (  # taken from init_from's model if they are at their default
+    "num_hidden_layers hidden_size num_attention_heads num_key_value_heads intermediate_size qk_norm "
+    "tie_word_embeddings"
+).split()
 PROMPTS = ("The history of", "The most important", "Water is")  # of the samples
 
 
 def model_config(config: Config, vocab_size: int) -> GPTConfig:
     return GPTConfig(
-        vocab_size=-(-vocab_size // 64) * 64,
+        vocab_size=vocab_size,
         hidden_size=config.hidden_size,
         rope_theta=config.rope_theta,
         intermediate_size=config.intermediate_size or None,
@@ -97,6 +104,12 @@ def model_config(config: Config, vocab_size: int) -> GPTConfig:
         qk_norm=config.qk_norm,
         tie_word_embeddings=config.tie_word_embeddings,
     )
+
+
+def changed_flags(config: Config, names: Sequence[str]) -> dict:
+    """Those of some fields that are not at their default."""
+    defaults = Config()
+    return {name: value for name in names if (value := getattr(config, name)) != getattr(defaults, name)}
 
 
 def told_source(manifest: dict) -> str:
@@ -110,6 +123,15 @@ def told_source(manifest: dict) -> str:
         return "text files: " + ", ".join(sorted(name for name, _ in settings["source_files"])[:20])
     config = f" ({settings['config']})" if settings.get("config") else ""
     return told_name(source, "https://huggingface.co/datasets/") + config
+
+
+def told_origin(init_from: str, manifests: Sequence[dict], shares: Sequence[float]) -> str:
+    """A model's origin, as a sentence for its card."""
+    start = f" from {told_name(init_from)}" if init_from else ""
+    told = [told_source(manifest) for manifest in manifests]
+    if len(told) > 1:
+        told = [f"{share:.2%} {source}" for share, source in zip(shares, told)]
+    return f"Pretrained{start} on {'; '.join(told)}."
 
 
 def sample_text(model: GPTModel, tokenizer, seed: int) -> list[str]:
@@ -130,36 +152,56 @@ def sample_text(model: GPTModel, tokenizer, seed: int) -> list[str]:
 def main(config: Config) -> None:
     shape_fields = ("num_hidden_layers", "hidden_size", "num_attention_heads", "context_length")
     check_settings(asdict(config), positive=("max_steps", "batch_tokens", *shape_fields))
+    sources, flags = parse_sources(config.data_dir), changed_flags(config, SHAPE_FLAGS)
     ranks = join_ranks(config.device, config.out_dir, shard=config.shard, compile=config.compile)
 
-    # Data: the tokenizer, and the windows of a step and of a validation.
-    manifest = ranks.from_main(lambda: verified_manifest(config.data_dir, config.tokenizer))
-    tokenizer = load_tokenizer(config.tokenizer or Path(config.data_dir) / "tokenizer")
-    shape, T = model_config(config, vocabulary_size(tokenizer)), config.context_length
-    train, val = (TokenLoader(config.data_dir, split, T, shape.vocab_size) for split in ("train", "val"))
+    # Data: the tokenizer, and the windows of a step and of a validation, by source.
+    base, started_from = ranks.from_main(lambda: phase_start(config.init_from, flags))
+    manifests = ranks.from_main(lambda: verified_manifests(config.data_dir, config.tokenizer))
+    tokenizer = load_tokenizer(config.tokenizer or Path(sources[0].path) / "tokenizer")
+    vocab_size, T = -(-vocabulary_size(tokenizer) // 64) * 64, config.context_length
+    train, val = (TokenLoader(config.data_dir, split, T, vocab_size) for split in ("train", "val"))
     windows_per_step = config.batch_tokens // T
     if windows_per_step < ranks.world:
         raise InputError(
             f"batch_tokens {config.batch_tokens} are {windows_per_step} windows of {T}, fewer than the "
             f"{ranks.world} ranks; raise --batch_tokens or lower --context_length"
         )
-    eval_windows = max(1, config.eval_tokens // T) if config.eval_tokens else len(val)
-    val_windows = range(min(len(val), eval_windows))
-    val_bytes = ranks.from_main(lambda: val.text_bytes(val_windows, tokenizer))
+    val_windows = val.first_windows(config.eval_tokens and max(1, config.eval_tokens // T), train.shares)
+    val_bytes = ranks.from_main(lambda: [val.text_bytes(windows, tokenizer) for windows in val_windows])
 
-    # The newest checkpoint of this run, if it was interrupted.
+    # The newest checkpoint of this run, if it was interrupted. A new phase has its model's shape.
+    shape = None if base else model_config(config, vocab_size)
     lock, state, identity = lock_and_resume(
         asdict(config),
         asdict(Config()),
-        fixed={"tokenizer": tokenizer_fingerprint(tokenizer), "optimizer": config.optimizer, **asdict(shape)},
-        content={"data": fingerprint(manifest["shards"]), "windows": len(train)},
+        fixed={
+            "tokenizer": tokenizer_fingerprint(tokenizer),
+            "optimizer": config.optimizer,
+            **(asdict(shape) if shape else dict.fromkeys(field.name for field in fields(GPTConfig))),
+        },
+        content=train.content(manifests) | started_from,
         ranks=ranks,
     )
 
-    # Model and optimizer, new or from the checkpoint.
+    # Model and optimizer: from this run's checkpoint, from another run, or new.
     torch.manual_seed(config.seed)
-    model = open_weights(state["path"], ranks) if state else shard_model(GPTModel(shape), ranks)
-    model = model.to(ranks.device)
+    learned = state  # what the optimizer goes on from
+    if state:
+        model = open_weights(state["path"], ranks)
+    elif base:
+        model, learned = new_phase(
+            base,
+            flags=flags,
+            context_length=T,
+            rope_theta=changed_flags(config, ["rope_theta"]).get("rope_theta"),
+            optimizer=config.optimizer,
+            tokenizer=tokenizer,
+            ranks=ranks,
+        )
+        identity["fixed"] |= asdict(model.config)
+    else:
+        model = shard_model(GPTModel(shape), ranks).to(ranks.device)
     model.checkpoint_activations = config.checkpoint_activations
     optimizer = make_optimizer(
         model,
@@ -169,7 +211,7 @@ def main(config: Config) -> None:
         matrix_lr=config.matrix_lr,
         betas=(config.beta1, config.beta2),
         weight_decay=config.weight_decay,
-        state=state,
+        state=learned,
     )
     module = wrap(model, ranks, config.compile)
     ranks.print(
@@ -177,6 +219,8 @@ def main(config: Config) -> None:
         f"{config.max_steps} steps of {windows_per_step * T:,} tokens, "
         f"{config.max_steps * windows_per_step / len(train):.2f} epochs; {ranks.world} x {ranks.device}"
     )
+    for line in train.report(config.max_steps * windows_per_step):
+        ranks.print(line)
 
     # What records the run, and what can stop it.
     start, stopped = state["step"] if state else 0, False
@@ -188,16 +232,16 @@ def main(config: Config) -> None:
         step_tokens=windows_per_step * T,
         tokenizer=tokenizer,
         identity=identity,
-        origin=f"Pretrained on {told_source(manifest)}.",
+        origin=told_origin(config.init_from, manifests, train.shares),
         state=state,
         ranks=ranks,
-        flops_per_token=flops_per_token(shape, T),
+        flops_per_token=flops_per_token(model.config, T),
     )
     ranks.watch(config.timeout_minutes)
 
     # A step's windows depend on the seed and the step only, so a resumed run reads none twice.
     def step_batches(step: int) -> tuple[int, int, list[dict]]:
-        windows, tokens = batch_order(config.seed, step, windows_per_step, len(train)), windows_per_step * T
+        windows, tokens = train.step_windows(config.seed, step, windows_per_step), windows_per_step * T
         return tokens, tokens, list(train.micro_batches(windows, config.micro_batch_size, ranks))
 
     upcoming = Prefetcher(step_batches, start, config.max_steps)
@@ -207,9 +251,12 @@ def main(config: Config) -> None:
 
         # Once in a while: the loss on held-out text, and what the model writes. A stopped run is in a hurry.
         if (done or step % config.eval_every == 0) and not stopped and not metrics.has(step, "val_loss"):
-            batches = val.micro_batches(val_windows, config.micro_batch_size, ranks)
-            nats, _, targets = evaluate(module, batches, ranks)
-            metrics.validated(step, val_loss=nats / targets, val_bpb=nats / math.log(2) / val_bytes)
+            batches = (val.micro_batches(part, config.micro_batch_size, ranks) for part in val_windows)
+            sums = [evaluate(module, part, ranks) for part in batches]
+            metrics.log(step, **train.epochs(step * windows_per_step))
+            counts = [len(part) for part in val_windows]
+            numbers = validation_numbers(train.names, train.shares, counts, sums, val_bytes)
+            metrics.validated(step, **numbers)
             if config.samples and (ranks.is_main or ranks.sharded):
                 metrics.print([f"  | {text}" for text in sample_text(model, tokenizer, config.seed)])
 

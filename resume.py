@@ -15,9 +15,9 @@ from sources import source_files
 # Fields you may change on resume: results stay the same up to rounding. Paths and models are compared by
 # content.
 FREE_FIELDS = (
-    "data_dir tokenizer model out_dir cache_dir log_every eval_every eval_tokens eval_questions samples "
-    "max_new_tokens save_every keep_last keep_every wandb profile micro_batch_size timeout_minutes resume "
-    "force device compile shard checkpoint_activations"
+    "data_dir tokenizer model init_from out_dir cache_dir log_every eval_every eval_tokens eval_questions "
+    "samples max_new_tokens save_every keep_last keep_every wandb profile micro_batch_size timeout_minutes "
+    "resume force device compile shard checkpoint_activations"
 ).split()
 
 
@@ -111,7 +111,7 @@ def check_same_run(
     """Compare a state with the run that wants to go on from it; the run's identity, and what has changed.
 
     `identity` has under "fixed" what a run can never change. Under "content" it has what the run's data and
-    starting point hold; None means that this cannot be known any more, and then it stays what it was.
+    starting point hold. None means in both that this cannot be known any more, and then it stays what it was.
     `defaults` stand for settings that an old checkpoint lacks. Raises InputError for another run, and unless
     `force` for other content or for other settings than FREE_FIELDS: the run would end elsewhere than an
     undisturbed one.
@@ -126,7 +126,7 @@ def check_same_run(
     same = {name for name, value in new.items() if value is not None and value == old.get(name)}
     # What a path leads to counts, not the path: the model's weights, the data's files.
     free = {*FREE_FIELDS, *(["data"] if "data_files" in same else [])}
-    moved = {"model"} if "weights" in same else set()
+    moved = {"model", "init_from"} if "weights" in same else set()
     changed = differences(defaults | state["config"], settings)
     breaking = differences(old, {name: value for name, value in new.items() if name not in moved})
     breaking += [text for text in changed if text.split()[0] not in free]
@@ -136,8 +136,11 @@ def check_same_run(
             f"another --out_dir, or --force to go on with the new ones, which ends elsewhere than an "
             f"undisturbed run"
         )
-    content = {name: old.get(name) if value is None else value for name, value in new.items()}
-    return identity | {"content": content}, breaking + [text for text in changed if text not in breaking]
+    known = {
+        part: {name: state[part].get(name) if value is None else value for name, value in values.items()}
+        for part, values in identity.items()
+    }
+    return known, breaking + [text for text in changed if text not in breaking]
 
 
 def differences(old: dict, new: dict) -> list[str]:
@@ -149,21 +152,32 @@ def differences(old: dict, new: dict) -> list[str]:
     ]
 
 
-def starting_point(model: str, data: str) -> tuple[str, dict]:
+def starting_point(model: str, *data: str) -> tuple[str, dict]:
     """Where a run starts: the model's directory or hub id, verified, and the content of model and data.
 
-    The content has hashes of local files, None for what is of a hub or a package, or gone.
+    The content has hashes of local files, None for what is of a hub or a package, or gone. Of several data
+    sources each has its hash, or its name if it has none.
     """
-    files = source_files(data) if data != "embedded" else None
-    data_files = fingerprint([[path.name, file_sha256(path)] for path in files]) if files else None
+    hashes = [data_hash(name) for name in data]
     path = str(find_model(model))
-    weights = weight_hashes(Path(path)) if Path(path).is_dir() else []
     content = {
         "model": os.path.normpath(model),
-        "data_files": data_files,
-        "weights": fingerprint(weights) if weights else None,
+        "data_files": hashes[0] if len(data) == 1 else [found or name for found, name in zip(hashes, data)],
+        "weights": weights_of(path),
     }
     return path, content
+
+
+def data_hash(data: str) -> str | None:
+    """A hash of the local files that a data source names; None if there are none."""
+    files = source_files(data) if data != "embedded" else None
+    return fingerprint([[path.name, file_sha256(path)] for path in files]) if files else None
+
+
+def weights_of(model: str) -> str | None:
+    """A hash of the weights in a model's directory; None if there is none, as of a hub id."""
+    hashes = weight_hashes(Path(model)) if Path(model).is_dir() else []
+    return fingerprint(hashes) if hashes else None
 
 
 def weight_hashes(folder: Path) -> list[str]:

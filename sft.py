@@ -398,6 +398,7 @@ class PackedLoader:
         self.dataset, self.T, self.seed, self.varlen = dataset, row_length, seed, varlen
         self.epoch, self.rows = None, []
         self.rows_of(0)
+        self.sizes = [len(self.rows)]  # rows of each source in an epoch
         self.steps_per_epoch = -(-len(self.rows) // rows_per_step)
         self.most_rows = -(-len(self.rows) // self.steps_per_epoch)  # of a step
         # Room for the sequences of a row: twice what the fullest row of the first epoch has, and its padding.
@@ -422,6 +423,11 @@ class PackedLoader:
         """How many tokens of some rows are trained on, those of other ranks too. A first one is none."""
         offsets, trained = self.dataset.offsets, self.dataset.trained
         return sum(int(trained[offsets[c] + 1 : offsets[c + 1]].sum()) for row in rows for c in row)
+
+    def count_tokens(self, rows: Sequence[list[int]]) -> int:
+        """How many tokens some rows have, without their padding."""
+        offsets = self.dataset.offsets
+        return sum(int(offsets[c + 1] - offsets[c]) for row in rows for c in row)
 
     def fill(self) -> float:
         """Share of the rows' positions that hold a token."""

@@ -11,7 +11,7 @@ B rows in a micro-batch, T tokens in a row.
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +22,10 @@ from checkpoint import open_model, told_name, too_many_bad_steps
 from common import RESUMABLE, InputError, cache_folder, check_choice, fingerprint, run_script
 from distributed import Ranks, join_ranks, wrap
 from gpt import has_varlen
+from mixed_rows import MixedLoader, data_sources, for_each
+from mixture import Source, epochs_read, mix_report, taken, validation_numbers
 from optim import make_optimizer, schedule, set_learning_rate
+from order import CYCLE, hash_of
 from resume import lock_and_resume, starting_point
 from sft import OVERLONG, PackedLoader, SFTDataset, preparation_notes, prepare_conversations, row_length
 from sources import column_of, source_rows
@@ -41,10 +44,10 @@ class Config:
 
     # data
     model: str = "out/base"  # a run's folder (its newest checkpoint), a model directory, or a hub id
-    data: str = "HuggingFaceTB/smol-smoltalk"  # embedded, a hub dataset's id, or files and folders: a,b
-    data_config: str = ""  # the hub dataset's configuration; empty for its default
-    data_split: str = "train"  # the hub dataset's split
-    column: str = "messages"  # the column or JSON key with the list of messages
+    data: str = "HuggingFaceTB/smol-smoltalk"  # embedded, a hub id, files and folders a,b, or a mix a:3,b:1
+    data_config: str = ""  # the hub dataset's configuration; empty for its default; of a mix: all,
+    data_split: str = "train"  # the hub dataset's split; of a mix one for all, or one for each: train,test
+    column: str = "messages"  # the column or JSON key with the list of messages; of a mix as data_split
     max_bad_rows: float = 0.1  # share of the rows that may be unusable; they are skipped and counted
     val_fraction: float = 0.01  # share of the conversations held out, by a hash of their first question
     out_dir: str = "out/chat"  # folder for checkpoints, metrics.jsonl, loss.png and answers.jsonl
@@ -130,9 +133,26 @@ def told_data(data: str) -> str:
     return "the conversations of " + told_name(data, "https://huggingface.co/datasets/")
 
 
-def prepare(config: Config, tokenizer, *, T: int, content: dict, ranks: Ranks) -> tuple[Path, dict]:
-    """The folder of rendered conversations and its report. Rank 0 renders what is not in the cache."""
-    source = [content["data_files"] or config.data, config.data_config, config.data_split, config.column]
+def told_sources(sources: Sequence[Source], shares: Sequence[float]) -> str:
+    """The same for a mix."""
+    if len(sources) == 1:
+        return told_data(sources[0].path)
+    return "; ".join(f"{share:.2%} {told_data(source.path)}" for source, share in zip(sources, shares))
+
+
+def source_configs(config: Config, sources: Sequence[Source]) -> list[Config]:
+    """The settings of each source of a mix."""
+    flags = ("data_config", "data_split", "column")
+    values = [for_each(flag, getattr(config, flag), len(sources)) for flag in flags]
+    return [
+        replace(config, data=source.path, **dict(zip(flags, own))) for source, *own in zip(sources, *values)
+    ]
+
+
+def prepare(config: Config, tokenizer, *, T: int, files: str, ranks: Ranks) -> tuple[Path, dict]:
+    """The folder of a source's rendered conversations and its report. `files` is a hash of its files, or its
+    name. Rank 0 renders what is not in the cache."""
+    source = [files, config.data_config, config.data_split, config.column]
     settings = [config.val_fraction, T, config.overlong]
     key = fingerprint([source, settings, tokenizer_fingerprint(tokenizer)])
     folder = cache_folder(config.cache_dir) / f"data-{key}"
@@ -154,10 +174,13 @@ def prepare(config: Config, tokenizer, *, T: int, content: dict, ranks: Ranks) -
 def main(config: Config) -> None:
     check_settings(asdict(config), positive=("epochs", "batch_tokens", "max_new_tokens"))
     check_choice("overlong", config.overlong, OVERLONG)
+    sources = data_sources(config.data)
+    parts, shares = source_configs(config, sources), [source.share or CYCLE for source in sources]
     ranks = join_ranks(config.device, config.out_dir, shard=config.shard, compile=config.compile)
 
     # The newest checkpoint of this run, if it was interrupted; else the model to start from.
-    base, content = ranks.from_main(lambda: starting_point(config.model, config.data))
+    base, content = ranks.from_main(lambda: starting_point(config.model, *[part.data for part in parts]))
+    content |= {"shares": shares} if len(parts) > 1 else {}
     lock, state, identity = lock_and_resume(
         asdict(config), asdict(Config()), fixed={"optimizer": config.optimizer}, content=content, ranks=ranks
     )
@@ -172,17 +195,33 @@ def main(config: Config) -> None:
             f"batch_tokens {config.batch_tokens} are {rows_per_step} rows of {T}, fewer than the "
             f"{ranks.world} ranks; raise --batch_tokens or lower --max_length"
         )
-    folder, report = prepare(config, tokenizer, T=T, content=identity["content"], ranks=ranks)
-    varlen = has_varlen(ranks.device, model.config.head_dim)
-    train, val = (
-        PackedLoader(
-            SFTDataset(folder / split), row_length=T, rows_per_step=rows_per_step, seed=seed, varlen=varlen
+    files = identity["content"]["data_files"]
+    files = files if len(parts) > 1 else [files]
+    folders, reports = zip(
+        *(
+            prepare(part, tokenizer, T=T, files=found or part.data, ranks=ranks)
+            for part, found in zip(parts, files)
         )
-        for split, seed in (("train", config.seed), ("val", 0))
     )
-    lengths = train.dataset.lengths()
-    val_rows = val.rows[: max(1, config.eval_tokens // T) if config.eval_tokens else None]
-    questions = report["questions"][: config.eval_questions]
+    varlen = has_varlen(ranks.device, model.config.head_dim)
+
+    def loaders(split: str, seeds: Sequence[int]) -> list[PackedLoader]:
+        settings = {"row_length": T, "rows_per_step": rows_per_step, "varlen": varlen}
+        datasets = [SFTDataset(folder / split) for folder in folders]
+        return [PackedLoader(data, seed=seed, **settings) for data, seed in zip(datasets, seeds)]
+
+    names, weights = [source.name for source in sources], [share / CYCLE for share in shares]
+    several = len(parts) > 1
+    seeds = [hash_of(config.seed, i) for i in range(len(parts))] if several else [config.seed]
+    trained = loaders("train", seeds)
+    train = MixedLoader(trained, shares, rows_per_step) if several else trained[0]
+    context = sum(weight * mean_context(loader.dataset.lengths()) for weight, loader in zip(weights, trained))
+    val = loaders("val", [0] * len(parts))
+    most = config.eval_tokens and max(1, config.eval_tokens // T)
+    val_counts = taken(weights, [len(loader.rows) for loader in val], most)
+    wanted = taken(weights, [len(report["questions"]) for report in reports], config.eval_questions)
+    questions = [question for report, n in zip(reports, wanted) for question in report["questions"][:n]]
+    questions = questions[: config.eval_questions]
     max_steps = config.max_steps or math.ceil(config.epochs * train.steps_per_epoch)
 
     # Optimizer, new or from the checkpoint.
@@ -198,12 +237,16 @@ def main(config: Config) -> None:
     )
     module = wrap(model, ranks, config.compile)
     ranks.print(
-        f"{model.num_parameters():,} parameters; {report['train']:,} conversations in {len(train.rows):,} "
-        f"rows of {T} tokens, {100 * train.fill():.1f}% filled; {max_steps} steps of {rows_per_step * T:,} "
-        f"tokens, {max_steps / train.steps_per_epoch:.2f} epochs; {ranks.world} x {ranks.device}"
+        f"{model.num_parameters():,} parameters; {sum(report['train'] for report in reports):,} "
+        f"conversations in {sum(train.sizes):,} rows of {T} tokens, {100 * train.fill():.1f}% filled; "
+        f"{max_steps} steps of {rows_per_step * T:,} tokens, {max_steps / train.steps_per_epoch:.2f} epochs; "
+        f"{ranks.world} x {ranks.device}"
     )
-    for note in preparation_notes(report, T):
-        ranks.print(note)
+    for line in mix_report(names, weights, train.sizes, read=max_steps * rows_per_step, unit="rows"):
+        ranks.print(line)
+    for name, report in zip(names, reports):
+        for note in preparation_notes(report, T):
+            ranks.print(f"{name}: {note}" if len(reports) > 1 else note)
 
     # What records the run, and what can stop it.
     start, stopped = state["step"] if state else 0, False
@@ -215,10 +258,10 @@ def main(config: Config) -> None:
         step_tokens=rows_per_step * T,
         tokenizer=tokenizer,
         identity=identity,
-        origin=f"Fine-tuned from {told_name(config.model)} on {told_data(config.data)}.",
+        origin=f"Fine-tuned from {told_name(config.model)} on {told_sources(sources, weights)}.",
         state=state,
         ranks=ranks,
-        flops_per_token=flops_per_token(model.config, mean_context(lengths)),
+        flops_per_token=flops_per_token(model.config, context),
     )
     ranks.watch(config.timeout_minutes)
 
@@ -226,7 +269,7 @@ def main(config: Config) -> None:
     def step_batches(step: int) -> tuple[int, int, list[dict]]:
         rows, noise = train.step_rows(step), step_noise(config, step, T, model.config.hidden_size)
         batches = list(train.micro_batches(rows, config.micro_batch_size, ranks, noise))
-        return train.count_targets(rows), sum(int(lengths[row].sum()) for row in rows), batches
+        return train.count_targets(rows), train.count_tokens(rows), batches
 
     record = partial(
         record_answers,
@@ -245,12 +288,16 @@ def main(config: Config) -> None:
         # Once in a while: the loss on held-out conversations, and the model's answers. A stopped run is in a
         # hurry.
         if (done or step % config.eval_every == 0) and not stopped and not metrics.has(step, "val_loss"):
-            batches = val.micro_batches(val_rows, config.micro_batch_size, ranks)
-            nats, correct, targets = evaluate(module, batches, ranks)
-            numbers, lines = {"val_loss": nats / targets, "val_accuracy": correct / targets}, []
+            batches = (
+                loader.micro_batches(loader.rows[:count], config.micro_batch_size, ranks)
+                for loader, count in zip(val, val_counts)
+            )
+            sums = [evaluate(module, part, ranks) for part in batches]
+            numbers, lines = validation_numbers(names, weights, val_counts, sums), []
             if questions:
                 answered, lines = record(step)
                 numbers |= answered
+            metrics.log(step, **epochs_read(names, weights, train.sizes, step * rows_per_step))
             metrics.validated(step, **numbers)
             metrics.print(lines)
 

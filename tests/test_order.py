@@ -1,6 +1,8 @@
 """The order in which data are read, for any stops and ranks."""
 
 import itertools
+import struct
+import tracemalloc
 from collections import Counter
 
 import numpy as np
@@ -12,10 +14,10 @@ from hypothesis import strategies as st
 
 import order
 import sft
-from common import InputError
+from common import IGNORE, InputError
 from data import TokenLoader
 from distributed import Ranks
-from order import batch_order, pack
+from order import CYCLE, batch_order, mixed_order, pack
 
 
 def sequence(seed: int, batch: int, n: int, length: int) -> list[int]:
@@ -126,7 +128,7 @@ def test_any_stops_and_changes_of_ranks_read_each_window_once_an_epoch(n, batch,
             int(i)
             for rank in range(world)
             for part in Windows().micro_batches(windows, size, Ranks(rank, world, torch.device("cpu")))
-            for i in part["input_ids"][:, 0]
+            for i in part["input_ids"][part["targets"][:, 0] != IGNORE, 0]  # but for padding
         ]
         assert sorted(parts) == sorted(windows)  # the ranks together: this step's windows, each once
         assert list(windows) == read.setdefault(step, list(windows))  # when it is taken again, too
@@ -177,6 +179,105 @@ def test_finding_a_step_takes_the_same_work_at_any_position_of_any_corpus(monkey
     # six rounds; of the numbers that a Feistel network permutes at least a quarter are below n
     assert max(work.values()) < 512 * 6 * 4 * 1.5, work
     assert max(work.values()) < 4 * min(work.values()), work
+
+
+MIXES = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 9)), min_size=1, max_size=5)  # sizes, shares
+
+
+def mixed_sequence(seed: int, batch: int, sizes, shares, length: int) -> list[tuple[int, int]]:
+    """The first so many samples of a mix, asked for in batches, each as its source and its number there."""
+    steps = range(-(-length // batch))
+    read = [mixed_order(seed, step, batch, sizes=sizes, shares=shares) for step in steps]
+    ends = np.cumsum(sizes)
+    sources = np.searchsorted(ends, order := np.concatenate(read)[:length], side="right")
+    return list(zip(sources.tolist(), (order - (ends - sizes)[sources]).tolist()))
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(-(2**40), 2**70), MIXES, st.integers(1, 50), st.integers(1, 300))
+def test_in_a_mix_every_source_has_epochs_of_its_own_each_a_permutation(seed, mix, batch, other):
+    sizes, shares = zip(*mix)
+    read = mixed_sequence(seed, batch, sizes, shares, 300)
+    assert read == mixed_sequence(seed, other, sizes, shares, 300)  # however it is asked for
+    for source, n in enumerate(sizes):
+        own = [sample for where, sample in read if where == source]
+        for first in range(0, len(own) - n + 1, n):
+            assert sorted(own[first : first + n]) == list(range(n))
+        assert len(set(own[len(own) // n * n :])) == len(own) % n  # the epoch that has begun repeats none
+
+
+@few
+@given(st.lists(st.integers(1, 1000), min_size=1, max_size=8), st.integers(0, 10**12), st.integers(1, 600))
+def test_any_step_of_a_mix_has_the_shares_but_for_a_few_samples(shares, step, batch):
+    read = mixed_order(0, step, batch, sizes=[10**6] * len(shares), shares=shares)
+    for source, share in enumerate(np.array(shares) / sum(shares)):
+        count = int(((read >= source * 10**6) & (read < (source + 1) * 10**6)).sum())
+        assert abs(count - share * batch) <= 1 + share * len(shares) + 1e-6, (source, count, share * batch)
+
+
+def test_over_each_cycle_a_mix_has_its_shares_exactly():
+    shares = (7000, 2000, 999, 1)
+    for first in (0, 10**9):
+        read = [mixed_order(5, first + i, 100, sizes=[10**7] * 4, shares=shares) for i in range(CYCLE // 100)]
+        assert np.bincount(np.concatenate(read) // 10**7).tolist() == list(shares)
+
+
+def test_a_mix_depends_on_seed_and_step_and_gives_each_source_another_order():
+    def read(*arguments):
+        return mixed_order(*arguments, 40, sizes=[20, 20], shares=[1, 1]).tolist()
+
+    asked = list(itertools.product(range(10), range(5)))
+    first = [read(*arguments) for arguments in asked]
+    assert [read(*arguments) for arguments in reversed(asked)] == first[::-1]
+    assert len(set(map(tuple, first))) == 50
+    for samples in first:
+        assert [i for i in samples if i < 20] != [i - 20 for i in samples if i >= 20]
+
+
+@pytest.fixture(scope="module")
+def trillion(tmp_path_factory):
+    """A split of 10^12 tokens in sparse files: 466 shards, all but the last as long as a header can say."""
+    folder, left = tmp_path_factory.mktemp("trillion"), 10**12
+    for i in itertools.count():
+        count = min(left, 2**31 - 1)
+        with open(folder / f"train_{i:06d}.bin", "wb") as file:
+            file.write(struct.pack("<256i", 20240520, 1, count, *[0] * 253))
+            file.truncate(1024 + 2 * count)
+        left -= count
+        if not left:
+            return folder
+
+
+def test_of_a_trillion_tokens_a_loader_keeps_little_more_than_the_names_of_its_shards(trillion):
+    """A table of all windows would take 3.9 GB. Marks of shard and place are written where windows lie."""
+    T, shards = 2048, sorted(trillion.iterdir())
+    per_shard = (2**31 - 2) // T
+    tracemalloc.start()
+    loader = TokenLoader(trillion, "train", T, 65_536)
+    windows = loader.step_windows(1, 10**5, 1024)
+    opened, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(shards) == 466 and len(loader) == 465 * per_shard + (10**12 - 465 * (2**31 - 1) - 1) // T
+    assert opened < 2000 * len(shards) and peak < 2_000_000, (opened, peak)
+    assert len(set(windows.tolist())) == 1024 and len(set((windows // per_shard).tolist())) > 400
+    some = [0, len(loader) - 1, *windows[:6].tolist()]
+    for mark, window in enumerate(some, 1):
+        with open(shards[window // per_shard], "r+b") as file:
+            file.seek(1024 + 2 * T * (window % per_shard))
+            file.write(struct.pack("<H", mark))
+    assert loader.read(some)[0][:, 0].tolist() == list(range(1, len(some) + 1))
+
+
+def test_at_a_trillion_tokens_no_window_comes_twice_within_an_epoch(trillion):
+    """Ends of epochs included, where the permutation changes."""
+    loader = TokenLoader(trillion, "train", 2048, 65_536)
+    n = len(loader)
+    for first in (0, n // 1024 - 2, 10 * n // 1024 - 2):
+        windows = np.concatenate([loader.step_windows(0, first + i, 1024) for i in range(4)])
+        epochs = np.arange(first * 1024, (first + 4) * 1024) // n
+        for epoch in np.unique(epochs):
+            own = windows[epochs == epoch]
+            assert len(set(own.tolist())) == len(own) and own.min() >= 0 and own.max() < n
 
 
 @given(st.integers(1, 3000), st.integers(0, 2**64 - 1))

@@ -20,6 +20,7 @@ import resume
 import sft_gpt
 from checkpoint import damage, newest_checkpoint
 from common import InputError, file_sha256, read_records
+from data import TokenLoader
 from gpt import GPTModel
 from optim import load_state_by_name, make_optimizer
 from resume import FREE_FIELDS, load_resumable
@@ -56,9 +57,9 @@ def test_a_resumed_fine_tuning_equals_an_undisturbed_one_bit_for_bit(base_run, c
 def test_a_resumed_run_reads_no_window_twice(data_dir, tmp_path, monkeypatch):
     """nanoGPT draws the same batches again after a resume; here every step has its own."""
     read = []
-    original = pretrain_gpt.batch_order
+    original = TokenLoader.step_windows
     monkeypatch.setattr(
-        pretrain_gpt, "batch_order", lambda *a: read.append(original(*a).tolist()) or original(*a)
+        TokenLoader, "step_windows", lambda *a: read.append(original(*a).tolist()) or original(*a)
     )
     pretrain_gpt.main(pretrain_config(data_dir, tmp_path))
     shutil.rmtree(tmp_path / "step_0000006")
