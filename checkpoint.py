@@ -66,17 +66,7 @@ class Checkpoints:
         began = time.monotonic()
         needed = 12 * model.num_parameters() + 50_000_000  # bytes: weights and moments in fp32, the rest
         self.wait()
-        if self.is_main:
-            for leftover in self.out_dir.glob(".step_*.partial"):  # of a run that was killed while writing
-                shutil.rmtree(leftover)
-            if shutil.disk_usage(self.out_dir).free < needed:
-                raise lacking_space(self.out_dir, needed)
-        broken = [name for name, p in model.named_parameters() if not own_numbers(p).isfinite().all()]
-        if broken:
-            raise InputError(
-                f"after step {step} {len(broken)} weights are not finite, {broken[0]} among them; nothing "
-                f"was saved, the last good checkpoint is {newest_checkpoint(self.out_dir)}"
-            )
+        self.check_savable(step, model, needed)
         weights = copy_to_host(model.stored_state(), keep=self.is_main)
         moments = copy_to_host(state_by_name(model, optimizer), keep=self.is_main)
         if own_numbers(model.lm_head.weight).is_cuda:
@@ -107,6 +97,20 @@ class Checkpoints:
 
         self.writing = self.thread.submit(self.write, step, write_files, needed)
         return time.monotonic() - began
+
+    def check_savable(self, step: int, model: GPTModel, needed: int) -> None:
+        """Raise InputError if the disk has too little room, or if this rank's weights are not finite."""
+        if self.is_main:
+            for leftover in self.out_dir.glob(".step_*.partial"):  # of a run that was killed while writing
+                shutil.rmtree(leftover)
+            if shutil.disk_usage(self.out_dir).free < needed:
+                raise lacking_space(self.out_dir, needed)
+        broken = [name for name, p in model.named_parameters() if not own_numbers(p).isfinite().all()]
+        if broken:
+            raise InputError(
+                f"after step {step} {len(broken)} weights are not finite, {broken[0]} among them; nothing "
+                f"was saved, the last good checkpoint is {newest_checkpoint(self.out_dir)}"
+            )
 
     def raise_errors(self) -> None:
         """Raise what went wrong in a writing that has ended."""

@@ -42,6 +42,12 @@ def check_settings(settings: dict, positive: Sequence[str]) -> None:
         )
 
 
+def pauses(settings: dict, max_steps: int) -> Callable[[int], bool]:
+    """Tells after which steps a run pauses: to log, to validate, to save, or because it was the last."""
+    intervals = [settings[name] for name in ("log_every", "eval_every", "save_every")]
+    return lambda step: step == max_steps or any(step % every == 0 for every in intervals)
+
+
 def open_records(
     settings: dict,
     *,
@@ -63,13 +69,7 @@ def open_records(
     """
     gc.freeze()
     gc.disable()
-    pauses = [settings[name] for name in ("log_every", "eval_every", "save_every")]
-    history = StepHistory(
-        settings["spike_sigma"],
-        ranks,
-        state=state,
-        read_all=lambda step: step == max_steps or any(step % every == 0 for every in pauses),
-    )
+    history = StepHistory(settings["spike_sigma"], ranks, state=state, read_all=pauses(settings, max_steps))
     metrics = Metrics(
         settings["out_dir"],
         start=start,
