@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -164,6 +164,7 @@ def join_ranks(device: str) -> Ranks:
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     store = None
     if world > 1:
+        check_restarts(os.environ)
         store, *_ = next(dist.rendezvous("env://"))
         if os.environ.get("GROUP_WORLD_SIZE") == "1":
             # After a restart torchrun reuses the old store, with the dead ranks' addresses. So the number of
@@ -179,6 +180,18 @@ def join_ranks(device: str) -> Ranks:
             timeout=timedelta(hours=1),  # the watchdog is quicker
         )
     return Ranks(rank, world, device, store)
+
+
+def check_restarts(environment: Mapping[str, str]) -> None:
+    """InputError if several nodes may restart without a new store: they would meet dead ranks' addresses."""
+    several = environment.get("GROUP_WORLD_SIZE", "1") != "1"
+    restarts = int(environment.get("TORCHELASTIC_MAX_RESTARTS", 0))
+    if several and restarts and environment.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") != "1":
+        raise InputError(
+            f"--max_restarts={restarts} on {environment['GROUP_WORLD_SIZE']} nodes needs "
+            f"TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in each node's environment, for a new store each time; "
+            f"set it, or start by pretrain_full.sh, which does"
+        )
 
 
 def usable_device(name: str) -> torch.device:
