@@ -10,6 +10,7 @@
 # VENV    folder of an environment with bin/python: a venv or conda's; empty (VENV=) for the python on the path, as
 #         a module or a container has it. If VENV is not set, .venv is made.
 # NPROC   processes on a node; PREFLIGHT_FLAGS for preflight.py; DRY_RUN=1 only prints the commands.
+# PREFLIGHT=off  on a host that joins again, while the others wait for it in the run itself
 VENV_GIVEN=${VENV+yes}
 VENV=${VENV-.venv}
 PYTHON=${VENV:+$VENV/bin/}python
@@ -68,7 +69,7 @@ node() { # SCRIPT DATA OUT FLAGS
     fi
     torchrun=("$PYTHON" -m torch.distributed.run --nproc_per_node="$NPROC")
     # shellcheck disable=SC2086 # flags, split at spaces
-    run "${torchrun[@]}" "${check[@]}" preflight.py --data="$data" --out_dir="$out" \
+    [ "${PREFLIGHT:-}" = off ] || run "${torchrun[@]}" "${check[@]}" preflight.py --data="$data" --out_dir="$out" \
         --device="$(flag device auto "$@")" ${PREFLIGHT_FLAGS:-}
     # A rank that fails is started again with all others, from the newest checkpoint, up to three times; a user's
     # mistake is not. A signal goes on to the ranks; they have two minutes to finish their step and save. With exec

@@ -114,7 +114,8 @@ def look(config: Config, ranks: Ranks) -> list[dict]:
     ranks.barrier()
     seen = (Path(config.out_dir) / f".preflight-{token}-0").exists()
     ranks.barrier()
-    (Path(config.out_dir) / mine).unlink(missing_ok=True)
+    if not unwritable:
+        (Path(config.out_dir) / mine).unlink()
     gpu = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "CPU"
     return gather(
         ranks,

@@ -37,13 +37,13 @@ case ${1:-} in
 prepare) shift && prepare "$@" && exit ;;
 submit) shift && submit pretrain_full.sh "$@" && exit ;;
 esac
-DATA=$(flag data_dir "$DATA" "$@")
 OUT=$(flag out_dir "$OUT" "$@")
-if [ ! -f "$DATA/manifest.json" ]; then
+if [ -z "$(flag data_dir "" "$@")" ] && [ ! -f "$DATA/manifest.json" ]; then
     ! on_a_cluster || [ -n "${DRY_RUN:-}" ] || fail "$PWD/$DATA is not prepared, and a job fetches nothing;" \
         "run \`bash pretrain_full.sh prepare\` on a login node first"
     on_a_cluster || prepare
 fi
+DATA=$(flag data_dir "$DATA" "$@")
 launch pretrain_gpt.py "$DATA" "$OUT" --data_dir="$DATA" --out_dir="$OUT" \
     --num_hidden_layers=12 --hidden_size=512 --num_attention_heads=8 --context_length=1024 \
     --max_steps=2000 --batch_tokens=524_288 --micro_batch_size=32 "$@"

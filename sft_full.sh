@@ -26,9 +26,9 @@ OUT=${OUT:-out/chat}
 prepare() {
     install
     run "${PYTHON%python}hf" download HuggingFaceTB/smol-smoltalk --repo-type=dataset --include="data/train*" \
-        --local-dir="$DATA"
+        --local-dir="$DATA.partial"
     if [ "$MODEL" != out/base ] && [ ! -d "$MODEL" ]; then run "${PYTHON%python}hf" download "$MODEL"; fi
-    run touch "$DATA/downloaded"
+    run mv "$DATA.partial" "$DATA"
 }
 
 case ${1:-} in
@@ -36,12 +36,12 @@ prepare) prepare && exit ;;
 submit) shift && submit sft_full.sh "$@" && exit ;;
 esac
 MODEL=$(flag model "$MODEL" "$@")
-DATA=$(flag data "$DATA" "$@")
 OUT=$(flag out_dir "$OUT" "$@")
-if [ "$DATA" = data/smol-smoltalk ] && [ ! -f "$DATA/downloaded" ]; then
+if [ -z "$(flag data "" "$@")" ] && [ ! -e "$DATA" ]; then # --data is the user's own, DATA the folder made here
     ! on_a_cluster || [ -n "${DRY_RUN:-}" ] || fail "$PWD/$DATA is not downloaded, and a job fetches nothing;" \
         "run \`bash sft_full.sh prepare\` on a login node first"
     on_a_cluster || prepare
 fi
+DATA=$(flag data "$DATA" "$@")
 launch sft_gpt.py "$DATA" "$OUT" --model="$MODEL" --data="$DATA" --out_dir="$OUT" --cache_dir="$OUT/cache" \
     --epochs=2 --lr=1e-3 --batch_tokens=65_536 --micro_batch_size=8 "$@"
