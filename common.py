@@ -139,6 +139,10 @@ def run_script(main: Callable, config_class: type) -> None:
     try:
         main(parse_config(config_class, sys.argv[1:]))
         return
+    except SystemExit as end:
+        if end.code == RESUMABLE and (mark := os.environ.get("RESUMABLE_FILE")):
+            Path(mark).touch()  # for launch.sh: torchrun's own status is 1 however its ranks end
+        raise
     except InputError as error:
         message = f"error: {error}"
     except OSError as error:

@@ -10,7 +10,7 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -326,6 +326,7 @@ def join_ranks(
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     store = None
     if world > 1:
+        check_restarts(os.environ)
         store, *_ = next(dist.rendezvous("env://"))
         if os.environ.get("GROUP_WORLD_SIZE") == "1":
             # After a restart torchrun reuses the old store, with the dead ranks' addresses. So the number of
@@ -375,6 +376,18 @@ def why_no_gpu() -> str | None:
         f"there is an NVIDIA GPU with {driver}, but torch {torch.__version__}, {build}, cannot use it"
         f"{named}; {remedy}, or use --device=cpu"
     )
+
+
+def check_restarts(environment: Mapping[str, str]) -> None:
+    """InputError if several nodes may restart without a new store: they would meet dead ranks' addresses."""
+    several = environment.get("GROUP_WORLD_SIZE", "1") != "1"
+    restarts = int(environment.get("TORCHELASTIC_MAX_RESTARTS", 0))
+    if several and restarts and environment.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") != "1":
+        raise InputError(
+            f"--max_restarts={restarts} on {environment['GROUP_WORLD_SIZE']} nodes needs "
+            f"TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in each node's environment, for a new store each time; "
+            f"set it, or start by pretrain_full.sh, which does"
+        )
 
 
 def usable_device(name: str) -> torch.device:

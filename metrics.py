@@ -63,9 +63,14 @@ class Metrics:
                 self.note_points(row)
             if rows and rows[-1]["step"] == start:  # it may grow
                 self.row, self.row_at = rows[-1], self.row_at - len(line_of(rows[-1]))
+        note = Path(out_dir) / "wandb_id"  # a run may die before its first checkpoint
+        if running and self.wandb_id is None and note.exists():
+            self.wandb_id = note.read_text()
         if running:
             self.run = start_wandb(wandb, out_dir, run_id=self.wandb_id, settings=settings or {})
-            self.wandb_id = self.run.id if self.run else self.wandb_id
+            if self.run:
+                self.wandb_id = self.run.id
+                note.write_text(self.wandb_id)
         if state:
             done = start >= max_steps
             ranks.print(f"{state['path']} is finished" if done else f"continuing from {state['path']}")

@@ -5,6 +5,7 @@
 #     bash quickstart.sh setup    # only the virtual environment
 #
 # A step whose result is there already, and whole, is skipped; an interrupted one continues where it was.
+# shellcheck disable=SC2086 # PREPARE_FLAGS and its like are split at spaces
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 VENV=${VENV:-.venv}

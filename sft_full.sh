@@ -1,25 +1,47 @@
 #!/usr/bin/env bash
-# Fine-tune the model of pretrain_full.sh on smol-smoltalk with every GPU of this node.
+#SBATCH --job-name=sft --ntasks-per-node=1 --requeue --signal=B:USR1@180
+#SBATCH --output=%x-%j.log --open-mode=append
+# Fine-tune the model of pretrain_full.sh on smol-smoltalk with every GPU of one node or of many.
 #
 #     bash sft_full.sh                            # any field of sft_gpt.py's Config as a flag, too
 #     MODEL=HuggingFaceTB/SmolLM2-135M bash sft_full.sh --max_length=2048
+#     bash sft_full.sh prepare                    # install and download: on a login node, before the next
+#     sbatch -N2 --gpus-per-node=8 --exclusive --time=4:00:00 sft_full.sh             # more in launch.sh
 #
 # The data: 460,000 conversations, cut to the context of 1,024 tokens, packed into rows of 1,024
 # A step: 64 rows × 1,024 tokens = 65,536 tokens; on 8 GPUs 8 rows each, in one micro-batch
 # The recipe: 2 epochs at a learning rate of 1e-3, as SmolLM2 used for models of up to 360 M parameters
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")"
-bash quickstart.sh setup
-BIN=${VENV:-.venv}/bin
+PROJECT=$(dirname "${BASH_SOURCE[0]}")
+if [ ! -f "$PROJECT/launch.sh" ]; then # sbatch runs a copy in a spool folder; Slurm knows where the original is
+    PROJECT=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's|^ *Command=\(.*\)/sft_full.sh.*|\1|p') || true
+fi
+cd "${PROJECT:-$SLURM_SUBMIT_DIR}"
+source ./launch.sh
 MODEL=${MODEL:-out/base}
+DATA=${DATA:-data/smol-smoltalk}
 OUT=${OUT:-out/chat}
-NPROC=${NPROC:-$("$BIN/python" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
 
-# A rank that fails is started again with all others, from the newest checkpoint, up to three times. A signal
-# goes on to the ranks, Slurm's SIGUSR1 too; they have two minutes to finish their step and save. With exec it is
-# torchrun that gets the signal, not this shell, which would keep it to itself.
-exec "$BIN/torchrun" --standalone --nproc_per_node="$NPROC" --max_restarts=3 \
-    --signals_to_handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown_timeout=120 \
-    sft_gpt.py --model="$MODEL" \
-    --data=HuggingFaceTB/smol-smoltalk --out_dir="$OUT" --epochs=2 --lr=1e-3 \
-    --batch_tokens=65_536 --micro_batch_size=8 "$@"
+# The training split's files, and the model if it is one of the hub's. A download that broke off goes on.
+prepare() {
+    install
+    run "${PYTHON%python}hf" download HuggingFaceTB/smol-smoltalk --repo-type=dataset --include="data/train*" \
+        --local-dir="$DATA.partial"
+    if [ "$MODEL" != out/base ] && [ ! -d "$MODEL" ]; then run "${PYTHON%python}hf" download "$MODEL"; fi
+    run mv "$DATA.partial" "$DATA"
+}
+
+case ${1:-} in
+prepare) prepare && exit ;;
+submit) shift && submit sft_full.sh "$@" && exit ;;
+esac
+MODEL=$(flag model "$MODEL" "$@")
+OUT=$(flag out_dir "$OUT" "$@")
+if [ -z "$(flag data "" "$@")" ] && [ ! -e "$DATA" ]; then # --data is the user's own, DATA the folder made here
+    ! on_a_cluster || [ -n "${DRY_RUN:-}" ] || fail "$PWD/$DATA is not downloaded, and a job fetches nothing;" \
+        "run \`bash sft_full.sh prepare\` on a login node first"
+    on_a_cluster || prepare
+fi
+DATA=$(flag data "$DATA" "$@")
+launch sft_gpt.py "$DATA" "$OUT" --model="$MODEL" --data="$DATA" --out_dir="$OUT" --cache_dir="$OUT/cache" \
+    --epochs=2 --lr=1e-3 --batch_tokens=65_536 --micro_batch_size=8 "$@"

@@ -129,7 +129,8 @@ class Answer(BaseHTTPRequestHandler):
             below = (repo / api[4]).rglob if "recursive=true" in self.path else (repo / api[4]).glob
             self.reply_json([self.entry(p, repo) for p in sorted(below("*"))])
         else:
-            self.reply_json({"id": name, "sha": COMMIT, "siblings": []})
+            files = [{"rfilename": str(p.relative_to(repo))} for p in sorted(repo.rglob("*")) if p.is_file()]
+            self.reply_json({"id": name, "sha": COMMIT, "siblings": files})
 
     do_HEAD = do_GET
 

@@ -177,3 +177,17 @@ def test_a_gpus_memory_and_a_slow_rank_are_told_where_there_are_any(tmp_path, ca
     first, second, *_ = capsys.readouterr().out.splitlines()
     assert "  12.3 GB  " in first and second == "rank 3 on node7 is slow"
     assert read_records(log.path)[0]["memory_gb"] == 12.346
+
+
+def test_a_run_that_died_before_its_first_checkpoint_goes_on_in_its_wandb_run(tmp_path, monkeypatch):
+    asked = []
+
+    def start(mode, out_dir, *, run_id, settings):
+        asked.append(run_id)
+        return SimpleNamespace(id=run_id or "new", finish=lambda: None, log=lambda row: None)
+
+    monkeypatch.setattr(metrics, "start_wandb", start)
+    for _ in range(2):  # no state: nothing was saved
+        settings = {"start": 0, "max_steps": 4, "step_tokens": 256, "log_every": 1, "ranks": ALONE}
+        Metrics(tmp_path, **settings, wandb="offline").close()
+    assert asked == [None, "new"]

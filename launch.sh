@@ -1,0 +1,115 @@
+#!/usr/bin/env bash
+# What pretrain_full.sh and sft_full.sh share: where and how a training script is started.
+#
+#     one node       bash pretrain_full.sh                                every GPU, or the CPU
+#     Slurm          sbatch -N4 --gpus-per-node=8 --exclusive --time=4:00:00 pretrain_full.sh
+#                    account, partition, time as flags, or SBATCH_ACCOUNT, SBATCH_PARTITION, SBATCH_TIMELIMIT;
+#                    bash pretrain_full.sh submit -N4 ... does the same and says which of them are missing
+#     by hand        NNODES=2 NODE_RANK=0 MASTER_ADDR=host1 bash pretrain_full.sh    and NODE_RANK=1 on the other
+#
+# VENV    folder of an environment with bin/python: a venv or conda's; empty (VENV=) for the python on the path, as
+#         a module or a container has it. If VENV is not set, .venv is made.
+# NPROC   processes on a node; PREFLIGHT_FLAGS for preflight.py; DRY_RUN=1 only prints the commands.
+# PREFLIGHT=off  on a host that joins again, while the others wait for it in the run itself
+VENV_GIVEN=${VENV+yes}
+VENV=${VENV-.venv}
+PYTHON=${VENV:+$VENV/bin/}python
+
+fail() {
+    echo "error: $*" >&2
+    exit 1
+}
+
+run() { # a command, or with DRY_RUN its words
+    if [ -n "${DRY_RUN:-}" ]; then printf '%q ' "$@" && echo; else "$@"; fi
+}
+
+flag() { # the last value of --$1= among the flags after $2, which is the default
+    local name=$1 value=$2 word
+    shift 2
+    for word in "$@"; do case $word in --"$name"=*) value=${word#*=} ;; esac; done
+    echo "$value"
+}
+
+on_a_cluster() { [ -n "${SLURM_JOB_ID:-}" ] || [ "${NNODES:-1}" != 1 ]; }
+
+install() { # an environment of the user's is not changed
+    [ -n "$VENV_GIVEN" ] || run bash quickstart.sh setup
+}
+
+submit() { # SCRIPT SBATCH'S FLAGS: sbatch, and a sentence if the cluster wants to know more
+    local script=$1 message
+    shift
+    if [ -n "${DRY_RUN:-}" ]; then run sbatch "$@" "$script"; return; fi
+    message=$(sbatch "$@" "$script" 2>&1) || fail "Slurm refused the job (${message//$'\n'/; }); give what the" \
+        "cluster demands: --account= --partition= --time=, or SBATCH_ACCOUNT, SBATCH_PARTITION, SBATCH_TIMELIMIT"
+    echo "$message"
+}
+
+newest_step() { # of the checkpoints in a run's folder
+    find "$1" -maxdepth 1 -name 'step_*' 2>/dev/null | sort | tail -n 1
+}
+
+# One node's part: torchrun, which starts a process for each GPU and brings all nodes together.
+node() { # SCRIPT DATA OUT FLAGS
+    local script=$1 data=$2 out=$3 port=${MASTER_PORT:-29500} rank=${NODE_RANK:-${SLURM_NODEID:-0}} host=false
+    local torchrun meet=(--standalone) check=(--standalone) logs=()
+    shift 3
+    NPROC=${NPROC:-$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
+    if on_a_cluster; then
+        # The first node has the store where all meet; preflight's is beside it. Restarted ranks need a new store.
+        export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+        [ -n "${MASTER_ADDR:-}" ] || fail "NNODES=$NNODES needs MASTER_ADDR, the name of the host with NODE_RANK=0"
+        [ "$rank" != 0 ] || host=true
+        meet=(--nnodes="${NNODES:-1}" --rdzv_backend=c10d --rdzv_id="${RDZV_ID:-run}")
+        meet+=("--rdzv_conf=is_host=$host,read_timeout=120")
+        check=("${meet[@]}" --rdzv_endpoint="$MASTER_ADDR:$((port + 1))")
+        meet+=(--rdzv_endpoint="$MASTER_ADDR:$port")
+        logs=(--log_dir="$out/logs/${RDZV_ID:-run}/node$rank" --tee=3) # one log a rank
+    fi
+    torchrun=("$PYTHON" -m torch.distributed.run --nproc_per_node="$NPROC")
+    # shellcheck disable=SC2086 # flags, split at spaces
+    [ "${PREFLIGHT:-}" = off ] || run "${torchrun[@]}" "${check[@]}" preflight.py --data="$data" --out_dir="$out" \
+        --device="$(flag device auto "$@")" ${PREFLIGHT_FLAGS:-}
+    # A rank that fails is started again with all others, from the newest checkpoint, up to three times; a user's
+    # mistake is not. A signal goes on to the ranks; they have two minutes to finish their step and save. With exec
+    # it is torchrun that gets the signal, not this shell, which would keep it to itself.
+    torchrun+=("${meet[@]}" "${logs[@]}" --max_restarts=3 --shutdown_timeout=120
+        "--signals_to_handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
+    if [ -n "${DRY_RUN:-}" ]; then run "${torchrun[@]}" "$script" "$@"; else exec "${torchrun[@]}" "$script" "$@"; fi
+}
+
+# A Slurm job: node() on each node. A job that was warned of its end, and saved, is put into the queue again.
+slurm_job() { # SCRIPT DATA OUT FLAGS
+    local out=$3 before pid status=0
+    export NNODES=${SLURM_JOB_NUM_NODES:-1} RDZV_ID=$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0} HF_HUB_OFFLINE=1
+    export MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
+    export MASTER_PORT=${MASTER_PORT:-$((20000 + 2 * (SLURM_JOB_ID % 5000)))}
+    export RESUMABLE_FILE=$out/.resumable VENV # the ranks make the file when they leave with 75
+    local srun=(srun --ntasks-per-node=1 --kill-on-bad-exit=0 --cpu-bind=none
+        --cpus-per-task="${SLURM_CPUS_ON_NODE:-1}" bash launch.sh "$@")
+    if [ -n "${DRY_RUN:-}" ]; then run "${srun[@]}"; return; fi
+    mkdir -p "$out"
+    rm -f "$RESUMABLE_FILE"
+    before=$(newest_step "$out")
+    "${srun[@]}" &
+    pid=$!
+    trap 'kill -s USR1 "$pid"' USR1 # srun sends it on to each node's torchrun
+    trap : TERM                     # the ranks get it, too; this shell waits for them
+    while kill -0 "$pid" 2>/dev/null; do wait "$pid" && status=0 || status=$?; done
+    [ -e "$RESUMABLE_FILE" ] || exit "$status"
+    [ "$(newest_step "$out")" != "$before" ] || fail "no step was made since this start, so the job is not requeued;" \
+        "ask for more --time, or look why a step takes so long"
+    # A job that somebody cancelled, or that Slurm itself requeues, does not run any more.
+    if scontrol show job "$SLURM_JOB_ID" | grep -q 'JobState=RUNNING'; then scontrol requeue "$SLURM_JOB_ID"; fi
+    exit 75
+}
+
+launch() { # SCRIPT DATA OUT FLAGS
+    if [ -n "${SLURM_JOB_ID:-}" ]; then slurm_job "$@"; else node "$@"; fi
+}
+
+if [ "${BASH_SOURCE[0]}" = "$0" ]; then
+    set -euo pipefail
+    node "$@"
+fi

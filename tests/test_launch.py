@@ -1,0 +1,330 @@
+"""The launch scripts: what they would run, two nodes on this machine, and a real Slurm of two nodes."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import conftest
+import pyarrow
+import pyarrow.parquet
+import pytest
+from conftest import ROOT, conversation, flags, losses, pretrain_config, text
+from test_hub import Hub
+
+import distributed
+from checkpoint import list_checkpoints
+from common import InputError
+
+CLEAN = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SBATCH", "NNODES", "MASTER"))}
+
+
+def shell(script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        ["bash", str(ROOT / script), *arguments],
+        env=CLEAN | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def dry(script: str, *arguments: str, **environment: str) -> list[str]:
+    """The commands that a script would run."""
+    result = shell(script, *arguments, DRY_RUN="1", **environment)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.replace("\\", "").splitlines()
+
+
+SCRIPTS = {"pretrain_full.sh": "pretrain_gpt.py", "sft_full.sh": "sft_gpt.py"}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_on_one_node_the_preflight_and_the_run_are_torchruns_of_their_own(script, tmp_path):
+    (tmp_path / "manifest.json").write_text("{}")
+    *before, check, run = dry(script, "--lr=7", VENV=sys.prefix, NPROC="3", DATA=str(tmp_path))
+    assert before == [] and " preflight.py " in check
+    assert "--nproc_per_node=3 --standalone --max_restarts=3 --shutdown_timeout=120 " in run
+    assert f" {SCRIPTS[script]} " in run and run.rstrip().endswith("--lr=7") and "rdzv" not in run
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_on_hosts_by_hand_the_first_has_the_store(script):
+    places = {"VENV": sys.prefix, "NPROC": "2", "NNODES": "2", "MASTER_ADDR": "host1"}
+    for rank, is_host in ("0", "true"), ("1", "false"):
+        check, run = dry(script, NODE_RANK=rank, **places)
+        assert f"--nnodes=2 --rdzv_backend=c10d --rdzv_id=run --rdzv_conf=is_host={is_host}," in run
+        assert "--rdzv_endpoint=host1:29500 " in run and "--rdzv_endpoint=host1:29501 " in check
+        assert f"/node{rank} --tee=3" in run
+    result = shell(script, DRY_RUN="1", **places | {"MASTER_ADDR": ""})
+    assert result.returncode == 1 and result.stderr.startswith("error: NNODES=2 needs MASTER_ADDR")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_in_a_slurm_job_there_is_one_launcher_a_node_and_nothing_is_fetched(script, tmp_path):
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "3", "SLURM_CPUS_ON_NODE": "96", "MASTER_ADDR": "n1"}
+    (srun,) = dry(script, "--lr=7", VENV=sys.prefix, **job)
+    assert srun.startswith("srun --ntasks-per-node=1 ") and "--cpus-per-task=96 bash launch.sh " in srun
+    assert f" {SCRIPTS[script]} " in srun and srun.rstrip().endswith("--lr=7")
+    result = shell(script, VENV=sys.prefix, DATA=str(tmp_path / "nothing"), **job)
+    assert result.returncode == 1 and f"run `bash {script} prepare` on a login node" in result.stderr
+
+
+def test_preparing_installs_only_when_no_environment_is_given():
+    setup, prepare = dry("pretrain_full.sh", "prepare", "--max_tokens=5")
+    assert setup.split() == ["bash", "quickstart.sh", "setup"] and prepare.rstrip().endswith("--max_tokens=5")
+    (prepare,) = dry("pretrain_full.sh", "prepare", VENV="")
+    assert prepare.startswith("python prepare_data.py ")
+    *_, download, mark = dry("sft_full.sh", "prepare", VENV="/env")
+    assert download.startswith("/env/bin/hf download HuggingFaceTB/smol-smoltalk ") and mark.startswith("mv ")
+
+
+def test_what_slurm_refuses_is_one_sentence_with_the_flags_that_mend_it(tmp_path):
+    (tmp_path / "sbatch").write_text("#!/bin/sh\necho 'sbatch: error: Invalid account' >&2\nexit 1\n")
+    (tmp_path / "sbatch").chmod(0o755)
+    result = shell("pretrain_full.sh", "submit", "-N2", PATH=f"{tmp_path}:{os.environ['PATH']}")
+    assert result.returncode == 1 and result.stderr.count("\n") == 1
+    assert "Invalid account" in result.stderr and "--account=" in result.stderr
+
+
+def test_shellcheck_finds_nothing():
+    if not shutil.which("shellcheck"):
+        pytest.skip("shellcheck is not installed")
+    names = sorted(path.name for path in ROOT.glob("*.sh"))
+    result = subprocess.run(["shellcheck", "-x", *names], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
+
+
+def test_restarts_on_several_nodes_without_a_new_store_are_refused():
+    nodes = {"GROUP_WORLD_SIZE": "2", "TORCHELASTIC_MAX_RESTARTS": "3"}
+    with pytest.raises(InputError, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
+        distributed.check_restarts(nodes)
+    distributed.check_restarts(nodes | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"})
+    distributed.check_restarts(nodes | {"TORCHELASTIC_MAX_RESTARTS": "0"})
+    distributed.check_restarts(nodes | {"GROUP_WORLD_SIZE": "1"})
+
+
+# -- two nodes -----------------------------------------------------------------------------------------------
+
+LONG = {"max_steps": 300, "save_every": 20, "eval_every": 150, "keep_last": 2}
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def start_node(rank: int, port: int, config, log, **environment: str) -> subprocess.Popen:
+    """pretrain_full.sh as on a host of its own; in a session of its own, to be killed as a whole."""
+    by_hand = {"NNODES": "2", "NODE_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return subprocess.Popen(
+        ["bash", str(ROOT / "pretrain_full.sh"), *flags(config)],
+        env=CLEAN | by_hand | {"VENV": sys.prefix, "NPROC": "1", "PREFLIGHT": "off"} | environment,
+        stdout=log,
+        stderr=log,
+        start_new_session=True,
+    )
+
+
+def kill_tree(process: subprocess.Popen) -> None:
+    """Kill a launcher and its ranks, which have sessions of their own."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    for pid in [process.pid, *map(int, children)]:
+        os.kill(pid, signal.SIGKILL)
+    process.wait()
+
+
+def wait_until(condition, jobs, log: Path, seconds: float = 240) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end and all(job.poll() is None for job in jobs), log.read_text()[-5000:]
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_a_node_killed_and_started_again_changes_no_loss(data_dir, tmp_path):
+    alone = conftest.run(
+        "pretrain_gpt.py", *flags(pretrain_config(data_dir, tmp_path / "a", **LONG)), ranks=2
+    )
+    assert alone.returncode == 0, alone.stderr
+    config, port, path = pretrain_config(data_dir, tmp_path / "b", **LONG), free_port(), tmp_path / "log"
+    with open(path, "wb") as log:
+        nodes = [start_node(rank, port, config, log) for rank in range(2)]
+        try:
+            wait_until(lambda: list_checkpoints(tmp_path / "b"), nodes, path)
+            kill_tree(nodes[1])
+            nodes[1] = start_node(1, port, config, log)
+            codes = [node.wait(240) for node in nodes]
+        finally:
+            for node in nodes:
+                if node.poll() is None:
+                    kill_tree(node)
+    assert codes == [0, 0], path.read_text()[-5000:]
+    assert "continuing from" in path.read_text()
+    assert losses(tmp_path / "b") == losses(tmp_path / "a")
+
+
+# -- from the hub to a chat ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def hub(tokenizer_dir, tmp_path_factory):
+    """A stand-in for the hub that has FineWeb-Edu's and smol-smoltalk's columns, three parquet files each."""
+    folder = tmp_path_factory.mktemp("hub")
+    (folder / "models/HuggingFaceTB").mkdir(parents=True)
+    (folder / "models/HuggingFaceTB/SmolLM2-135M").symlink_to(tokenizer_dir)
+    web, smol = (
+        folder / "datasets" / name for name in ("HuggingFaceFW/fineweb-edu", "HuggingFaceTB/smol-smoltalk")
+    )
+    for place in (web / "sample/10BT", smol / "data"):
+        place.mkdir(parents=True)
+    configs = [{"config_name": "sample-10BT", "data_files": [{"split": "train", "path": "sample/10BT/*"}]}]
+    (web / "README.md").write_text(f"---\nconfigs: {json.dumps(configs)}\n---\n")
+    for part in range(3):
+        numbers = range(400 * part, 400 * (part + 1))
+        rows = [
+            {"text": text(i), "id": f"<urn:uuid:{i}>", "dump": "CC-MAIN-2024-10", "url": f"http://a/{i}"}
+            | {"file_path": "s3://a", "language": "en", "language_score": 0.9, "token_count": 9}
+            | {"score": 3.5, "int_score": 4}
+            for i in numbers
+        ]
+        chats = [conversation(i) | {"source": "smol-magpie-ultra"} for i in numbers]
+        for path, table in (
+            (web / f"sample/10BT/{part:03}_00000.parquet", rows),
+            (smol / f"data/train-{part:05}-of-00003.parquet", chats),
+        ):
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(table), path)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(chats), smol / "data/test-00000-of-00001.parquet")
+    with Hub(folder) as server:
+        yield server
+        server.shutdown()
+
+
+def test_both_scripts_run_from_the_hub_to_a_chat_model_shrunk_by_flags_alone(hub, tmp_path):
+    """Through the real `datasets` and `huggingface_hub`; the run itself, once prepared, needs no hub."""
+    places = {"VENV": sys.prefix, "HF_HOME": str(tmp_path / "home"), "NO_PROXY": "*", "NPROC": "2"}
+    places |= {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HUB_OFFLINE": "0"}
+    places |= {"PREFLIGHT_FLAGS": "--slow_factor=1e9"}
+    small = ["--max_steps=2", "--batch_tokens=512", "--micro_batch_size=2", "--wandb=off", "--device=cpu"]
+    shape = ["--num_hidden_layers=2", "--hidden_size=32", "--num_attention_heads=2", "--context_length=64"]
+    base, web, smol = (str(tmp_path / name) for name in ("base", "web", "smol"))
+    result = shell(
+        "pretrain_full.sh", "prepare", "--max_tokens=30_000", "--val_fraction=0.1", **places, DATA=web
+    )
+    assert result.returncode == 0, result.stderr
+    with hub.down():
+        result = shell("pretrain_full.sh", *shape, *small, **places, DATA=web, OUT=base)
+    assert result.returncode == 0, result.stderr
+    assert "preflight: 2 x CPU" in result.stdout and losses(tmp_path / "base")[-1][0] == 2
+    small += ["--eval_questions=2", "--max_new_tokens=4"]
+    result = shell("sft_full.sh", *small, **places, MODEL=base, DATA=smol, OUT=str(tmp_path / "chat"))
+    assert result.returncode == 0, result.stderr
+    assert "Talk to it" in result.stdout and losses(tmp_path / "chat")[-1][0] == 2
+    assert len(list((tmp_path / "smol/data").glob("*"))) == 3  # the training split's files only
+
+
+# -- Slurm ---------------------------------------------------------------------------------------------------
+
+SLURM_CONF = """
+ClusterName=loopback
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={ports[0]}
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+ProctrackType=proctrack/pgid
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+ReturnToService=2
+JobRequeue=1
+SlurmctldPidFile={folder}/ctld.pid
+SlurmdPidFile={folder}/%n.pid
+SlurmdSpoolDir={folder}/spool.%n
+StateSaveLocation={folder}/state
+SlurmctldLogFile={folder}/ctld.log
+SlurmdLogFile={folder}/%n.log
+NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=1 RealMemory=1000
+NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=1 RealMemory=1000
+PartitionName=main Nodes=n1,n2 Default=YES MaxTime=60 State=UP
+"""
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory):
+    """A Slurm of two nodes on loopback; the function runs one of its commands."""
+    lacking = [name for name in ("slurmctld", "slurmd", "sbatch", "munged") if not shutil.which(name)]
+    if lacking or os.getuid():
+        pytest.skip(
+            f"needs root and {', '.join(lacking) or 'nothing else'} (apt-get install slurm-wlm munge)"
+        )
+    folder, host = tmp_path_factory.mktemp("slurm"), socket.gethostname().split(".")[0]
+    for name in ("state", "spool.n1", "spool.n2"):
+        (folder / name).mkdir()
+    ports = [free_port() for _ in range(3)]
+    (folder / "slurm.conf").write_text(SLURM_CONF.format(host=host, ports=ports, folder=folder))
+    environment = CLEAN | {"SLURM_CONF": str(folder / "slurm.conf")}
+
+    def command(*words: str, **more: str) -> str:
+        return subprocess.run(
+            words, env=environment | more, check=True, capture_output=True, text=True, timeout=60
+        ).stdout
+
+    if not Path("/run/munge/munge.socket.2").exists():
+        Path("/run/munge").mkdir(exist_ok=True)
+        shutil.chown("/run/munge", "munge")
+        subprocess.run(["su", "-s", "/bin/sh", "munge", "-c", "/usr/sbin/munged --force"], check=True)
+    for words in ["slurmctld"], ["slurmd", "-N", "n1"], ["slurmd", "-N", "n2"]:
+        command(*words)
+    yield command
+    for name in ("n1", "n2", "ctld"):
+        os.kill(int((folder / f"{name}.pid").read_text()), signal.SIGTERM)
+
+
+@pytest.mark.slow
+def test_a_slurm_job_warned_by_signal_is_requeued_and_ends_with_the_losses_of_an_undisturbed_one(
+    slurm, data_dir, tmp_path
+):
+    alone = conftest.run(
+        "pretrain_gpt.py", *flags(pretrain_config(data_dir, tmp_path / "a", **LONG)), ranks=2
+    )
+    assert alone.returncode == 0, alone.stderr
+    config, log = pretrain_config(data_dir, tmp_path / "b", **LONG), tmp_path / "log"
+    places = {
+        "VENV": sys.prefix,
+        "NPROC": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "PREFLIGHT_FLAGS": "--slow_factor=1e9",
+    }
+    submission = ["sbatch", "--parsable", "-N2", f"--output={log}", f"--chdir={tmp_path}"]
+    job = slurm(*submission, str(ROOT / "pretrain_full.sh"), *flags(config), **places).strip()
+
+    def state() -> str:
+        return slurm("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T").strip()
+
+    def told() -> str:
+        return log.read_text() if log.exists() else ""
+
+    def wait_for(condition) -> None:
+        end = time.monotonic() + 240
+        while not condition():
+            assert time.monotonic() < end and state() not in ("FAILED", "COMPLETED"), told()[-5000:]
+            time.sleep(0.1)
+
+    wait_for(lambda: list_checkpoints(tmp_path / "b"))
+    slurm("scancel", "--batch", "--signal=USR1", job)
+    wait_for(lambda: state() == "PENDING")
+    assert (tmp_path / "b/.resumable").exists() and len(losses(tmp_path / "b")) < LONG["max_steps"]
+    slurm("scontrol", "update", f"JobId={job}", "StartTime=now")  # else Slurm waits two minutes
+    end = time.monotonic() + 240
+    while state() != "COMPLETED":
+        assert time.monotonic() < end and state() != "FAILED", told()[-5000:]
+        time.sleep(0.1)
+    assert "continuing from" in told() and losses(tmp_path / "b") == losses(tmp_path / "a")
+    assert len(list((tmp_path / "b/logs").rglob("stdout.log"))) == 4  # two ranks, started twice
