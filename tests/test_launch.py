@@ -92,6 +92,38 @@ def test_what_slurm_refuses_is_one_sentence_with_the_flags_that_mend_it(tmp_path
     assert "Invalid account" in result.stderr and "--account=" in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("steps", "state", "requeued", "status"),
+    [
+        ("step_0000004 step_0000008", "RUNNING", True, 75),
+        ("step_0000004", "RUNNING", False, 1),  # none since this start
+        ("step_0000004 step_0000008", "CANCELLED", False, 75),  # by somebody
+        ("", None, False, 3),  # the ranks failed
+    ],
+)
+def test_a_saved_job_is_requeued_only_if_it_made_a_step_and_still_runs(
+    steps, state, requeued, status, tmp_path
+):
+    out, tools = tmp_path / "out", tmp_path / "bin"
+    (out / "step_0000004").mkdir(parents=True)
+    tools.mkdir()
+    leave = f"touch {out}/.resumable; exit 1" if state else "exit 3"
+    for name, script in {
+        "srun": f"cd {out} && mkdir -p . {steps}; {leave}",
+        "scontrol": f"[ $1 = show ] && echo '   JobState={state} Reason=None' || echo $* >> {tmp_path}/asked",
+    }.items():
+        (tools / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tools / name).chmod(0o755)
+    (tmp_path / "manifest.json").write_text("{}")
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "MASTER_ADDR": "n1", "DATA": str(tmp_path)}
+    path = {"PATH": f"{tools}:{os.environ['PATH']}", "VENV": sys.prefix, "OUT": str(out)}
+    result = shell("pretrain_full.sh", **job, **path)
+    assert result.returncode == status, result.stderr
+    assert (tmp_path / "asked").exists() == requeued
+    assert not requeued or (tmp_path / "asked").read_text() == "requeue 7\n"
+    assert ("no step was made since this start" in result.stderr) == (status == 1)
+
+
 def test_shellcheck_finds_nothing():
     if not shutil.which("shellcheck"):
         pytest.skip("shellcheck is not installed")
