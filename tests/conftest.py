@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import settings
 
 # One thread: these models are so small that threads cost more than they give.
 os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="disabled", OMP_NUM_THREADS="1")
@@ -345,9 +344,6 @@ ODD_TEXTS = [
     "before <|endoftext|> between <|im_start|>user\n<|im_end|> after",
     "  leading, trailing \n\n\ttabs\r\nand 1234567890 \x00 control\x7f ",
 ]
-
-
-few = settings(max_examples=50, deadline=None, derandomize=True)
 
 
 def prepare_config(out_dir, source, tokenizer, **changes) -> prepare_data.Config:

@@ -15,7 +15,7 @@ def test_the_quick_start_shrunk_to_seconds(tmp_path):
 
     small = "--log_every=2 --eval_every=4 --batch_tokens=1024 --max_steps=4 --wandb=off"
     environment = os.environ | {
-        "VENV": sys.prefix,
+        "PYTHON": sys.executable,
         "OUT": str(tmp_path),
         "PREPARE_FLAGS": "--max_tokens=300_000",
         "PRETRAIN_FLAGS": f"{small} --hidden_size=64 --num_hidden_layers=2 --eval_tokens=2048",
