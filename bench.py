@@ -31,6 +31,7 @@ from gpt import GPTConfig, GPTModel
 from loss import summed_loss
 from metrics import Metrics
 from optim import Muon, make_optimizer, set_learning_rate
+from speed import flops_per_token, peak_flops
 from training import StepHistory, forward_backward, targets_in
 
 
@@ -169,7 +170,8 @@ def bench_loss(config: Config, ranks: Ranks) -> None:
 
 
 def bench_step(config: Config, ranks: Ranks) -> None:
-    """A training step, against Hugging Face's Qwen3 of the same shape with the same optimizer."""
+    """A training step, against Hugging Face's Qwen3 of the same shape with the same optimizer, and the share
+    of the device's peak that each reaches."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     ours = model_of(config, ranks.device)
@@ -201,7 +203,11 @@ def bench_step(config: Config, ranks: Ranks) -> None:
         f"transformers {fields['architectures'][0]}": their_step,
     }
     title = f"step of {ours.num_parameters():,} parameters, B={B} T={T}, {config.optimizer}"
-    report(title, medians(candidates, config.rounds, ranks.device), B * T, "tok/s")
+    seconds = medians(candidates, config.rounds, ranks.device)
+    report(title, seconds, B * T, "tok/s")
+    peak = peak_flops(ranks, torch.bfloat16 if ranks.device.type == "cuda" else torch.float32)
+    for name, each in seconds.items() if peak else ():
+        print(f"  {name:44} {100 * B * T * flops_per_token(ours.config, T) / each / peak:9.1f}% MFU")
 
 
 def bench_optimizer(config: Config, ranks: Ranks) -> None:

@@ -3,33 +3,36 @@
 #
 #     bash quickstart.sh          # about ten minutes on two cores; uses a GPU if there is one
 #     bash quickstart.sh setup    # only the virtual environment
+#     PYTHON=python3 bash quickstart.sh      # nothing is installed; torch >= 2.11, transformers >= 5.17 do
 #
-# A step whose result is there already, and whole, is skipped; an interrupted one continues where it was.
+# A step whose result is there already, and whole, is skipped; an interrupted one continues where it was. The
+# corpus is downloaded into downloads/, unless it is there.
 # shellcheck disable=SC2086 # PREPARE_FLAGS and its like are split at spaces
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 VENV=${VENV:-.venv}
 OUT=${OUT:-out/quickstart}
 
-if ! cmp -s requirements.txt "$VENV/installed.txt"; then
+if [ -z "${PYTHON:-}" ] && ! cmp -s requirements.txt "$VENV/installed.txt"; then
     python3 -c 'import sys; sys.exit(sys.version_info < (3, 10) and "error: Python 3.10 or newer is needed")'
     python3 -m venv "$VENV"
     "$VENV/bin/pip" install --quiet -r requirements.txt
     cp requirements.txt "$VENV/installed.txt"
 fi
 if [ "${1:-}" = setup ]; then exit; fi
+PYTHON=${PYTHON:-$VENV/bin/python}
 
 # 1–3: 20.9 MB of English text, a tokenizer of 4,096 ids trained on it, 5.7 M tokens in shards.
-"$VENV/bin/python" prepare_data.py --source=embedded --tokenizer=train --vocab_size=4096 --val_fraction=0.02 \
+"$PYTHON" prepare_data.py --source=embedded --tokenizer=train --vocab_size=4096 --val_fraction=0.02 \
     --out_dir="$OUT/data" ${PREPARE_FLAGS:-}
 
 # 4: 4.5 M parameters; 300 steps × 4,096 tokens = 1.2 M tokens, a fifth of an epoch: what five minutes allow.
-"$VENV/bin/python" pretrain_gpt.py --data_dir="$OUT/data" --out_dir="$OUT/base" \
+"$PYTHON" pretrain_gpt.py --data_dir="$OUT/data" --out_dir="$OUT/base" \
     --num_hidden_layers=3 --hidden_size=256 --num_attention_heads=4 --context_length=256 \
     --max_steps=300 --batch_tokens=4096 --micro_batch_size=16 --lr=0.006 --warmup_steps=10 \
     --eval_every=100 --eval_tokens=40000 --save_every=100 ${PRETRAIN_FLAGS:-}
 
 # 5 and 6: 130 steps × 4,096 tokens, half an epoch; the same questions before and after.
-"$VENV/bin/python" sft_gpt.py --model="$OUT/base" --data=embedded --out_dir="$OUT/chat" \
+"$PYTHON" sft_gpt.py --model="$OUT/base" --data=embedded --out_dir="$OUT/chat" \
     --max_steps=130 --batch_tokens=4096 --micro_batch_size=16 --optimizer=muon --lr=3e-3 --matrix_lr=0.01 \
     --max_new_tokens=120 --eval_every=26 --eval_questions=40 ${SFT_FLAGS:-}

@@ -114,14 +114,21 @@ def parquet_row(batch, i: int) -> dict | ValueError:
         return error
 
 
+def open_maybe_compressed(path: Path) -> io.BufferedReader:
+    """A file's bytes, those of .gz and .zst decompressed; only these need pyarrow."""
+    compression = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix)
+    if compression is None:
+        return open(path, "rb", 1 << 20)
+    import pyarrow
+
+    return io.BufferedReader(pyarrow.input_stream(str(path), compression=compression), 1 << 20)
+
+
 def read_jsonl(path: Path) -> Iterator:
     """The value of each line; a ValueError for one that is no JSON, but the last of a file that is cut short
     raises it."""
-    import pyarrow
-
-    compression = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix)
-    with pyarrow.input_stream(str(path), compression=compression) as stream:
-        for line in io.BufferedReader(stream, 1 << 20):
+    with open_maybe_compressed(path) as lines:
+        for line in lines:
             if not line.strip():
                 continue
             try:

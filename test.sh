@@ -4,13 +4,20 @@
 #     bash test.sh                # all
 #     bash test.sh -k packed      # any of pytest's arguments
 #     bash test.sh -m slow        # those on real weights and in other tools, left out otherwise
+#     PYTHON=python3 bash test.sh -m cuda    # those on a GPU, with what this Python has: torch >= 2.11, pytest
+#
+# With PYTHON nothing is installed or downloaded, and ruff, whose versions differ in style, is not run. Tests
+# of what is not there (hypothesis, datasets, trl, a GPU) are skipped and listed with the reason.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
-export VENV=${VENV:-.venv}
-bash quickstart.sh setup
-"$VENV/bin/pip" install --quiet pytest==9.2.0 hypothesis==6.170.15 ruff==0.17.6 \
-    gguf==0.19.0 accelerate==1.15.0 trl==1.16.0 "lm-eval[hf]==0.4.13" "transformers[serving]<6" \
-    -r requirements.txt
-"$VENV/bin/ruff" check .
-"$VENV/bin/ruff" format --check .
-"$VENV/bin/python" -m pytest "$@"
+if [ -z "${PYTHON:-}" ]; then
+    export VENV=${VENV:-.venv}
+    bash quickstart.sh setup
+    "$VENV/bin/pip" install --quiet pytest==9.2.0 hypothesis==6.170.15 ruff==0.17.6 \
+        gguf==0.19.0 accelerate==1.15.0 trl==1.16.0 "lm-eval[hf]==0.4.13" "transformers[serving]<6" \
+        -r requirements.txt
+    "$VENV/bin/ruff" check .
+    "$VENV/bin/ruff" format --check .
+    PYTHON=$VENV/bin/python
+fi
+"$PYTHON" -m pytest "$@"

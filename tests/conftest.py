@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import settings
 
 # One thread: these models are so small that threads cost more than they give.
 os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="disabled", OMP_NUM_THREADS="1")
@@ -273,7 +272,15 @@ def assert_recovered(out_dir: Path, undisturbed: Path, faults: int) -> None:
     assert not any(lost.values()), {name: count for name, count in lost.items() if count}
 
 
+TABLE = []  # of test_cuda.py: what was compared where, tolerance, difference, seconds since the test began
+
+
 def pytest_terminal_summary(terminalreporter):
+    if TABLE:
+        name = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+        terminalreporter.write_line(f"\ntorch {torch.__version__}, {name}; tolerance, difference, seconds")
+    for what, tolerance, difference, seconds in TABLE:
+        terminalreporter.write_line(f"{what:64} {tolerance:9.1e} {difference:9.1e} {seconds:7.1f}")
     if COUNTS["runs"]:
         terminalreporter.write_line(
             f"{COUNTS['faults']} faults injected, {COUNTS['recovered']} of {COUNTS['runs']} runs recovered, "
@@ -345,9 +352,6 @@ ODD_TEXTS = [
     "before <|endoftext|> between <|im_start|>user\n<|im_end|> after",
     "  leading, trailing \n\n\ttabs\r\nand 1234567890 \x00 control\x7f ",
 ]
-
-
-few = settings(max_examples=50, deadline=None, derandomize=True)
 
 
 def prepare_config(out_dir, source, tokenizer, **changes) -> prepare_data.Config:

@@ -11,9 +11,8 @@ import sys
 import numpy as np
 import planted
 import pytest
-from conftest import ROOT, TEXTS, few, prepare, pretrain_config, refused, write_shard
-from hypothesis import given
-from hypothesis import strategies as st
+from conftest import ROOT, TEXTS, prepare, pretrain_config, refused, write_shard
+from properties import few, given, st
 
 import data
 import tokenization

@@ -256,17 +256,17 @@ def test_mistakes_in_a_tuning_run_are_told(base_run, preferences, tmp_path):
 @pytest.mark.slow
 def test_the_loss_and_its_gradients_are_those_of_trl(base_run, tokenizer, tmp_path):
     """TRL's DPOTrainer, with a reference model beside the policy, on the same tokens."""
+    trl = pytest.importorskip("trl")
     from datasets import Dataset
-    from trl import DPOConfig, DPOTrainer
 
     (train, _), _ = pairs_of(map(preference, range(12)), tokenizer, tmp_path)
     reference, policy = base_run / "step_0000006", tmp_path / "policy"
     small_model().save_pretrained(policy, tokenizer)
     options = {"output_dir": str(tmp_path / "trl"), "beta": 0.5, "report_to": "none", "use_cpu": True}
-    trainer = DPOTrainer(
+    trainer = trl.DPOTrainer(
         AutoModelForCausalLM.from_pretrained(policy),
         AutoModelForCausalLM.from_pretrained(reference),
-        DPOConfig(**options, bf16=False),
+        trl.DPOConfig(**options, bf16=False),
         train_dataset=Dataset.from_list([preference(i) for i in range(12)]).remove_columns("prompt"),
         processing_class=tokenizer,
     )

@@ -14,19 +14,20 @@ import sys
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import unquote, urlsplit
 
 import conftest
-import pyarrow
-import pyarrow.parquet
 import pytest
 from conftest import ROOT, conversation, flags, sft_config, small_model, text, write_jsonl
 
 import prepare_data
 import sft_gpt
 from gpt import GPTModel
+
+pytestmark = pytest.mark.skipif(not find_spec("datasets"), reason="datasets is not installed")
 
 COMMIT = "c0ffee" * 6 + "c0de"
 ROWS = 600  # two batches of documents, and some
@@ -170,6 +171,8 @@ class Answer(BaseHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def hub(tokenizer, tokenizer_dir, tmp_path_factory):
+    import pyarrow.parquet
+
     folder = tmp_path_factory.mktemp("hub")
     (folder / "models/someone").mkdir(parents=True)
     (folder / "models/someone/tokenizer").symlink_to(tokenizer_dir)

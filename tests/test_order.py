@@ -8,9 +8,8 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from conftest import conversation, few
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from conftest import conversation
+from properties import few, given, settings, st
 
 import order
 import sft

@@ -5,30 +5,30 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 from conftest import ROOT
 
 
-def test_the_quick_start_shrunk_to_seconds(tmp_path):
-    """From raw text to a chat as a user runs it; a second time, every step finds its result."""
-
+def run_quickstart(out: Path) -> str:
+    """What the quick start prints, as a user runs it, but shrunk to seconds."""
     small = "--log_every=2 --eval_every=4 --batch_tokens=1024 --max_steps=4 --wandb=off"
     environment = os.environ | {
-        "VENV": sys.prefix,
-        "OUT": str(tmp_path),
+        "PYTHON": sys.executable,
+        "OUT": str(out),
         "PREPARE_FLAGS": "--max_tokens=300_000",
         "PRETRAIN_FLAGS": f"{small} --hidden_size=64 --num_hidden_layers=2 --eval_tokens=2048",
-        "SFT_FLAGS": f"{small} --eval_questions=4 --max_new_tokens=8 --cache_dir={tmp_path}/cache",
+        "SFT_FLAGS": f"{small} --eval_questions=4 --max_new_tokens=8 --cache_dir={out}/cache",
     }
+    command = ["bash", str(ROOT / "quickstart.sh")]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
 
-    def quickstart() -> str:
-        command = ["bash", str(ROOT / "quickstart.sh")]
-        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-        assert result.returncode == 0, result.stderr
-        return result.stdout
 
-    printed = quickstart()
+def test_from_raw_text_to_a_chat_and_a_second_time_every_step_finds_its_result(tmp_path):
+    printed = run_quickstart(tmp_path)
     for part in ("train: ", "val_bpb", "tok/s", "| The history of", "val_loss", "What is water?"):
         assert part in printed, part
     assert printed.rstrip().endswith(f"Talk to it: python chat.py --model={tmp_path}/chat")
@@ -42,7 +42,7 @@ def test_the_quick_start_shrunk_to_seconds(tmp_path):
     manifest = json.loads((tmp_path / "data/manifest.json").read_text())
     assert manifest["vocab_size"] == 4096 and manifest["splits"]["val"]["documents"] > 0
     times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
-    again = quickstart()
+    again = run_quickstart(tmp_path)
     assert "is already prepared" in again and again.count("is finished") == 2
     assert times == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
     assert np.all([part in again for part in ("What is water?", "Talk to it")])

@@ -40,11 +40,11 @@ def gguf_file(tmp_path_factory):
 @pytest.fixture(scope="module")
 def tokenizer(gguf_file):
     """Rebuilt from the file's fields: transformers' own reading of them splits text differently."""
-    from gguf import GGUFReader
+    gguf = pytest.importorskip("gguf")
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    fields = GGUFReader(gguf_file).fields
+    fields = gguf.GGUFReader(gguf_file).fields
     tokens, merges, types = (
         fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "merges", "token_type")
     )

@@ -7,8 +7,7 @@ import pytest
 import tokenizers
 import torch
 from conftest import ALONE, conversation, sft_config, small_model, text, write_jsonl
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from properties import given, settings, st
 from transformers import PreTrainedTokenizerFast
 
 import gpt

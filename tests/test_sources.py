@@ -9,14 +9,15 @@ import tracemalloc
 import types
 from pathlib import Path
 
-import pyarrow
-import pyarrow.parquet
 import pytest
 from conftest import ODD_TEXTS, TEXTS, prepare, prepare_config, refused, text, write_jsonl
 
 import prepare_data
 import sources
 from sources import hash_fraction
+
+pyarrow = pytest.importorskip("pyarrow")
+pytest.importorskip("pyarrow.parquet")
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst"])

@@ -5,9 +5,8 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import TEXTS, conversation, few, prepare, refused, text
-from hypothesis import given
-from hypothesis import strategies as st
+from conftest import TEXTS, conversation, prepare, refused, text
+from properties import few, given, st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 

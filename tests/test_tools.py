@@ -57,12 +57,12 @@ def test_trainer_of_transformers_continues_a_checkpoint_which_then_opens_here(ch
 
 
 def test_sft_trainer_of_trl_continues_a_checkpoint_which_then_opens_here(checkpoint, tmp_path):
+    trl = pytest.importorskip("trl")
     from datasets import Dataset
-    from trl import SFTConfig, SFTTrainer
 
     rows = Dataset.from_list([conversation(i) for i in range(16)])
-    config = SFTConfig(**arguments(tmp_path / "run", assistant_only_loss=True, max_length=64, bf16=False))
-    trainer = SFTTrainer(
+    config = trl.SFTConfig(**arguments(tmp_path / "run", assistant_only_loss=True, max_length=64, bf16=False))
+    trainer = trl.SFTTrainer(
         AutoModelForCausalLM.from_pretrained(checkpoint),
         args=config,
         train_dataset=rows,
@@ -116,7 +116,7 @@ def wait_for(port: int, server: subprocess.Popen) -> None:
 
 def test_lm_eval_scores_a_checkpoint_as_this_code_does(checkpoint, tmp_path):
     """On a task of our own; test_real_weights.py has a known one, by the command line."""
-    from lm_eval import simple_evaluate
+    simple_evaluate = pytest.importorskip("lm_eval").simple_evaluate
     from lm_eval.tasks import TaskManager
 
     texts = [sentence(i) for i in range(10)]

@@ -1,13 +1,14 @@
 """sft.py against TRL: what is trained on, on the same conversations, through its own trainer."""
 
+import pytest
 import torch
 from conftest import conversation, small_model
-from datasets import Dataset
 from transformers import AutoTokenizer
-from trl import SFTConfig, SFTTrainer
 
 from common import IGNORE
 from sft import render_chatml
+
+trl = pytest.importorskip("trl")
 
 
 def turns(*contents: str, roles: str = "ua") -> list[dict]:
@@ -28,11 +29,13 @@ CONVERSATIONS = [
 
 
 def test_ids_and_supervised_positions_equal_those_of_trl_with_assistant_only_loss(tokenizer, tmp_path):
+    from datasets import Dataset
+
     small_model(max_position_embeddings=512).save_pretrained(tmp_path / "model", tokenizer)
     options = {"max_length": None, "assistant_only_loss": True, "use_cpu": True, "bf16": False}
-    trainer = SFTTrainer(
+    trainer = trl.SFTTrainer(
         model=str(tmp_path / "model"),
-        args=SFTConfig(output_dir=str(tmp_path / "out"), report_to="none", **options),
+        args=trl.SFTConfig(output_dir=str(tmp_path / "out"), report_to="none", **options),
         train_dataset=Dataset.from_list([{"messages": m} for m in CONVERSATIONS]),
         processing_class=AutoTokenizer.from_pretrained(tmp_path / "model"),
     )
