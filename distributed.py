@@ -320,10 +320,11 @@ def join_ranks(
 
     `shard` and `compile` are what shard_model and wrap will be asked for.
 
-    Raises InputError for a device that cannot be used here.
+    Raises InputError for a device that cannot be used here, and as check_ranks does.
     """
     device = usable_device(device)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    check_ranks(device, world, shard)
     store = None
     if world > 1:
         check_restarts(os.environ)
@@ -345,6 +346,22 @@ def join_ranks(
         )
     even = device.type == "cuda" or compile == "true" or (world > 1 and shard != "none")
     return Ranks(rank, world, device, store, shard=shard, even_batches=even)
+
+
+def check_ranks(device: torch.device, world: int, shard: str) -> None:
+    """Raise InputError for a device that has no engine for several ranks, and for machines that differ in
+    their number of ranks where each is to hold a whole model."""
+    if world > 1 and device.type not in ("cuda", "cpu"):
+        raise InputError(
+            f"{world} ranks cannot train together on --device={device.type}; start one, without torchrun, or "
+            f"use --device=cpu"
+        )
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    if shard == "hybrid" and world % local:
+        raise InputError(
+            f"--shard=hybrid needs as many ranks on each machine, but {world} ranks in all are no multiple "
+            f"of the {local} on this one; start as many everywhere, or use --shard=full"
+        )
 
 
 DEVICES = Path("/dev")  # nvidia0 and so on
@@ -407,7 +424,8 @@ def usable_device(name: str) -> torch.device:
     try:
         device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device={name} cannot be used here: {str(error).splitlines()[0]}") from error
+        reason = str(error).splitlines()[0].split(". ")[0]  # torch adds paragraphs of advice
+        raise InputError(f"--device={name} cannot be used here: {reason}") from error
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")

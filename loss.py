@@ -125,4 +125,5 @@ def token_losses(
         for part in rows.split(max(ROWS_AT_LEAST, LOGITS_AT_ONCE[kind] // len(weight))):
             nats, likeliest = checkpoint(chunk, x.flatten(0, -2)[part], weight, y[part], use_reentrant=False)
             losses, right[part] = losses.index_put((part,), nats), likeliest
-    return losses.view(targets.shape), right.view(targets.shape)
+    # A copy, as FSDP2 warns of a model that returns a view.
+    return losses.view(targets.shape).clone(), right.view(targets.shape)

@@ -286,7 +286,12 @@ def write_examples(
             if not (folder / "report.json").exists():
                 partial = folder.with_name(f".{folder.name}.partial")
                 shutil.rmtree(folder, ignore_errors=True)
-                write_splits(partial, examples, val_fraction, max_bad_rows)
+                for leftover in partial.rglob("*.partial"):  # of a run that was killed while writing a file
+                    leftover.unlink()
+                if not (partial / "report.json").exists():
+                    write_splits(partial, examples, val_fraction, max_bad_rows)
+                (partial / "progress.json").unlink(missing_ok=True)
+                sync_to_disk(partial)
                 partial.rename(folder)
                 sync_to_disk(folder.parent)
     return read_json(folder / "report.json")
@@ -351,7 +356,6 @@ def write_splits(
         )
     report = {**sizes, **counts, "skipped": reasons, "questions": [q for q in questions if q]}
     write_json(folder / "report.json", report)
-    path.unlink(missing_ok=True)
 
 
 def count_example(example: Example, counts: Counter, skipped: dict, bad_rows: BadRows) -> None:

@@ -99,19 +99,17 @@ def read_parquet(path: Path) -> Iterator[dict | ValueError]:
     # pyarrow would by default keep all that it has read ahead, in the end the whole file
     file = pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20)
     for batch in file.iter_batches(batch_size=256):
-        try:
-            rows = batch.to_pylist()
-        except UnicodeDecodeError:
-            rows = [parquet_row(batch, i) for i in range(len(batch))]
-        yield from rows
+        yield from arrow_rows(batch)
 
 
-def parquet_row(batch, i: int) -> dict | ValueError:
-    """One row of a batch, or the error that it holds no UTF-8."""
+def arrow_rows(batch) -> list[dict | ValueError]:
+    """The rows of an Arrow batch or table; a ValueError for one whose text is no UTF-8."""
     try:
-        return batch.slice(i, 1).to_pylist()[0]
+        return batch.to_pylist()
     except UnicodeDecodeError as error:
-        return error
+        if batch.num_rows == 1:
+            return [error]
+        return [row for i in range(batch.num_rows) for row in arrow_rows(batch.slice(i, 1))]
 
 
 def open_maybe_compressed(path: Path) -> io.BufferedReader:
@@ -143,12 +141,12 @@ def read_jsonl(path: Path) -> Iterator:
 
 
 def hub_rows(source: str, name: str, split: str) -> Iterator[tuple[dict, str]]:
-    """Rows of a hub dataset, streamed."""
+    """Rows of a hub dataset, streamed; a ValueError for one whose text is no UTF-8."""
     from datasets import load_dataset
     from huggingface_hub.utils import httpx
 
     try:
-        rows = load_dataset(source, name or None, split=split, streaming=True)
+        stream = load_dataset(source, name or None, split=split, streaming=True)
     except (OSError, ValueError, RuntimeError, httpx.HTTPError) as error:
         raise InputError(
             f"no file or folder {source}, and no dataset of that name could be had from the hub: "
@@ -156,8 +154,9 @@ def hub_rows(source: str, name: str, split: str) -> Iterator[tuple[dict, str]]:
         ) from error
     number = 0
     try:
-        for number, row in enumerate(rows, 1):
-            yield row, f"row {number} of {source}"
+        # Tables of one row each: asked for Python's objects, datasets would give up at such a text.
+        for number, table in enumerate(stream.with_format("arrow"), 1):
+            yield arrow_rows(table)[0], f"row {number} of {source}"
     except (OSError, httpx.HTTPError) as error:
         raise InputError(
             f"{source} broke off after row {number} ({one_line(error)}); run the same command again, "

@@ -246,6 +246,29 @@ def test_ranks_that_join_over_nccl_record_their_operations(device, monkeypatch, 
     }
 
 
+@pytest.mark.parametrize(
+    ("device", "shard", "local", "words"),
+    [
+        ("cpu", "hybrid", "2", "3 ranks in all are no multiple of the 2 on this one.* use --shard=full"),
+        ("cpu", "hybrid", "4", "3 ranks in all are no multiple of the 4 on this one"),
+        ("meta", "none", "3", "3 ranks cannot train together on --device=meta; start one"),
+    ],
+)
+def test_ranks_that_cannot_train_together_are_told_before_they_join(device, shard, local, words, monkeypatch):
+    monkeypatch.setattr(dist, "rendezvous", None)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
+    with pytest.raises(InputError, match=words):
+        distributed.join_ranks(device, shard=shard)
+
+
+@pytest.mark.skipif(torch.backends.mps.is_available(), reason="here it can be used")
+def test_a_device_that_torch_was_not_built_for_is_one_short_sentence():
+    with pytest.raises(InputError, match=r"^--device=mps cannot be used here: .*MPS") as caught:
+        distributed.usable_device("mps")
+    assert len(str(caught.value)) < 200
+
+
 def test_what_the_user_has_set_of_the_flight_recorder_stays(monkeypatch, tmp_path, no_recorder):
     monkeypatch.setenv("TORCH_NCCL_TRACE_BUFFER_SIZE", "7")  # by the older name
     monkeypatch.setenv("TORCH_FR_DUMP_TEMP_FILE", "/mine/rank")

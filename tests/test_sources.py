@@ -4,9 +4,7 @@ import gzip
 import hashlib
 import json
 import os
-import sys
 import tracemalloc
-import types
 from pathlib import Path
 
 import pytest
@@ -18,6 +16,7 @@ from sources import hash_fraction
 
 pyarrow = pytest.importorskip("pyarrow")
 pytest.importorskip("pyarrow.parquet")
+datasets = pytest.importorskip("datasets")
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst"])
@@ -134,9 +133,9 @@ def test_a_hub_dataset_is_streamed_and_its_rows_are_the_documents(monkeypatch, t
 
     def load_dataset(*arguments, **keywords):
         asked.append((arguments, keywords))
-        return ({"text": t} for t in TEXTS)
+        return datasets.IterableDataset.from_generator(lambda: ({"text": t} for t in TEXTS))
 
-    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     for name in ("sample-10BT", ""):
         texts = prepare_data.documents(
             prepare_config(tmp_path, "some/dataset", "", config=name, split="validation")
@@ -156,9 +155,9 @@ def test_a_hub_stream_that_breaks_off_is_refused_with_the_row_it_reached(monkeyp
         yield from ({"text": t} for t in TEXTS[:3])
         raise ConnectionError("server disconnected")
 
-    fake = types.SimpleNamespace(load_dataset=lambda *_, **__: rows())
-    monkeypatch.setitem(sys.modules, "datasets", fake)
-    refused("some/dataset", list, sources.source_rows("some/dataset", "", "train"))
+    stream = datasets.IterableDataset.from_generator(rows)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: stream)
+    refused("some/dataset broke off after row 3", list, sources.source_rows("some/dataset", "", "train"))
 
 
 def raw(name: str, value: bytes):
@@ -296,3 +295,18 @@ def test_a_parquet_row_that_is_no_utf8_is_one_bad_row(tmp_path):
     assert list(prepare_data.documents(config, bad_rows)) == ["one", "three"] * 100
     assert bad_rows.bad == 100 and bad_rows.rows == 300
     assert "row 2 of" in bad_rows.first and "'utf-8' codec" in bad_rows.first
+
+
+def test_a_row_of_a_hub_stream_that_is_no_utf8_is_one_bad_row(tmp_path):
+    """`datasets` reads the folder as it reads one of the hub."""
+    raw = [b"one", b"caf\xe9", b"three"] * 200
+    buffers = pyarrow.array(raw, pyarrow.binary()).buffers()
+    column = pyarrow.Array.from_buffers(pyarrow.string(), len(raw), buffers)
+    table = pyarrow.table({"text": column, "number": range(len(raw))})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    rows = list(sources.hub_rows(str(tmp_path), "", "train"))
+    assert [where for _, where in rows] == [f"row {i} of {tmp_path}" for i in range(1, 601)]
+    assert all(isinstance(row, UnicodeDecodeError) for row, _ in rows[1::3])
+    for first, said in ((0, "one"), (2, "three")):
+        expected = [{"text": said, "number": i} for i in range(first, 600, 3)]
+        assert [row for row, _ in rows[first::3]] == expected
