@@ -36,6 +36,10 @@ from gpt import GPTConfig, GPTModel  # noqa: E402
 from tokenization import END, train_tokenizer  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
+fake_cuda_works = pytest.mark.skipif(
+    torch.version.cuda is not None and not torch.cuda.is_available(),
+    reason="a CUDA build of torch has fake CUDA tensors only beside a real GPU",
+)
 ALONE = Ranks(0, 1, torch.device("cpu"))
 WORDS = "the a river stone old runs under small bridge and green hill sees bright water in light".split()
 
