@@ -37,8 +37,8 @@ from tokenization import END, train_tokenizer  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 fake_cuda_works = pytest.mark.skipif(
-    torch.version.cuda is not None and not torch.cuda.is_available(),
-    reason="a CUDA build of torch has fake CUDA tensors only beside a real GPU",
+    torch.__version__ < (2, 13) and torch.version.cuda is not None and not torch.cuda.is_available(),
+    reason="before torch 2.13 a CUDA build without a GPU has no backward pass on fake CUDA tensors",
 )
 ALONE = Ranks(0, 1, torch.device("cpu"))
 WORDS = "the a river stone old runs under small bridge and green hill sees bright water in light".split()
