@@ -442,12 +442,13 @@ def wrap(model: nn.Module, ranks: Ranks, compile: str) -> nn.Module:
     if wanted:
         model.compile_blocks()
     if ranks.world > 1 and not ranks.sharded:
-        return nn.parallel.DistributedDataParallel(
+        module = nn.parallel.DistributedDataParallel(
             model,
             device_ids=[ranks.device.index] if ranks.device.type == "cuda" else None,
-            forward_sync_buffers=False,
             gradient_as_bucket_view=True,
         )
+        module.broadcast_buffers = False  # the argument has another name since torch 2.13
+        return module
     return model
 
 

@@ -13,6 +13,7 @@ B batch, T positions, S keys, C hidden size, H query heads, G key/value heads, D
 vocabulary.
 """
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -93,14 +94,24 @@ class AttentionInputs:
 
 @torch.compiler.disable
 def attend_one_by_one(q, k, v, cu_seqlens, _, longest_q, longest_k, *, window_size, enable_gqa):
-    """What varlen.varlen_attn does on CUDA, with its arguments, sequence by sequence."""
+    """What attend_at_once does on CUDA, sequence by sequence."""
     lengths = [n for n in cu_seqlens.diff().tolist() if n]
     parts = zip(*(x.transpose(0, 1)[None].split(lengths, dim=2) for x in (q, k, v)))  # (1, H or G, n, D) each
     done = [F.scaled_dot_product_attention(*part, is_causal=True, enable_gqa=enable_gqa) for part in parts]
     return torch.cat(done, dim=2)[0].transpose(0, 1)
 
 
-VARLEN = {"cuda": varlen.varlen_attn, "cpu": attend_one_by_one}
+# Where varlen_attn has no such argument (torch 2.11) it takes fewer key than query heads without being asked.
+ASKS_FOR_GROUPS = "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters
+
+
+def attend_at_once(q, k, v, *sequences, window_size, enable_gqa):
+    """varlen.varlen_attn in any version."""
+    groups = {"enable_gqa": enable_gqa} if ASKS_FOR_GROUPS else {}
+    return varlen.varlen_attn(q, k, v, *sequences, window_size=window_size, **groups)
+
+
+VARLEN = {"cuda": attend_at_once, "cpu": attend_one_by_one}
 
 
 def varlen_attention(

@@ -142,7 +142,7 @@ def test_packed_rows_give_what_separate_rows_give_with_the_kernel_for_them(devic
             part = model(alone[:, :-1], alone[:, 1:])
         part.backward()
         loss += part.detach()
-    within("packed loss", apart(packed, loss), 2e-3)
+    within("packed loss", apart(packed, loss), 3e-4)
     worst = max(apart(gradients[name], p.grad) for name, p in model.named_parameters())
     within("packed gradients, the worst tensor", worst, 0.04)
 

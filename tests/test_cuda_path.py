@@ -8,10 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import fake_cuda_works
 
 SCRIPTS = ("pretrain", "sft", "dpo")
 pytestmark = [
     pytest.mark.fake_cuda,
+    fake_cuda_works,
     pytest.mark.skipif(not shutil.which("g++"), reason="fake CUDA tensors need a C++ compiler (g++)"),
     pytest.mark.skipif(sys.platform != "linux", reason="fake CUDA tensors need Linux"),
 ]

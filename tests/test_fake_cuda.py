@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import fake_cuda_works
 
 import fake_cuda
 from common import InputError
@@ -26,6 +27,7 @@ print(y.dtype, y.device, tuple(y.shape), w.grad.dtype, w.grad.device)
 
 
 @pytest.mark.fake_cuda
+@fake_cuda_works
 @pytest.mark.skipif(not shutil.which("g++"), reason="fake CUDA tensors need a C++ compiler (g++)")
 @pytest.mark.skipif(sys.platform != "linux", reason="fake CUDA tensors need Linux")
 def test_forward_and_backward_run_on_a_cuda_device_that_is_not_there():

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 from conftest import ROOT
 
 
@@ -16,6 +17,7 @@ def run_quickstart(out: Path) -> str:
     small = "--log_every=2 --eval_every=4 --batch_tokens=1024 --max_steps=4 --wandb=off"
     environment = os.environ | {
         "PYTHON": sys.executable,
+        "VENV": str(out / "venv"),
         "OUT": str(out),
         "PREPARE_FLAGS": "--max_tokens=300_000",
         "PRETRAIN_FLAGS": f"{small} --hidden_size=64 --num_hidden_layers=2 --eval_tokens=2048",
@@ -29,6 +31,7 @@ def run_quickstart(out: Path) -> str:
 
 def test_from_raw_text_to_a_chat_and_a_second_time_every_step_finds_its_result(tmp_path):
     printed = run_quickstart(tmp_path)
+    assert not (tmp_path / "venv").exists()  # PYTHON is taken as it is
     for part in ("train: ", "val_bpb", "tok/s", "| The history of", "val_loss", "What is water?"):
         assert part in printed, part
     assert printed.rstrip().endswith(f"Talk to it: python chat.py --model={tmp_path}/chat")
@@ -53,3 +56,15 @@ def test_the_quick_start_validates_its_fine_tuning_at_least_five_times():
     script = text[text.index("sft_gpt.py --model") :]
     steps, every = (int(re.search(rf"--{name}=(\d+)", script)[1]) for name in ("max_steps", "eval_every"))
     assert len({*range(0, steps, every), steps}) >= 5
+
+
+def test_with_python_given_the_tests_run_in_that_environment_and_nothing_is_installed(tmp_path):
+    environment = os.environ | {
+        "PYTHON": sys.executable,
+        "VENV": str(tmp_path / "venv"),
+        "PATH": "/usr/bin:/bin",
+    }
+    command = ["bash", str(ROOT / "test.sh"), "--version"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stdout + done.stderr == f"pytest {pytest.__version__}\n"
+    assert not (tmp_path / "venv").exists()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import fake_cuda_works
 
 import bench
 import roofline
@@ -63,6 +64,7 @@ def test_bench_gives_all_its_flags_to_the_roofline_and_ends_as_it_does(monkeypat
 
 
 @pytest.mark.slow
+@fake_cuda_works
 @pytest.mark.skipif(not shutil.which("g++"), reason="fake CUDA tensors need a C++ compiler (g++)")
 @pytest.mark.skipif(not find_spec("triton"), reason="torch's compiler needs triton to fuse for a GPU")
 def test_the_parts_of_a_step_have_the_flops_of_their_products():
