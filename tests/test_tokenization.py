@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -272,6 +273,15 @@ def test_a_strange_tokenizer_file_is_one_sentence(name, content, tmp_path):
     folder = plain_tokenizer(tmp_path)
     (folder / name).write_text(content)
     refused(f"no tokenizer could be loaded from {folder}: ", load_tokenizer, folder)
+
+
+def test_a_tokenizer_at_which_the_rust_library_panics_is_one_sentence(tokenizer_dir, tmp_path):
+    shutil.copytree(tokenizer_dir, tmp_path / "panic")
+    path = tmp_path / "panic" / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["model"]["continuing_subword_prefix"] = "x" * 100  # longer than the merged tokens
+    path.write_text(json.dumps(content))
+    refused("no tokenizer could be loaded from .*panic: range .* out of range", load_tokenizer, path.parent)
 
 
 def test_added_tokens_whose_ids_are_no_numbers_are_ignored(tmp_path):
