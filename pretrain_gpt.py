@@ -129,7 +129,7 @@ def sample_text(model: GPTModel, tokenizer, seed: int) -> list[str]:
 
 def main(config: Config) -> None:
     shape_fields = ("num_hidden_layers", "hidden_size", "num_attention_heads", "context_length")
-    check_settings(asdict(config), positive=("max_steps", "batch_tokens", *shape_fields))
+    check_settings(asdict(config), positive=("max_steps", "batch_tokens", "rope_theta", *shape_fields))
     ranks = join_ranks(config.device, config.out_dir, shard=config.shard, compile=config.compile)
 
     # Data: the tokenizer, and the windows of a step and of a validation.
