@@ -249,13 +249,14 @@ def test_a_tokenizer_with_an_absurd_id_is_refused(tmp_path, monkeypatch):
 def test_a_strangers_code_is_never_run_and_nobody_is_asked(tmp_path, monkeypatch):
     folder = plain_tokenizer(tmp_path / "stranger")
     (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
-    monkeypatch.setattr("builtins.input", None)
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda *_: asked.append("run it?") or "y")
     (folder / "config.json").write_text(json.dumps({"auto_map": {"AutoConfig": "evil.Evil"}}))
     assert encode(load_tokenizer(folder), ["the"]) == [[257]]  # which needs none
     settings = {"auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}, "tokenizer_class": "Evil"}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     refused("asks to run code of its own, and that is never done", load_tokenizer, folder)
-    assert not (tmp_path / "ran").exists()
+    assert not asked and not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize(
