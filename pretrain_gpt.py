@@ -151,7 +151,7 @@ def sample_text(model: GPTModel, tokenizer, seed: int) -> list[str]:
 
 def main(config: Config) -> None:
     shape_fields = ("num_hidden_layers", "hidden_size", "num_attention_heads", "context_length")
-    check_settings(asdict(config), positive=("max_steps", "batch_tokens", *shape_fields))
+    check_settings(asdict(config), positive=("max_steps", "batch_tokens", "rope_theta", *shape_fields))
     sources, flags = parse_sources(config.data_dir), changed_flags(config, SHAPE_FLAGS)
     ranks = join_ranks(config.device, config.out_dir, shard=config.shard, compile=config.compile)
 

@@ -58,7 +58,9 @@ def load_tokenizer(name: str | Path):
         raise InputError(f"{name} holds no tokenizer; expected a tokenizer.json")
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(name), trust_remote_code=False)
-    except Exception as error:  # tokenizers raises Exception itself, transformers many kinds
+    except BaseException as error:  # tokenizers raises Exception itself, transformers many kinds
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of Rust
+            raise
         if "trust_remote_code" in str(error):
             raise InputError(
                 f"the tokenizer in {name} asks to run code of its own, and that is never done; take one "

@@ -228,3 +228,15 @@ def test_a_character_that_the_terminal_lacks_is_printed_as_a_question_mark(tmp_p
 def test_an_empty_out_dir_is_refused_before_anything_is_read(script):
     with pytest.raises(InputError, match="--out_dir is empty"):
         script.main(script.Config(out_dir=""))
+
+
+@pytest.mark.parametrize("script", [pretrain_gpt, sft_gpt, dpo_gpt])
+@pytest.mark.parametrize(
+    "change", ["optimizer=adam", "compile=yes", "wandb=on", "shard=all", "keep_every=3", "max_steps=-1"]
+)
+def test_a_setting_that_can_mean_nothing_is_refused_before_anything_is_read(script, change):
+    """Where data and model are said to be there is nothing."""
+    places = [name for name in ("data_dir", "data", "model") if name in script.Config.__dataclass_fields__]
+    config = parse_config(script.Config, [f"--{change}", *(f"--{name}=/nowhere/at/all" for name in places)])
+    with pytest.raises(InputError, match=f"--{change}"):
+        script.main(config)

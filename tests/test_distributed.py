@@ -79,6 +79,16 @@ def test_what_rank_0_computes_or_refuses_is_known_to_all(tmp_path):
     assert (tmp_path / "computed").read_text() == "0 "
 
 
+def ask_without_a_group(ranks: Ranks, _) -> None:
+    ranks.barrier()
+    dist.destroy_process_group()
+    assert ranks.from_main(lambda: time.sleep(0.2) or 7) == 7
+
+
+def test_the_others_wait_for_rank_0_without_a_collective_operation_which_would_time_out(tmp_path):
+    assert in_ranks(ask_without_a_group, tmp_path) == [0, 0]
+
+
 def test_alone_rank_0_is_asked_without_a_store():
     assert ALONE.from_main(lambda: [1]) == [1] and ALONE.any(True) and not ALONE.any(False)
 

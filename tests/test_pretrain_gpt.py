@@ -50,6 +50,7 @@ def test_mistakes_in_a_pretraining_run_are_told(data_dir, tmp_path):
         ({"keep_every": 3}, "--keep_every=3 is no multiple of --save_every=2"),
         ({"resume": str(tmp_path / "nothing")}, "cannot be resumed: checkpoint.json is missing"),
         ({"device": "abacus"}, "--device=abacus cannot be used here"),
+        ({"rope_theta": 0.0}, "--rope_theta=0.0: expected a number above zero"),
         ({"eval_every": 0}, "--eval_every=0: expected a number above zero"),
         ({"micro_batch_size": -1}, "--micro_batch_size=-1: expected a number above zero"),
     ):

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -247,13 +248,14 @@ def test_a_tokenizer_with_an_absurd_id_is_refused(tmp_path, monkeypatch):
 def test_a_strangers_code_is_never_run_and_nobody_is_asked(tmp_path, monkeypatch):
     folder = plain_tokenizer(tmp_path / "stranger")
     (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
-    monkeypatch.setattr("builtins.input", None)
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda *_: asked.append("run it?") or "y")
     (folder / "config.json").write_text(json.dumps({"auto_map": {"AutoConfig": "evil.Evil"}}))
     assert encode(load_tokenizer(folder), ["the"]) == [[257]]  # which needs none
     settings = {"auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}, "tokenizer_class": "Evil"}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     refused("asks to run code of its own, and that is never done", load_tokenizer, folder)
-    assert not (tmp_path / "ran").exists()
+    assert not asked and not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize(
@@ -271,6 +273,15 @@ def test_a_strange_tokenizer_file_is_one_sentence(name, content, tmp_path):
     folder = plain_tokenizer(tmp_path)
     (folder / name).write_text(content)
     refused(f"no tokenizer could be loaded from {folder}: ", load_tokenizer, folder)
+
+
+def test_a_tokenizer_at_which_the_rust_library_panics_is_one_sentence(tokenizer_dir, tmp_path):
+    shutil.copytree(tokenizer_dir, tmp_path / "panic")
+    path = tmp_path / "panic" / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["model"]["continuing_subword_prefix"] = "x" * 100  # longer than the merged tokens
+    path.write_text(json.dumps(content))
+    refused("no tokenizer could be loaded from .*panic: range .* out of range", load_tokenizer, path.parent)
 
 
 def test_added_tokens_whose_ids_are_no_numbers_are_ignored(tmp_path):
