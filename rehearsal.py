@@ -12,10 +12,12 @@ import os
 import weakref
 from collections import Counter, defaultdict
 from contextlib import nullcontext
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -154,7 +156,6 @@ def pretend_ranks(world: int, per_machine: int) -> None:
 
     os.environ["LOCAL_WORLD_SIZE"] = str(min(world, per_machine))
     dist.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
-    init_device_mesh = sharding.init_device_mesh
 
     def mesh(*args, **kwargs):
         with unset_fake_temporarily():  # it reads the numbers of its ranks
@@ -183,6 +184,15 @@ def compile_for_memory(model: GPTModel) -> None:
     model.softmax = nats_and_gradient  # in place, as much memory as the fused one takes on a GPU
 
 
+@dataclass
+class Footprint:
+    """What a step takes."""
+
+    memory: dict[str, int]  # the most bytes held at once, by kind
+    passes: Counter  # bytes that a rank sends in the forward and backward passes, by operation and ranks
+    update: Counter  # bytes that it sends in the optimizer's update
+
+
 class Rehearsal:
     """A model and its optimizer on a device, which make steps that are written down in a ledger."""
 
@@ -202,7 +212,8 @@ class Rehearsal:
         self.ledger.name("weights", [*self.model.parameters(), *self.model.buffers()])
         for p in self.model.parameters():
             p.register_post_accumulate_grad_hook(lambda p: self.ledger.name("gradients", [p.grad]))
-        self.step(1, 1)  # makes the optimizer's state
+        self.micro_batches, self.footprints = 1, {}
+        self.make_step(1)  # makes the state of the optimizer
 
     def __call__(self, **batch) -> torch.Tensor:
         """The module as forward_backward calls it."""
@@ -224,9 +235,13 @@ class Rehearsal:
         grads = [p.grad for p in self.model.parameters()]
         self.ledger.name("gradients", [grad for grad in (*kept, *grads) if grad is not None])
 
-    def step(self, B: int, micro_batches: int) -> tuple[dict[str, int], Counter, Counter]:
-        """The most bytes held in a step, by kind; and the bytes sent in its passes and in its update, by
-        operation and ranks."""
+    def step(self, B: int) -> Footprint:
+        """A step of self.micro_batches micro-batches of B windows, remembered by B."""
+        if B not in self.footprints:
+            self.footprints[B] = self.make_step(B)
+        return self.footprints[B]
+
+    def make_step(self, B: int) -> Footprint:
         ledger, device = self.ledger, self.ranks.device
         began, resize = len(ledger.entries), torch.UntypedStorage.resize_
 
@@ -238,8 +253,8 @@ class Rehearsal:
         torch.UntypedStorage.resize_ = resized  # no dispatch mode sees it
         with ledger:
             ids = torch.zeros(B, self.model.config.max_position_embeddings, dtype=torch.long, device=device)
-            batches = [{"input_ids": ids, "targets": ids}] * micro_batches
-            targets = micro_batches * ids.numel()
+            batches = [{"input_ids": ids, "targets": ids}] * self.micro_batches
+            targets = self.micro_batches * ids.numel()
             ledger.sent = passes = Counter()
             _, norm = training.forward_backward(
                 self, batches, targets=targets, max_grad_norm=1.0, ranks=self.ranks
@@ -251,4 +266,4 @@ class Rehearsal:
             self.optimizer.zero_grad(set_to_none=True)
         torch.UntypedStorage.resize_ = resize
         ledger.name("optimizer", [v for state in self.optimizer.state.values() for v in state.values()])
-        return ledger.peak(began), passes, update
+        return Footprint(ledger.peak(began), passes, update)
