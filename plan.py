@@ -3,9 +3,9 @@
     python plan.py --gpu=h100 --gpus=8 --num_hidden_layers=12 --hidden_size=512 --micro_batch_size=32
     python plan.py --gpu=h100 --gpus=1,8,64,512 --num_hidden_layers=24 --hidden_size=2048 --batch_tokens=2e6
 
-All flags of pretrain_gpt.py are understood. No GPU is needed, but Linux, and a C++ compiler for torch's CPU
-build. Memory and messages are measured on fake tensors, see rehearsal.py; a figure that is not says so. The
-exit status is 1 if the run would fail. With several numbers of GPUs there is a table, a row for each.
+All flags of pretrain_gpt.py are understood. It needs no GPU, but Linux and, without a GPU, a C++ compiler.
+Memory and messages are measured on fake tensors, see rehearsal.py; a figure that is not says so. The exit
+status is 1 if the run would fail. With several numbers of GPUs there is a table, a row for each.
 
 T tokens in a window.
 """
@@ -302,7 +302,9 @@ def problems_of(plan: dict, config: Config) -> list[str]:
     """What will fail, a sentence each."""
     total, limit = (plan["memory"][name] / 2**30 for name in ("total", "limit"))
     B, largest = plan["micro_batch_size"], plan["largest_micro_batch_size"]
-    needs = f"{B} windows at once need {total:.1f} GiB of the {limit:.1f} that a {config.gpu} has for a step"
+    needs = (
+        f"{B} windows at once need {total:.1f} GiB of the {limit:.1f} that --gpu={config.gpu} has for a step"
+    )
     if largest >= B or total <= limit:
         return []
     if largest:
@@ -393,7 +395,7 @@ def print_table(plans: list[dict]) -> None:
         )
     for p in plans:
         for sentence in p["problems"]:
-            print(f"{p['gpus']} GPUs will fail: {sentence}")
+            print(f"{p['gpus']} x {p['gpu']} will fail: {sentence}")
 
 
 if __name__ == "__main__":

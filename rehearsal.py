@@ -230,7 +230,7 @@ class Rehearsal:
         """Tell the ledger which storages are gradients, also those that FSDP2 keeps whole between two
         micro-batches."""
         parts = [part for part in self.model.modules() if isinstance(part, FSDPModule)]
-        groups = [group for part in parts for group in part._get_fsdp_state()._fsdp_param_groups]
+        groups = [part._get_fsdp_state()._fsdp_param_group for part in parts]
         kept = [p.unsharded_accumulated_grad for group in groups for p in group.fsdp_params]
         grads = [p.grad for p in self.model.parameters()]
         self.ledger.name("gradients", [grad for grad in (*kept, *grads) if grad is not None])
