@@ -38,10 +38,13 @@ def one_line(error: Exception) -> str:
 
 
 def field_comments(config_class: type) -> dict[str, str]:
-    """The comments behind each field of a dataclass, joined; wherever a formatter breaks the line.
+    """The comments behind each field of a dataclass, inherited ones too, joined; wherever a formatter breaks
+    the line.
 
     Raises ValueError for a field without one, so that no flag is ever without help.
     """
+    if config_class is object:
+        return {}
     source = textwrap.dedent(inspect.getsource(config_class))
     comments = {  # by line
         token.start[0]: token.string.lstrip("# ")
@@ -58,7 +61,7 @@ def field_comments(config_class: type) -> dict[str, str]:
     silent = [name for name, comment in told.items() if not comment]
     if silent:
         raise ValueError(f"{config_class.__qualname__} has fields without a comment: {', '.join(silent)}")
-    return told
+    return field_comments(config_class.__base__) | told
 
 
 def parse_value(text: str, kind: type):

@@ -6,7 +6,7 @@
     with fake_cuda.fake_cuda():
         ...
 
-What a step would do on a GPU can so be watched on any machine. torch's CPU build lacks two things for it: a
+What a step would do on a GPU can so be watched on any machine. Without a GPU torch lacks two things for it: a
 guard for the device, and an accelerator for autograd. Both are made with a C++ compiler.
 """
 
@@ -52,7 +52,10 @@ struct FakeGuard : impl::NoOpDeviceGuardImpl<DeviceType::CUDA> {
 };
 FakeGuard guard;
 }
-namespace at { REGISTER_CUDA_HOOKS(CUDAHooks) }
+namespace at {
+// A CUDA build's own hooks, which ask the driver, are passed over.
+C10_REGISTER_CLASS_WITH_PRIORITY(CUDAHooksRegistry, CUDAHooks, REGISTRY_PREFERRED, CUDAHooks)
+}
 extern "C" void install() { impl::device_guard_impl_registry[1].store(&guard); }
 """
 
@@ -62,10 +65,15 @@ def torch_folder() -> Path:
     return Path(find_spec("torch").origin).parent
 
 
+DEVICES = Path("/dev")  # nvidia0 and so on
+
+
 def needs_guard() -> bool:
-    """Whether torch was built without CUDA. Builds with CUDA bring a guard of their own, in whose place
-    FakeTensorMode puts another where there is no GPU (torch._C._ensureCUDADeviceGuardSet)."""
-    return not list((torch_folder() / "lib").glob("libtorch_cuda.*"))
+    """Whether torch was built without CUDA, or there is no GPU here. CUDA builds bring hooks and a guard of
+    their own, but autograd's hooks ask for a GPU. A guard without a GPU is one that FakeTensorMode puts there
+    (torch._C._ensureCUDADeviceGuardSet)."""
+    built_with_cuda = any((torch_folder() / "lib").glob("libtorch_cuda.*"))
+    return not built_with_cuda or not any(DEVICES.glob("nvidia[0-9]*"))
 
 
 def install() -> None:
@@ -93,8 +101,8 @@ def compile_guard(root: Path, library: Path) -> None:
     """Make the library from GUARD and the headers in torch's folder; InputError without a compiler."""
     if not shutil.which("g++"):
         raise InputError(
-            "torch's CPU build needs a C++ compiler for fake CUDA tensors and there is no g++; install one "
-            "(on Debian and Ubuntu: apt install g++) or a torch with CUDA"
+            "fake CUDA tensors need a C++ compiler where there is no GPU, and there is no g++; install one "
+            "(on Debian and Ubuntu: apt install g++)"
         )
     with tempfile.TemporaryDirectory() as folder:
         source, made = Path(folder) / "guard.cpp", Path(folder) / "guard.so"

@@ -30,29 +30,10 @@ from torch.utils.flop_counter import flop_registry
 
 from bench import Config, model_of, optimizer_of
 from distributed import Ranks, wrap
-from gpt import GPTConfig
 from optim import set_learning_rate
+from speed import GPUS, Gpu, flops_per_token
 from training import forward_backward
 
-
-@dataclass
-class Gpu:
-    flops: float  # a second, dense bf16 matrix products
-    bandwidth: float  # bytes a second, of its memory
-    memory: float  # GiB, as sold
-    capability: tuple[int, int]
-    processors: int  # streaming multiprocessors
-
-
-# From NVIDIA's data sheets of the SXM modules (a100: 80 GB) and of the L4; half of what one tells only "with
-# sparsity". Multiprocessors from the architectures' whitepapers.
-GPUS = {
-    "h100": Gpu(989.4e12, 3.35e12, 80, (9, 0), 132),
-    "h200": Gpu(989.4e12, 4.8e12, 141, (9, 0), 132),
-    "a100": Gpu(312e12, 2.039e12, 80, (8, 0), 108),
-    "b200": Gpu(2250e12, 8e12, 180, (10, 0), 148),
-    "l4": Gpu(121e12, 0.3e12, 24, (8, 9), 58),
-}
 # Shares of the peaks that good kernels reach; assumed, from what large products and copies reach on an H100:
 # 650 TFLOP/s and 2.9 TB/s. A kernel takes two microseconds at least.
 FLOPS_REACHED, BANDWIDTH_REACHED, SHORTEST = 0.657, 0.866, 2e-6
@@ -210,13 +191,13 @@ def count_instead_of_compiling(meter: Meter) -> None:
     GraphLowering._compile_to_module = compile_to_module
 
 
-def pretend(name: str, gpu: Gpu) -> None:
+def pretend(gpu: Gpu) -> None:
     """Answer what Inductor asks a driver about its GPU."""
     import torch._subclasses.fake_tensor as fake_tensor
     from torch._dynamo.device_interface import CudaInterface
 
     properties = types.SimpleNamespace(
-        name=f"NVIDIA {name.upper()}",
+        name=f"NVIDIA {gpu.name}",
         major=gpu.capability[0],
         minor=gpu.capability[1],
         total_memory=int(gpu.memory * 2**30),
@@ -329,13 +310,6 @@ def print_costs(title: str, parts: dict[str, Cost], gpu: Gpu, model_flops: float
     print(f"  {model_flops / 1e12:.1f} TFLOP by 6 N + 12 L H D T: {100 * mfu:.1f}% MFU at the roofline")
 
 
-def model_flops(shape: GPTConfig, T: int) -> float:
-    """Of a token, 6 N + 12 L H D T (PaLM, Chowdhery et al. 2022, appendix B); N without the lookup."""
-    C, D, H, G = shape.hidden_size, shape.head_dim, shape.num_attention_heads, shape.num_key_value_heads
-    L, block = shape.num_hidden_layers, 2 * C * D * (H + G) + 3 * C * shape.intermediate_size
-    return 6 * (L * block + C * shape.vocab_size) + 12 * L * H * D * T
-
-
 def main(config: Config) -> None:
     check_choice("gpu", config.gpu, GPUS)
     if find_spec("triton") is None:
@@ -344,13 +318,13 @@ def main(config: Config) -> None:
     gpu, T = GPUS[config.gpu], config.context_length
     meter = Meter(gpu)
     with fake_cuda.fake_cuda():
-        pretend(config.gpu, gpu)
+        pretend(gpu)
         count_instead_of_compiling(meter)
         ours = model_of(config, torch.device("cuda"))
         with torch.device("cuda"):
             theirs = Theirs(ours.config.to_hf())
         tokens = f"{micro_batches(config)} x {config.micro_batch_size} x {T}"
-        flops = model_flops(ours.config, T) * micro_batches(config) * config.micro_batch_size * T
+        flops = flops_per_token(ours.config, T) * micro_batches(config) * config.micro_batch_size * T
         print(
             f"step of {ours.num_parameters():,} parameters on a pretended {config.gpu}, {tokens} tokens, "
             f"{config.optimizer}; {gpu.flops * FLOPS_REACHED / 1e12:.0f} TFLOP/s and "

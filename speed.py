@@ -8,6 +8,7 @@ V vocabulary, T tokens that attention reaches over.
 
 import re
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +74,36 @@ PEAKS = {
     r"GeForce RTX 3090": 71.0,
     r"GeForce RTX 4090": 165.2,
     r"GeForce RTX 5090": 209.5,
+}
+
+
+@dataclass
+class Gpu:
+    """A GPU that a step can be planned for."""
+
+    name: str  # as the driver gives it
+    bandwidth: float  # bytes a second, of its memory
+    memory: float  # GiB that torch tells
+    capability: tuple[int, int]
+    processors: int  # streaming multiprocessors
+    link: float  # bytes a second that it sends to the others of its machine
+    network: float  # bytes a second that it sends to other machines
+
+    @property
+    def flops(self) -> float:
+        """A second, dense bf16 matrix products."""
+        return known_peak(self.name)
+
+
+# From NVIDIA's data sheets of the SXM modules and of the L4; NVLink in one direction, PCIe 4.0 for the L4.
+# Multiprocessors from the architectures' whitepapers. The network is that of the DGX H100, H200, A100 and
+# B200, a 400 Gb/s port for each GPU (A100: 200); for the L4 100 Gb/s for a machine of eight, assumed.
+GPUS = {
+    "h100": Gpu("H100 80GB HBM3", 3.35e12, 79.2, (9, 0), 132, 450e9, 50e9),
+    "h200": Gpu("H200", 4.8e12, 139.8, (9, 0), 132, 450e9, 50e9),
+    "a100": Gpu("A100-SXM4-80GB", 2.039e12, 79.2, (8, 0), 108, 300e9, 25e9),
+    "b200": Gpu("B200", 8e12, 178.4, (10, 0), 148, 900e9, 50e9),
+    "l4": Gpu("L4", 0.3e12, 22.0, (8, 9), 58, 32e9, 1.6e9),
 }
 
 

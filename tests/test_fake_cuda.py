@@ -44,9 +44,14 @@ def test_without_a_compiler_one_sentence_says_what_to_install(tmp_path, monkeypa
         fake_cuda.compile_guard(tmp_path, tmp_path / "guard.so")
 
 
-def test_a_torch_that_was_built_with_cuda_needs_no_guard(tmp_path, monkeypatch):
+def test_only_a_torch_that_was_built_with_cuda_and_has_a_gpu_needs_no_guard(tmp_path, monkeypatch):
     (tmp_path / "lib").mkdir()
     monkeypatch.setattr(fake_cuda, "torch_folder", lambda: tmp_path)
+    monkeypatch.setattr(fake_cuda, "DEVICES", tmp_path)
     assert fake_cuda.needs_guard()
     (tmp_path / "lib" / "libtorch_cuda.so").touch()
+    assert fake_cuda.needs_guard()
+    (tmp_path / "nvidia0").touch()
     assert not fake_cuda.needs_guard()
+    (tmp_path / "lib" / "libtorch_cuda.so").unlink()
+    assert fake_cuda.needs_guard()

@@ -92,6 +92,12 @@ def test_a_gpu_that_is_like_a_known_one_has_no_peak(name):
     assert known_peak(name) is None
 
 
+@pytest.mark.parametrize("name", speed.GPUS)
+def test_each_gpu_that_can_be_planned_for_has_a_known_peak(name):
+    gpu = speed.GPUS[name]
+    assert gpu.flops == NAMES[f"NVIDIA {gpu.name}"] * 1e12
+
+
 def test_an_unknown_peak_is_told_by_rank_0_and_gives_none(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H20")
     for rank, told in ((0, 1), (1, 0)):
