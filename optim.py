@@ -108,7 +108,8 @@ class Muon(torch.optim.Optimizer):
     matrix's shape. Weights, gradients and all state are whole on every rank, and every rank updates all of
     them. Divided is the work of orthogonalizing: each rank does its share of the matrices, one stack of a
     shape after the other. One all-gather then sends all updates to all ranks, in the type that they were
-    computed in. So all ranks keep the same weights, bit for bit.
+    computed in; if there are more ranks than matrices, one all-reduce. So all ranks keep the same weights, bit
+    for bit.
 
     Of a model that is split over ranks (FSDP2) each rank has its rows of every matrix and of all state. One
     all-to-all then brings each rank the other rows of its share, and a second one brings the updates' rows
@@ -164,11 +165,21 @@ class Muon(torch.optim.Optimizer):
             yield from ((stack, self.own_updates(stack, group, skip)) for stack in stacks(params))
             return
         shares, rank = divide(params, self.ranks.world), self.ranks.rank
-        length = max(sum(p.numel() for p in share) for share in shares)
-        rows = params[0].new_empty(self.ranks.world, length, dtype=iteration_type(params[0]))
+        sizes, kind = [sum(p.numel() for p in share) for share in shares], iteration_type(params[0])
+        padded = self.ranks.world * max(sizes)
+        gathered = padded <= 2 * sum(sizes)  # with more ranks than matrices most of it would be padding
+        if gathered:
+            numbers = params[0].new_empty(padded, dtype=kind)
+            rows = numbers.split(max(sizes))
+        else:
+            numbers = params[0].new_zeros(sum(sizes), dtype=kind)
+            rows = numbers.split(sizes)
         for stack, place in places(shares[rank], rows[rank]):
             place.copy_(self.own_updates(stack, group, skip))
-        all_gather(rows.view(-1), rows[rank])  # in place: each rank has filled its row
+        if gathered:
+            all_gather(numbers, rows[rank])  # in place: each rank has filled its row
+        else:
+            dist.all_reduce(numbers)  # of each number and zeros
         for share, row in zip(shares, rows):
             yield from places(share, row)
 
