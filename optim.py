@@ -108,7 +108,7 @@ class Muon(torch.optim.Optimizer):
     matrix's shape. Weights, gradients and all state are whole on every rank, and every rank updates all of
     them. Divided is the work of orthogonalizing: each rank does its share of the matrices, one stack of a
     shape after the other. One all-gather then sends all updates to all ranks, in the type that they were
-    computed in; if there are more ranks than matrices, one all-reduce. So all ranks keep the same weights, bit
+    computed in; with more ranks than matrices it is an all-reduce. So all ranks keep the same weights, bit
     for bit.
 
     Of a model that is split over ranks (FSDP2) each rank has its rows of every matrix and of all state. One

@@ -8,9 +8,8 @@ from collections import Counter
 import planted
 import pytest
 import torch
-from conftest import assert_recovered, conversation, few, flags, losses, refused, run, sft_config, write_jsonl
-from hypothesis import given
-from hypothesis import strategies as st
+from conftest import assert_recovered, conversation, flags, losses, refused, run, sft_config, write_jsonl
+from properties import few, given, st
 
 import sft
 import sft_gpt

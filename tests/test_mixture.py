@@ -9,8 +9,7 @@ import shutil
 import planted
 import pytest
 from conftest import SMALL, assert_recovered, flags, losses, pretrain_config, refused, run, text, write_jsonl
-from hypothesis import given
-from hypothesis import strategies as st
+from properties import given, st
 
 import prepare_data
 import pretrain_gpt
