@@ -112,6 +112,7 @@ def parse_config(config_class: type, arguments: Sequence[str]):
 SAVERS = {
     "micro_batch_size": "lower --micro_batch_size",
     "checkpoint_activations": "use --checkpoint_activations",
+    "shard": "with several GPUs use --shard=full",
 }
 
 

@@ -48,7 +48,7 @@ class Recorder(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.waits, self.products, self.collectives, self.mixed = Counter(), Counter(), Counter(), Counter()
-        self.operations, self.phase = Counter(), "step"
+        self.operations, self.statistics, self.phase = Counter(), Counter(), "step"
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs, name = kwargs or {}, str(func)
@@ -79,13 +79,16 @@ class Recorder(TorchDispatchMode):
         if name.split(".")[1] in ("mm", "bmm", "addmm", "baddbmm") and on_cuda:
             types = " ".join(str(t.dtype).removeprefix("torch.") for t in (*tensors[-2:], out))
             self.products[f"{self.phase}: {types} at {place().rpartition(':')[0]}"] += 1
+        if name.startswith(("aten.rsqrt.", "aten._fused_rms_norm.")) and on_cuda:
+            statistic = out[1] if isinstance(out, tuple) else out  # 1 / root mean square
+            self.statistics[str(statistic.dtype).removeprefix("torch.")] += 1
         if name.startswith("c10d."):
             size = sum(t.numel() * t.itemsize for t in tensors)
             self.collectives[f"{self.phase}: {name.split('.')[1].strip('_')} {size} bytes"] += 1
         return out
 
     def report(self) -> dict:
-        names = ("waits", "products", "collectives", "mixed")
+        names = ("waits", "products", "collectives", "mixed", "statistics")
         return {name: dict(getattr(self, name)) for name in names}
 
 

@@ -37,10 +37,11 @@ def step(request) -> dict:
     return {"script": request.param} | on_fake_cuda("train", script=request.param)
 
 
-def test_products_are_bf16_and_loss_gradients_and_optimizer_state_fp32(step):
+def test_products_are_bf16_and_loss_norms_and_optimizer_state_fp32(step):
     assert all(types.split(": ")[1].startswith("bfloat16 bfloat16") for types in step["products"])
     assert len(step["products"]) >= 6
     assert set(step["state"]) == {"float32 on cuda"}
+    assert set(step["statistics"]) == {"float32"}  # of the norms
     if step["script"] != "dpo":  # two micro-batches, each with one chunk of logits and one of head gradients
         assert step["products"]["step: bfloat16 bfloat16 float32 at loss.py:product"] == 4
 
