@@ -335,6 +335,7 @@ def test_checkpointed_activations_give_the_same_losses(
     within("losses with checkpointed activations", worst, 2e-3 if device == "cuda" else 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shard", ["none", "full"])
 @pytest.mark.parametrize("device", [pytest.param("cpu", marks=pytest.mark.slow), on_gpus("cuda", count=2)])
 def test_two_ranks_equal_one(device, shard, data_dir, tmp_path, within):

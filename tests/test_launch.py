@@ -238,6 +238,7 @@ def hub(tokenizer_dir, tmp_path_factory):
         server.shutdown()
 
 
+@pytest.mark.slow
 def test_both_scripts_run_from_the_hub_to_a_chat_model_shrunk_by_flags_alone(hub, tmp_path):
     """Through the real `datasets` and `huggingface_hub`; the run itself, once prepared, needs no hub."""
     places = {"VENV": sys.prefix, "HF_HOME": str(tmp_path / "home"), "NO_PROXY": "*", "NPROC": "2"}

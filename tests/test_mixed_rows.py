@@ -140,6 +140,7 @@ def test_a_killed_run_on_a_mix_ends_in_the_same_bytes_as_an_undisturbed_one(
     assert_recovered(tmp_path / "b", tmp_path / "a", 2)
 
 
+@pytest.mark.slow
 def test_two_ranks_train_on_the_same_global_batches_of_a_mix(base_run, chat_files, tmp_path):
     for ranks in (1, 2):
         config = mix_config(base_run, chat_files, tmp_path / str(ranks), batch_tokens=5 * 64, max_steps=4)

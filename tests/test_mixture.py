@@ -191,6 +191,7 @@ def test_a_run_on_a_mix_reports_each_source_apart(mix, folders, tokenizer_dir, t
     assert "20.00% text files: texts.jsonl; 10.00% text files" in card
 
 
+@pytest.mark.slow
 def test_one_two_and_three_ranks_train_on_the_same_global_batches_of_a_mix(mix, tmp_path):
     """7 windows a step: 3, 2 and 2 on three ranks."""
     for ranks in (1, 2, 3):

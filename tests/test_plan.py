@@ -120,6 +120,7 @@ def small(request) -> dict:
     return planned("--gpus=8", f"--shard={request.param}")
 
 
+@pytest.mark.slow
 class TestPlan:
     pytestmark = needs_fake_cuda
 

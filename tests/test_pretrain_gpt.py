@@ -66,6 +66,7 @@ def test_compiled_training_gives_the_same_losses(data_dir, tmp_path):
         assert all(x == y or math.isclose(x, y, rel_tol=1e-4) for x, y in zip(a, b))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shard", ["none", "full"])
 @pytest.mark.parametrize("script", ["pretrain_gpt.py", "sft_gpt.py", "dpo_gpt.py"])
 def test_two_and_three_ranks_over_gloo_equal_one_process(

@@ -77,6 +77,7 @@ def all_cases(ranks: Ranks, folder) -> None:
     ranks.leave()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_whole_and_split_models_train_as_on_one_rank(world, tmp_path):
     """Gradients to 1e-6, losses to 1e-5, on whole and packed rows. Three ranks cannot split 32 evenly."""

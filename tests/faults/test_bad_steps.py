@@ -9,6 +9,8 @@ from conftest import SMALL, losses, pretrain_config, result_of, weights
 from checkpoint import newest_checkpoint
 from common import read_records
 
+pytestmark = pytest.mark.slow
+
 
 def hashes(out_dir) -> list[list[str]]:
     """Of each rank's weights after each step."""

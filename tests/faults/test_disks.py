@@ -14,6 +14,8 @@ import checkpoint
 from checkpoint import Checkpoints, damage, list_checkpoints
 from common import read_records
 
+pytestmark = pytest.mark.slow
+
 
 def files_of(checkpoint: Path) -> list[str]:
     return sorted(path.name for path in checkpoint.iterdir())

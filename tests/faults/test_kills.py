@@ -12,6 +12,8 @@ import planted
 import pytest
 from conftest import assert_recovered, dpo_config, pretrain_config, sft_config
 
+pytestmark = pytest.mark.slow
+
 
 def killed_at_random(script: str, config, world: int, kills: int, step_seconds: float) -> Counter:
     """Run a script in forked ranks, of which SIGKILL ends one or all at a random moment of the start or the

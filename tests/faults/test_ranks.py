@@ -14,6 +14,8 @@ from conftest import SMALL, assert_recovered, losses, pretrain_config, torchrun
 from checkpoint import newest_checkpoint
 from distributed import Ranks
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_users_mistake_is_told_once_and_torchrun_does_not_try_again(tmp_path):
     config = pretrain_config(tmp_path / "missing", tmp_path / "run", **SMALL)

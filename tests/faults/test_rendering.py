@@ -6,11 +6,14 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 from conftest import contents, conversation
 from transformers import AutoTokenizer
 
 import sft
 from common import read_json
+
+pytestmark = pytest.mark.slow
 
 ROWS = 40
 NOTED = ("open", "os.remove", "os.rename", "os.truncate", "os.mkdir", "shutil.rmtree", "a row")

@@ -10,6 +10,8 @@ from conftest import SMALL, assert_recovered, dpo_config, losses, pretrain_confi
 from checkpoint import newest_checkpoint
 from common import read_records
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_split_run_whose_ranks_are_killed_equals_an_undisturbed_one(data_dir, tmp_path, fresh, undisturbed):
     """Of three ranks each is killed once, in another step; the others end by themselves."""

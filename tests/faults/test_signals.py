@@ -10,6 +10,8 @@ from conftest import SMALL, assert_recovered, pretrain_config, torchrun
 from checkpoint import list_checkpoints, newest_checkpoint, step_of
 from common import RESUMABLE
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
 @pytest.mark.parametrize("world", [1, 2], ids=["one rank", "two ranks"])
