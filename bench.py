@@ -29,9 +29,8 @@ from common import check_choice, run_script
 from distributed import Ranks, join_ranks, wrap
 from gpt import GPTConfig, GPTModel
 from loss import summed_loss
-from metrics import Metrics
+from metrics import Metrics, flops_per_token, peak_flops
 from optim import Muon, make_optimizer, set_learning_rate
-from speed import flops_per_token, peak_flops
 from training import StepHistory, forward_backward, targets_in
 
 

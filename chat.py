@@ -11,11 +11,10 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
-from answers import SAMPLING
 from checkpoint import find_model
 from common import InputError, check_numbers, run_script
 from distributed import usable_device
-from generation import check_sampling
+from generation import SAMPLING, check_sampling
 from gpt import GPTModel
 from huggingface import model_directory
 from sft import prompt_ids

@@ -14,19 +14,26 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-from answers import record_answers, side_by_side
 from checkpoint import open_model, told_name, too_many_bad_steps
 from common import RESUMABLE, InputError, cache_folder, fingerprint, run_script
 from distributed import Ranks, join_ranks, wrap
 from dpo import PreferenceModel, micro_batches, pairs_in, prepare_pairs, read_reference, reference_log_probs
+from metrics import flops_per_token, mean_context
 from optim import make_optimizer, schedule, set_learning_rate
 from order import batch_order
 from resume import lock_and_resume, starting_point
 from sft import SFTDataset, preparation_notes, row_length
 from sources import source_rows
-from speed import flops_per_token, mean_context
 from tokenization import tokenizer_fingerprint
-from training import Prefetcher, check_settings, evaluate, forward_backward, open_records
+from training import (
+    Prefetcher,
+    check_settings,
+    evaluate,
+    forward_backward,
+    open_records,
+    record_answers,
+    side_by_side,
+)
 
 
 @dataclass

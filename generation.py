@@ -18,6 +18,8 @@ from torch.distributed.fsdp import FSDPModule
 from common import InputError
 from sharding import whole
 
+SAMPLING = {"temperature": 0.7, "top_k": 50, "top_p": 0.95}  # of an answer, in chat.py and in evaluations
+
 
 class KVCache:
     """Keys and values of every layer, (B, G, S, D) each, allocated once.

@@ -21,12 +21,11 @@ from common import RESUMABLE, InputError, run_script
 from data import TokenLoader, verified_manifests
 from distributed import join_ranks, wrap
 from gpt import GPTConfig, GPTModel
-from mixture import parse_sources, validation_numbers
+from metrics import flops_per_token
 from optim import make_optimizer, schedule, set_learning_rate
-from phase import new_phase, phase_start
-from resume import lock_and_resume
+from order import parse_sources, validation_numbers
+from resume import lock_and_resume, new_phase, phase_start
 from sharding import shard_model
-from speed import flops_per_token
 from tokenization import load_tokenizer, tokenizer_fingerprint, vocabulary_size
 from training import Prefetcher, check_settings, evaluate, forward_backward, open_records
 

@@ -17,21 +17,37 @@ from pathlib import Path
 
 import torch
 
-from answers import record_answers, side_by_side
 from checkpoint import open_model, told_name, too_many_bad_steps
 from common import RESUMABLE, InputError, cache_folder, check_choice, fingerprint, run_script
 from distributed import Ranks, join_ranks, wrap
 from gpt import has_varlen
-from mixed_rows import MixedLoader, data_sources, for_each
-from mixture import Source, epochs_read, mix_report, taken, validation_numbers
+from metrics import flops_per_token, mean_context
 from optim import make_optimizer, schedule, set_learning_rate
-from order import CYCLE, hash_of
+from order import (
+    CYCLE,
+    Source,
+    data_sources,
+    epochs_read,
+    for_each,
+    hash_of,
+    mix_report,
+    taken,
+    validation_numbers,
+)
+from packing import MixedLoader, PackedLoader
 from resume import lock_and_resume, starting_point
-from sft import OVERLONG, PackedLoader, SFTDataset, preparation_notes, prepare_conversations, row_length
+from sft import OVERLONG, SFTDataset, preparation_notes, prepare_conversations, row_length
 from sources import column_of, source_rows
-from speed import flops_per_token, mean_context
 from tokenization import tokenizer_fingerprint
-from training import Prefetcher, check_settings, evaluate, forward_backward, open_records
+from training import (
+    Prefetcher,
+    check_settings,
+    evaluate,
+    forward_backward,
+    open_records,
+    record_answers,
+    side_by_side,
+)
 
 
 @dataclass

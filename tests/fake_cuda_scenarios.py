@@ -164,7 +164,7 @@ def batches_of(script: str, folder: Path, ranks):
         return fake_model(), step
     dataset = conversations_on_disk(folder / "data")
     if script == "sft":
-        from sft import PackedLoader
+        from packing import PackedLoader
 
         packed = PackedLoader(dataset, row_length=T, rows_per_step=rows, seed=0, varlen=True)
 

@@ -41,7 +41,7 @@ from common import read_records, run_script
 from distributed import Ranks
 from gpt import GPTModel, has_varlen
 from optim import make_optimizer, set_learning_rate
-from sft import collate
+from packing import collate
 from training import StepHistory, forward_backward
 
 GPUS = torch.cuda.device_count()
