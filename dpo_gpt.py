@@ -83,6 +83,7 @@ class Config:
     force: bool = False  # resume although settings that change the result differ
     timeout_minutes: float = 30.0  # a rank without progress for this long ends the run
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    dtype: str = "auto"  # of matrix products: float32, bfloat16, or auto for the faster one; a run keeps its
     compile: str = "auto"  # torch.compile: true, false, or auto for only on CUDA
     checkpoint_activations: bool = False  # keep each block's input only, compute the rest again: less memory
     shard: str = "none"  # split the model over the ranks: full, hybrid (within each machine) or none
@@ -154,7 +155,7 @@ def main(config: Config) -> None:
     ranks.print(
         f"{model.num_parameters():,} parameters; {pairs:,} pairs and {len(val) // 2:,} held out; "
         f"{max_steps} steps of {pairs_per_step} pairs, {max_steps * pairs_per_step / pairs:.2f} epochs; "
-        f"{ranks.world} x {ranks.device}"
+        f"{ranks.world} x {ranks.device}, {ranks.precision}"
     )
     for note in preparation_notes(report, T):
         ranks.print(note)

@@ -374,7 +374,9 @@ def peak_flops(ranks: Ranks, dtype: torch.dtype) -> float | None:
     peak = known_peak(name) if dtype == torch.bfloat16 else None
     if peak is None:
         kind = str(dtype).removeprefix("torch.")
-        ranks.print(f"the {kind} peak of {name} is not known, so there is no mfu; PEAKS in speed.py has them")
+        ranks.print(
+            f"the {kind} peak of {name} is not known, so there is no mfu; PEAKS in metrics.py has them"
+        )
     return peak
 
 

@@ -22,6 +22,7 @@ from checkpoint import (
 from common import InputError, file_sha256, fingerprint, lock_folder, make_folder, read_json
 from distributed import Ranks
 from gpt import GPTConfig, GPTModel
+from precision import settle_precision
 from sources import source_files
 from tokenization import tokenizer_fingerprint
 
@@ -30,7 +31,7 @@ from tokenization import tokenizer_fingerprint
 FREE_FIELDS = (
     "data_dir tokenizer model init_from out_dir cache_dir log_every eval_every eval_tokens eval_questions "
     "samples max_new_tokens save_every keep_last keep_every wandb profile micro_batch_size timeout_minutes "
-    "resume force device compile shard checkpoint_activations"
+    "resume force device compile shard checkpoint_activations dtype"
 ).split()
 
 
@@ -41,13 +42,17 @@ def lock_and_resume(
 
     `settings` and `defaults` are the script's. Returns the lock (None on other ranks than 0; the folder is
     free again when it is closed), the state to go on from (None: from the beginning), and the run's identity.
-    lock_folder, load_resumable and check_same_run say what each of the three is and what they raise.
+    lock_folder, load_resumable and check_same_run say what each of the three is and what they raise. What the
+    ranks multiply in is settled here, as a run that goes on keeps it.
     """
     out_dir = settings["out_dir"]
     make_folder(out_dir)
     lock = lock_folder(out_dir) if ranks.is_main else None
     state = load_resumable(out_dir, settings["resume"], ranks)
-    identity = {"fixed": fixed, "content": content}
+    if state is not None:  # an old one was in ranks' first precision
+        state["content"].setdefault("precision", ranks.precision)
+    settle_precision(ranks, settings["dtype"], state and state["content"]["precision"])
+    identity = {"fixed": fixed, "content": content | {"precision": ranks.precision}}
     if state is not None:
         identity, changes = check_same_run(
             state, identity, settings=settings, defaults=defaults, force=settings["force"]

@@ -103,6 +103,7 @@ class Config:
     force: bool = False  # resume although settings that change the result differ
     timeout_minutes: float = 30.0  # a rank without progress for this long ends the run
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    dtype: str = "auto"  # of matrix products: float32, bfloat16, or auto for the faster one; a run keeps its
     compile: str = "auto"  # torch.compile: true, false, or auto for only on CUDA
     checkpoint_activations: bool = False  # keep each block's input only, compute the rest again: less memory
     shard: str = "none"  # split the model over the ranks: full, hybrid (within each machine) or none
@@ -256,7 +257,7 @@ def main(config: Config) -> None:
         f"{model.num_parameters():,} parameters; {sum(report['train'] for report in reports):,} "
         f"conversations in {sum(train.sizes):,} rows of {T} tokens, {100 * train.fill():.1f}% filled; "
         f"{max_steps} steps of {rows_per_step * T:,} tokens, {max_steps / train.steps_per_epoch:.2f} epochs; "
-        f"{ranks.world} x {ranks.device}"
+        f"{ranks.world} x {ranks.device}, {ranks.precision}"
     )
     for line in mix_report(names, weights, train.sizes, read=max_steps * rows_per_step, unit="rows"):
         ranks.print(line)

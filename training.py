@@ -22,6 +22,7 @@ from generation import SAMPLING
 from gpt import GPTModel
 from metrics import WANDB, Metrics, Profiler, peak_flops
 from optim import OPTIMIZERS
+from precision import DTYPES
 from sft import prompt_ids, user_turn
 from sharding import SHARD, gradients_exchanged, whole
 from tokenization import TURN_END
@@ -39,6 +40,7 @@ def check_settings(settings: dict, positive: Sequence[str]) -> None:
         ("wandb", WANDB),
         ("compile", COMPILE),
         ("shard", SHARD),
+        ("dtype", DTYPES),
     ):
         check_choice(name, settings[name], choices)
     if not settings["out_dir"].strip():
@@ -90,7 +92,7 @@ def open_records(
         settings=settings,
         unit=unit,
         flops_per_token=flops_per_token,
-        peak_flops=peak_flops(ranks, torch.bfloat16 if ranks.device.type == "cuda" else torch.float32),
+        peak_flops=peak_flops(ranks, ranks.dtype),
     )
     checkpoints = Checkpoints(
         settings["out_dir"],
@@ -313,7 +315,8 @@ def generate_answers(
     for batch in itertools.islice(batches, first, None, stride):
         ranks.at(f"answering questions {batch}")
         some = [prompts[i] for i in batch]
-        steps = model.generate(some, max_new_tokens, **SAMPLING, seed=batch, stop_ids=[stop])
+        with ranks.autocast():
+            steps = [*model.generate(some, max_new_tokens, **SAMPLING, seed=batch, stop_ids=[stop])]
         for i, ids in zip(batch, zip(*steps)):
             ids = [id for id in ids if id is not None]
             text = tokenizer.decode(ids, skip_special_tokens=True).strip()
