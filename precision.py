@@ -1,15 +1,19 @@
 """What matrix products are computed in: chosen at a run's first start, recorded in its checkpoints, and kept.
 
 Weights, optimizer state, norms, losses and sums of gradients are fp32 in any case.
+
+    python precision.py     # what a run that starts now would multiply in
 """
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache, partial
 
 import torch
 
-from distributed import Ranks
+from common import check_choice, run_script
+from distributed import Ranks, usable_device
 
 DTYPES = ("auto", "float32", "bfloat16")
 # Where torch has MKL it computes fp32 products. On AMD's CPUs MKL leaves out AVX-512: oneDNN may be faster.
@@ -75,9 +79,9 @@ def with_precision(kind: str, compute: Callable):
 
 
 def factors() -> tuple[torch.Tensor, torch.Tensor]:
-    """Two random matrices whose product takes a few milliseconds."""
+    """Two random matrices whose product takes a core about a millisecond."""
     random = torch.Generator().manual_seed(0)
-    return torch.randn(1024, 512, generator=random), torch.randn(512, 768, generator=random)
+    return torch.randn(256, 512, generator=random), torch.randn(512, 512, generator=random)
 
 
 def seconds_of(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -94,14 +98,33 @@ def product_error(kind: str) -> float:
     return ((with_precision(kind, lambda: x @ w).double() - exact).norm() / exact.norm()).item()
 
 
-def product_seconds(*, bf16: bool, rounds: int = 8) -> dict[str, float]:
-    """The least time that a product takes in each way, measured in turn, so that all meet the same noise."""
+def product_seconds(*, bf16: bool, rounds: int = 25) -> dict[str, float]:
+    """The least time that a product takes in each way, measured in turn, so that all meet the same noise. One
+    thread computes it: several wait for one another on a busy machine."""
     x, w = factors()
     ways = {"float32": ("highest", x, w), ONEDNN: ("medium", x, w)}
     if bf16:
         ways["bfloat16"] = ("highest", x.bfloat16(), w.bfloat16())
-    seconds = dict.fromkeys(ways, float("inf"))
+    seconds, threads = dict.fromkeys(ways, float("inf")), torch.get_num_threads()
+    torch.set_num_threads(1)
     for _ in range(rounds):
         for name, (kind, a, b) in ways.items():
             seconds[name] = min(seconds[name], with_precision(kind, partial(seconds_of, a, b)))
+    torch.set_num_threads(threads)
     return seconds
+
+
+@dataclass
+class Config:
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    dtype: str = "auto"  # float32, bfloat16, or auto for the faster one
+
+
+def main(config: Config) -> None:
+    """Print what a run that starts now would multiply in."""
+    check_choice("dtype", config.dtype, DTYPES)
+    print(choose_precision(config.dtype, usable_device(config.device)))
+
+
+if __name__ == "__main__":
+    run_script(main, Config)

@@ -26,13 +26,22 @@ PYTHON=${PYTHON:-$VENV/bin/python}
 "$PYTHON" prepare_data.py --source=embedded --tokenizer=train --vocab_size=4096 --val_fraction=0.02 \
     --out_dir="$OUT/data" ${PREPARE_FLAGS:-}
 
-# 4: 4.5 M parameters; 300 steps × 4,096 tokens = 1.2 M tokens, a fifth of an epoch: what five minutes allow.
+# What this machine multiplies in, chosen once. It decides how many steps fit into the time.
+[ -s "$OUT/precision.txt" ] || "$PYTHON" precision.py > "$OUT/precision.txt"
+read -r DTYPE _ < "$OUT/precision.txt"
+if [ "$DTYPE" = bfloat16 ]; then STEPS=800; else STEPS=300; fi
+echo "matrix products in $(cat "$OUT/precision.txt"): $STEPS steps of pretraining"
+
+# 4: 4.5 M parameters; 4,096 tokens a step: a fifth of an epoch in float32, a half in bfloat16.
 "$PYTHON" pretrain_gpt.py --data_dir="$OUT/data" --out_dir="$OUT/base" \
     --num_hidden_layers=3 --hidden_size=256 --num_attention_heads=4 --context_length=256 \
-    --max_steps=300 --batch_tokens=4096 --micro_batch_size=16 --lr=0.006 --warmup_steps=10 \
+    --max_steps="$STEPS" --dtype="$DTYPE" --batch_tokens=4096 --micro_batch_size=16 --lr=0.006 --warmup_steps=10 \
     --eval_every=100 --eval_tokens=40000 --save_every=100 ${PRETRAIN_FLAGS:-}
 
-# 5 and 6: 130 steps × 4,096 tokens, half an epoch; the same questions before and after.
+# 5 and 6: 130 steps × 4,096 tokens; the same questions before and after, and fifty plain ones in the end.
 "$PYTHON" sft_gpt.py --model="$OUT/base" --data=embedded --out_dir="$OUT/chat" \
-    --max_steps=130 --batch_tokens=4096 --micro_batch_size=16 --optimizer=muon --lr=3e-3 --matrix_lr=0.01 \
+    --max_steps=130 --dtype="$DTYPE" --batch_tokens=4096 --micro_batch_size=16 --optimizer=muon --lr=3e-3 --matrix_lr=0.01 \
     --max_new_tokens=120 --eval_every=26 --eval_questions=40 ${SFT_FLAGS:-}
+
+"$PYTHON" embedded.py --model="$OUT/chat" --dtype="$DTYPE"
+echo "Talk to it: $PYTHON chat.py --model=$OUT/chat"

@@ -34,7 +34,12 @@ def test_from_raw_text_to_a_chat_and_a_second_time_every_step_finds_its_result(t
     assert not (tmp_path / "venv").exists()  # PYTHON is taken as it is
     for part in ("train: ", "val_bpb", "tok/s", "| The history of", "val_loss", "What is water?"):
         assert part in printed, part
-    assert printed.rstrip().endswith(f"Talk to it: python chat.py --model={tmp_path}/chat")
+    told = r"(\d+) of 25 plain questions in (known|new) wordings are answered right"
+    assert [kind for _, kind in re.findall(told, printed)] == ["known", "new"]
+    assert printed.rstrip().endswith(f"Talk to it: {sys.executable} chat.py --model={tmp_path}/chat")
+    dtype, steps = re.search(r"matrix products in (\w+).*: (\d+) steps of pretraining", printed).groups()
+    assert steps == {"bfloat16": "800", "float32": "300"}[dtype]
+    assert f"1 x cpu, {dtype}" in printed or "1 x cuda:0, bfloat16" in printed
     for name in (
         "data/manifest.json",
         "base/loss.png",
