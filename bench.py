@@ -29,9 +29,9 @@ from common import check_choice, run_script
 from distributed import Ranks, join_ranks, wrap
 from gpt import GPTConfig, GPTModel
 from loss import summed_loss
-from metrics import Metrics
+from metrics import Metrics, flops_per_token, peak_flops
 from optim import Muon, make_optimizer, set_learning_rate
-from speed import flops_per_token, peak_flops
+from precision import DTYPES, settle_precision
 from training import StepHistory, forward_backward, targets_in
 
 
@@ -57,6 +57,7 @@ class Config:
     their_batch_size: int = 8  # of sft: conversations that TRL gives to its model at once
     gpu: str = "h100"  # of roofline: h100, h200, a100, b200 or l4
     device: str = "auto"  # auto, cpu, cuda
+    dtype: str = "auto"  # of matrix products: float32, bfloat16, or auto for the faster one
 
 
 class LargestTensor(TorchDispatchMode):
@@ -208,7 +209,7 @@ def bench_step(config: Config, ranks: Ranks) -> None:
     title = f"step of {ours.num_parameters():,} parameters, B={B} T={T}, {config.optimizer}"
     seconds = medians(candidates, config.rounds, ranks.device)
     report(title, seconds, B * T, "tok/s")
-    peak = peak_flops(ranks, torch.bfloat16 if ranks.device.type == "cuda" else torch.float32)
+    peak = peak_flops(ranks, ranks.dtype)
     for name, each in seconds.items() if peak else ():
         print(f"  {name:44} {100 * B * T * flops_per_token(ours.config, T) / each / peak:9.1f}% MFU")
 
@@ -239,13 +240,19 @@ def bench_generate(config: Config, ranks: Ranks) -> None:
     ours.graph_decoding = True
     with tempfile.TemporaryDirectory() as folder:
         ours.save_pretrained(folder)
-        theirs = AutoModelForCausalLM.from_pretrained(folder).to(ranks.device)
+        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=ranks.dtype).to(ranks.device)
     n = config.context_length // 2
+
+    def our_generate(prompts: list[list[int]]) -> None:
+        with ranks.autocast():
+            for _ in ours.generate(prompts, n):
+                pass
+
     for batch in (1, 16):
         prompts = torch.ones(batch, 8, dtype=torch.long, device=ranks.device)
         options = {"max_new_tokens": n, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
         candidates = {
-            "GPTModel.generate": lambda p=prompts: list(ours.generate(p.tolist(), n)),
+            "GPTModel.generate": lambda p=prompts: our_generate(p.tolist()),
             "transformers generate": lambda p=prompts, o=options: theirs.generate(p, attention_mask=p, **o),
         }
         report(
@@ -336,9 +343,13 @@ BENCHMARKS = {
 
 def main(config: Config) -> None:
     check_choice("only", config.only, ("all", *BENCHMARKS))
+    check_choice("dtype", config.dtype, DTYPES)
     ranks = join_ranks(config.device)
+    settle_precision(ranks, config.dtype)
     threads = f", {torch.get_num_threads()} threads" if ranks.device.type == "cpu" else ""
-    print(f"torch {torch.__version__}, {ranks.device}{threads}, medians of {config.rounds}")
+    print(
+        f"torch {torch.__version__}, {ranks.device}{threads}, {ranks.precision}, medians of {config.rounds}"
+    )
     for name, benchmark in BENCHMARKS.items():
         if config.only == name or (config.only == "all" and name != "roofline"):
             benchmark(config, ranks)

@@ -20,15 +20,8 @@ from common import InputError
 from distributed import Ranks
 from gpt import GPTModel, has_varlen
 from optim import schedule
-from sft import (
-    PackedLoader,
-    SFTDataset,
-    first_question,
-    pack,
-    prepare_conversations,
-    render_batch,
-    why_unusable,
-)
+from packing import PackedLoader, pack
+from sft import SFTDataset, first_question, prepare_conversations, render_batch, why_unusable
 from sources import hash_fraction
 from tokenization import train_tokenizer
 from training import evaluate

@@ -11,13 +11,13 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
-from answers import SAMPLING
 from checkpoint import find_model
-from common import InputError, check_numbers, run_script
-from distributed import usable_device
-from generation import check_sampling
+from common import InputError, check_choice, check_numbers, run_script
+from distributed import Ranks, usable_device
+from generation import SAMPLING, check_sampling
 from gpt import GPTModel
 from huggingface import model_directory
+from precision import DTYPES, settle_precision
 from sft import prompt_ids
 from sources import half_surrogate
 from tokenization import END, TURN_END, load_tokenizer, vocabulary_size
@@ -34,13 +34,15 @@ class Config:
     top_p: float = SAMPLING["top_p"]  # and among those, the fewest that together have this probability
     seed: int = -1  # of the sampling; -1 for a new one each time
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    dtype: str = "auto"  # of matrix products: float32, bfloat16, or auto for the faster one
+    weights: str = "same"  # int8: on a CPU, faster answers from rounded weights; same: as they are
 
 
 def load(name: str, device: str = "cpu") -> tuple[GPTModel, object]:
     """The model that a user named, on a device, and its tokenizer; InputError if it does not know ChatML."""
     path = model_directory(find_model(name))
     model, tokenizer = GPTModel.from_pretrained(path).to(device), load_tokenizer(path)
-    model.graph_decoding = True
+    model.graph_decoding, model.kept_weights = True, {}
     unknown = tokenizer.convert_tokens_to_ids(TURN_END) in tokenizer.new_ids
     if unknown or vocabulary_size(tokenizer) > model.config.vocab_size:
         raise InputError(f"{name} has no ids for ChatML's tokens; fine-tune it with sft_gpt.py first")
@@ -109,7 +111,20 @@ def main(config: Config) -> None:
     check_sampling(config.temperature, config.top_k or None, config.top_p)
     for text in (config.system, config.prompt):
         check_text(text)
-    model, tokenizer = load(config.model, usable_device(config.device))
+    check_choice("dtype", config.dtype, DTYPES)
+    check_choice("weights", config.weights, ("same", "int8"))
+    ranks = Ranks(0, 1, usable_device(config.device))
+    if config.weights == "int8" and ranks.device.type != "cpu":
+        raise InputError(f"--weights=int8 is for CPUs, the device is {ranks.device}; leave it out")
+    settle_precision(ranks, config.dtype)
+    model, tokenizer = load(config.model, ranks.device)
+    model.int8_decoding = config.weights == "int8"
+    with ranks.autocast():
+        chat(model, tokenizer, config)
+
+
+def chat(model: GPTModel, tokenizer, config: Config) -> None:
+    """Answer the prompt, or one message after another until the input ends."""
     messages = [{"role": "system", "content": config.system}] if config.system else []
     if config.prompt:
         respond(model, tokenizer, [*messages, {"role": "user", "content": config.prompt}], config)

@@ -22,8 +22,7 @@ import torch.nn.functional as F
 
 from common import IGNORE, InputError, file_sha256, fingerprint, read_json, write_json
 from distributed import Ranks
-from mixture import epochs_read, mix_report, parse_sources, taken
-from order import CYCLE, batch_order, mixed_order
+from order import CYCLE, batch_order, epochs_read, mix_report, mixed_order, parse_sources, taken
 from tokenization import load_tokenizer, tokenizer_fingerprint
 
 MAGIC, HEADER_INTS = 20240520, 256

@@ -37,8 +37,10 @@ class Ranks:
     # All micro-batches have one shape, and all ranks as many: nothing is compiled twice, and the ranks of a
     # split model compute together. On a CPU that does neither, smaller batches are faster.
     even_batches: bool = False
+    precision: str = ""  # what products are computed in, see precision.py; at first bfloat16 on CUDA only
 
     def __post_init__(self):
+        self.precision = self.precision or ("bfloat16" if self.device.type == "cuda" else "float32")
         self.own_work, self.slow = OwnWork(self.device), None  # the rank that was slow when last asked
         if self.store:
             self.store.set(f"host of rank {self.rank}", socket.gethostname())
@@ -46,6 +48,11 @@ class Ranks:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of matrix products."""
+        return torch.bfloat16 if self.precision == "bfloat16" else torch.float32
 
     @property
     def sharded(self) -> bool:
@@ -203,8 +210,8 @@ class Ranks:
         return there, copied.synchronize
 
     def autocast(self):
-        """bf16 matrix products on CUDA, fp32 elsewhere."""
-        return torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else nullcontext()
+        """Matrix products in this type."""
+        return nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype)
 
     def leave(self) -> None:
         """Wait for the others, then part from them: torchrun ends all ranks as soon as one has ended.
@@ -428,7 +435,6 @@ def usable_device(name: str) -> torch.device:
         raise InputError(f"--device={name} cannot be used here: {reason}") from error
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
     return device
 
 

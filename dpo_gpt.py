@@ -14,19 +14,26 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-from answers import record_answers, side_by_side
 from checkpoint import open_model, told_name, too_many_bad_steps
 from common import RESUMABLE, InputError, cache_folder, fingerprint, run_script
 from distributed import Ranks, join_ranks, wrap
 from dpo import PreferenceModel, micro_batches, pairs_in, prepare_pairs, read_reference, reference_log_probs
+from metrics import flops_per_token, mean_context
 from optim import make_optimizer, schedule, set_learning_rate
 from order import batch_order
 from resume import lock_and_resume, starting_point
 from sft import SFTDataset, preparation_notes, row_length
 from sources import source_rows
-from speed import flops_per_token, mean_context
 from tokenization import tokenizer_fingerprint
-from training import Prefetcher, check_settings, evaluate, forward_backward, open_records
+from training import (
+    Prefetcher,
+    check_settings,
+    evaluate,
+    forward_backward,
+    open_records,
+    record_answers,
+    side_by_side,
+)
 
 
 @dataclass
@@ -76,6 +83,7 @@ class Config:
     force: bool = False  # resume although settings that change the result differ
     timeout_minutes: float = 30.0  # a rank without progress for this long ends the run
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    dtype: str = "auto"  # of matrix products: float32, bfloat16, or auto for the faster one; a run keeps its
     compile: str = "auto"  # torch.compile: true, false, or auto for only on CUDA
     checkpoint_activations: bool = False  # keep each block's input only, compute the rest again: less memory
     shard: str = "none"  # split the model over the ranks: full, hybrid (within each machine) or none
@@ -147,7 +155,7 @@ def main(config: Config) -> None:
     ranks.print(
         f"{model.num_parameters():,} parameters; {pairs:,} pairs and {len(val) // 2:,} held out; "
         f"{max_steps} steps of {pairs_per_step} pairs, {max_steps * pairs_per_step / pairs:.2f} epochs; "
-        f"{ranks.world} x {ranks.device}"
+        f"{ranks.world} x {ranks.device}, {ranks.precision}"
     )
     for note in preparation_notes(report, T):
         ranks.print(note)

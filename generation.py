@@ -18,6 +18,8 @@ from torch.distributed.fsdp import FSDPModule
 from common import InputError
 from sharding import whole
 
+SAMPLING = {"temperature": 0.7, "top_k": 50, "top_p": 0.95}  # of an answer, in chat.py and in evaluations
+
 
 class KVCache:
     """Keys and values of every layer, (B, G, S, D) each, allocated once.
@@ -41,27 +43,54 @@ class KVCache:
 
 
 @dataclass(slots=True)
+class Int8Matrix:
+    """A matrix (out, in) whose rows are rounded to 255 steps, from minus to plus their largest number."""
+
+    numbers: torch.Tensor  # (out, in), from -127 to 127
+    scales: torch.Tensor  # (out,), what a step is worth
+
+    @classmethod
+    def rounded(cls, matrix: torch.Tensor, dtype: torch.dtype) -> "Int8Matrix":
+        """The nearest one, with scales in the type of the factors."""
+        scales = (matrix.float().abs().amax(1) / 127).clamp(min=1e-12).to(dtype)
+        steps = (matrix / scales.float()[:, None]).round().clamp(-127, 127)
+        return cls(steps.to(torch.int8), scales)
+
+
+@dataclass(slots=True)
 class LayerWeights:
     """A block's weights as a step multiplies by them: what is multiplied by the same factor is one matrix."""
 
     attention_norm: torch.Tensor  # (C,)
-    qkv: torch.Tensor  # ((H + 2G) D, C)
+    qkv: torch.Tensor | Int8Matrix  # ((H + 2G) D, C)
     qk_norm: torch.Tensor | None  # (H + G, D)
-    o: torch.Tensor  # (C, H D)
+    o: torch.Tensor | Int8Matrix  # (C, H D)
     mlp_norm: torch.Tensor  # (C,)
-    gate_up: torch.Tensor  # (2 I, C) for a SwiGLU of width I
-    down: torch.Tensor  # (C, I)
+    gate_up: torch.Tensor | Int8Matrix  # (2 I, C) for a SwiGLU of width I
+    down: torch.Tensor | Int8Matrix  # (C, I)
 
 
-def joined(*weights: torch.Tensor, dtype: torch.dtype, for_vectors: bool) -> torch.Tensor:
+def product(x: torch.Tensor, matrix: torch.Tensor | Int8Matrix) -> torch.Tensor:
+    """x (B, in) times the transpose of a matrix (out, in)."""
+    if isinstance(matrix, Int8Matrix):
+        return torch._weight_int8pack_mm(x, matrix.numbers, matrix.scales)
+    return F.linear(x, matrix)
+
+
+def joined(
+    *weights: torch.Tensor, dtype: torch.dtype, for_vectors: bool, int8: bool
+) -> torch.Tensor | Int8Matrix:
     """Matrices (out, in) on top of each other; a single one that is as wanted is not copied.
 
     For products with single vectors a matrix with more rows than columns is stored by columns: a CPU then
-    reads it up to twice as fast.
+    reads it up to twice as fast. In int8 it has a quarter of the bytes. torch's kernel for that needs whole
+    blocks of 64; other matrices stay as they are.
     """
     weights = [whole(weight) for weight in weights]
-    matrix = weights[0].to(dtype) if len(weights) == 1 else torch.cat(weights).to(dtype)
-    tall = matrix.size(0) > matrix.size(1)
+    matrix = weights[0] if len(weights) == 1 else torch.cat(weights)
+    if int8 and not matrix.size(0) % 64 and not matrix.size(1) % 64:
+        return Int8Matrix.rounded(matrix, dtype)
+    matrix, tall = matrix.to(dtype), matrix.size(0) > matrix.size(1)
     return matrix.t().contiguous().t() if for_vectors and tall else matrix
 
 
@@ -84,26 +113,43 @@ def layer_weights(block: nn.Module, **layout) -> LayerWeights:
     )
 
 
+def step_weights(model: nn.Module, **layout) -> tuple[list[LayerWeights], torch.Tensor | Int8Matrix]:
+    """The weights of all layers and of the head; layout as in joined. A dict of the model's keeps them."""
+    kept, key = model.kept_weights, tuple(layout.items())
+    if kept is not None and key in kept:
+        return kept[key]
+    made = (
+        [layer_weights(block, **layout) for block in model.model.layers],
+        joined(model.lm_head.weight, **layout),
+    )
+    if kept is not None:
+        kept[key] = made
+    return made
+
+
 class Decoding:
     """B rows that are continued, token by token; `ids` (B,) are the newest.
 
-    For as long as it lives it holds, besides the cache, copies of matrices: on CUDA of all, in bf16; on a CPU
-    of those that are joined and, for one row, of the head. Of a model that is split over ranks each has a
-    whole copy of all; they make and read it together.
+    Products are computed, and the cache is kept, in the type of the autocast that it is made under, or in the
+    weights'. For as long as it lives it holds, besides the cache, copies of matrices: of all if that type is
+    not the weights' or the model decodes in int8, else of those that are joined and, for one row, of the
+    head. Of a model that is split over ranks each has a whole copy of all; they make and read it together.
     """
 
     def __init__(self, model: nn.Module, lengths: Sequence[int], steps: int, *, choose: Callable):
         c, device = model.config, model.lm_head.weight.device
         self.model, self.choose, self.T = model, choose, max(lengths)
         self.on_cuda, self.ragged = device.type == "cuda", min(lengths) < self.T
-        self.dtype = torch.bfloat16 if self.on_cuda else model.lm_head.weight.dtype
+        autocast = torch.is_autocast_enabled(device.type)
+        self.dtype = torch.get_autocast_dtype(device.type) if autocast else model.lm_head.weight.dtype
         self.S = -(-(self.T + steps) // 8) * 8  # CUDA wants a mask's rows aligned
         self.cache = KVCache(c, lengths, self.S, dtype=self.dtype, device=device)
         if isinstance(model, FSDPModule):
             model.reshard()  # what an evaluation left whole is in bf16
-        layout = {"dtype": self.dtype, "for_vectors": len(lengths) == 1 and device.type == "cpu"}
-        self.layers = [layer_weights(block, **layout) for block in model.model.layers]
-        self.head = joined(model.lm_head.weight, **layout)
+        on_cpu = device.type == "cpu"
+        layout = {"dtype": self.dtype, "for_vectors": len(lengths) == 1 and on_cpu}
+        layout["int8"] = model.int8_decoding and on_cpu
+        self.layers, self.head = step_weights(model, **layout)
         self.table, self.norm = whole(model.model.embed_tokens.weight), whole(model.model.norm.weight)
         self.sin = model.rope_sin.clone()
         self.sin[:, : c.head_dim // 2].neg_()  # rotate_half(x) sin = roll(x) (-sin, sin)
@@ -118,8 +164,7 @@ class Decoding:
 
     def read(self, prompts: torch.Tensor) -> None:
         """Fill the cache with prompts (B, T), padded on the right, and choose the next ids."""
-        bf16 = torch.autocast("cuda", torch.bfloat16, enabled=self.on_cuda)  # as in training
-        with bf16, torch.compiler.set_stance("force_eager"):  # shapes change with every prompt
+        with torch.compiler.set_stance("force_eager"):  # shapes change with every prompt
             logits = self.model.next_logits(prompts, self.T - 1 - self.cache.starts, cache=self.cache)
         self.ids.copy_(self.choose(logits, self.slot - (self.T - 1)))
 
@@ -135,7 +180,7 @@ class Decoding:
         x = self.table[self.ids]  # (B, C)
         for layer, (keys, values) in zip(self.layers, self.cache.layers):
             y = F.rms_norm(x, x.shape[-1:], layer.attention_norm, c.rms_norm_eps).to(self.dtype)
-            y = F.linear(y, layer.qkv).view(B, H + 2 * G, D)
+            y = product(y, layer.qkv).view(B, H + 2 * G, D)
             qk = y[:, : H + G]
             if layer.qk_norm is not None:
                 qk = F.rms_norm(qk.to(cos.dtype), (D,), eps=c.rms_norm_eps) * layer.qk_norm
@@ -145,12 +190,12 @@ class Decoding:
             # The queries of a group are rows of one product: no key is repeated.
             q, k, v = qk[:, :H].view(B, G, H // G, D), keys[:, :, :window], values[:, :, :window]
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-            x = x + F.linear(y.reshape(B, -1), layer.o)
+            x = x + product(y.reshape(B, -1), layer.o)
             y = F.rms_norm(x, x.shape[-1:], layer.mlp_norm, c.rms_norm_eps).to(self.dtype)
-            gate, up = F.linear(y, layer.gate_up).chunk(2, -1)
-            x = x + F.linear(F.silu(gate) * up, layer.down)
+            gate, up = product(y, layer.gate_up).chunk(2, -1)
+            x = x + product(F.silu(gate) * up, layer.down)
         y = F.rms_norm(x, x.shape[-1:], self.norm, c.rms_norm_eps).to(self.dtype)
-        self.ids.copy_(self.choose(F.linear(y, self.head), self.slot - (self.T - 1)))
+        self.ids.copy_(self.choose(product(y, self.head), self.slot - (self.T - 1)))
 
     def advance(self) -> None:
         """One step. On CUDA it always reads the whole cache, masked, so that one graph serves all."""

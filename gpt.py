@@ -79,6 +79,12 @@ class GPTConfig:
         return config_to_hf(asdict(self))
 
 
+def for_products(x: torch.Tensor) -> torch.Tensor:
+    """x in the type that autocast multiplies in: converted once, not by each of several products."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
 # -- attention -----------------------------------------------------------------------------------------------
 
 
@@ -151,8 +157,9 @@ class MultiHeadAttention(nn.Module):
 
     def forward(self, x: torch.Tensor, inputs: AttentionInputs) -> torch.Tensor:
         B, T, _ = x.shape
-        q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B, H, T, D)
-        k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B, G, T, D)
+        x, kind = for_products(x), inputs.rope[0].dtype  # norms and rotation are in fp32
+        q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim).to(kind)).transpose(1, 2)  # (B, H, T, D)
+        k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim).to(kind)).transpose(1, 2)  # (B, G, T, D)
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
         q, k = apply_rope(q, *inputs.rope), apply_rope(k, *inputs.rope)
         if inputs.cache is not None:
@@ -177,6 +184,7 @@ class FeedForward(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = for_products(x)
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
@@ -213,6 +221,8 @@ class GPTModel(nn.Module):
         self.checkpoint_activations = False  # keep each block's input only; compute the rest again backward
         self.softmax = nats_and_gradient
         self.graph_decoding = False  # on CUDA: generate records a CUDA graph of a step and replays it
+        self.kept_weights = None  # a dict, in which generate keeps its copies of weights that do not change
+        self.int8_decoding = False  # on a CPU: generate multiplies new tokens by matrices rounded to int8
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie_weights()
@@ -398,8 +408,9 @@ class GPTModel(nn.Module):
 
             ids = [id for (id,) in model.generate([prompt], stop_ids=[2])]
 
-        Until it ends it holds a cache of 2 G D numbers for each layer, prompt and position, and copies of
-        matrices: on CUDA of all, in bf16; on a CPU of q, k, v, gate and up, and for one prompt of the head.
+        Under autocast products are in its type. Until the generator ends it holds a cache of 2 G D numbers
+        for each layer, prompt and position, and copies of matrices: of all under autocast, else of q, k, v,
+        gate and up, and for one prompt of the head.
         """
         options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         return generate(self, prompts, max_new_tokens, **options, seed=seed, stop_ids=stop_ids)

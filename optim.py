@@ -19,19 +19,14 @@ STACK = 2**24  # numbers in the matrices that are orthogonalized together, at mo
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
-def iteration_type(g: torch.Tensor) -> torch.dtype:
-    """What orthogonalize computes in: bf16 on CUDA, g's own type elsewhere."""
-    return torch.bfloat16 if g.is_cuda else g.dtype
-
-
-def orthogonalize(g: torch.Tensor, steps: int = 5) -> torch.Tensor:
+def orthogonalize(g: torch.Tensor, dtype: torch.dtype, steps: int = 5) -> torch.Tensor:
     """Nearly orthogonal matrices with the singular vectors of g (…, M, N): U Vᵀ of its SVD, singular values
-    near 1; in the type that it computes in.
+    near 1; computed in a type.
 
     A quintic Newton–Schulz iteration with the coefficients of Jordan et al. 2024
     (https://kellerjordan.github.io/posts/muon/).
     """
-    x = g.to(iteration_type(g))
+    x = g.to(dtype)
     tall = g.size(-2) > g.size(-1)
     x = x.mT if tall else x
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
@@ -84,11 +79,9 @@ def masked(updates: torch.Tensor, skip: torch.Tensor | None) -> torch.Tensor:
     return updates if skip is None else updates.masked_fill_(skip, 0)
 
 
-def flat(tensors: Sequence[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
-    """Tensors, perhaps none, one behind the other."""
-    return torch.cat(
-        [own_numbers(like).new_empty(0, dtype=iteration_type(like)), *(t.flatten() for t in tensors)]
-    )
+def flat(tensors: Sequence[torch.Tensor], like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Tensors, perhaps none, one behind the other, in a type."""
+    return torch.cat([own_numbers(like).new_empty(0), *(t.flatten() for t in tensors)]).to(dtype)
 
 
 def exchange(
@@ -165,7 +158,7 @@ class Muon(torch.optim.Optimizer):
             yield from ((stack, self.own_updates(stack, group, skip)) for stack in stacks(params))
             return
         shares, rank = divide(params, self.ranks.world), self.ranks.rank
-        sizes, kind = [sum(p.numel() for p in share) for share in shares], iteration_type(params[0])
+        sizes, kind = [sum(p.numel() for p in share) for share in shares], self.ranks.dtype
         padded = self.ranks.world * max(sizes)
         gathered = padded <= 2 * sum(sizes)  # with more ranks than matrices most of it would be padding
         if gathered:
@@ -185,7 +178,7 @@ class Muon(torch.optim.Optimizer):
 
     def own_updates(self, stack: list[nn.Parameter], group: dict, skip: torch.Tensor | None) -> torch.Tensor:
         """Nesterov's momentum of matrices of one shape, orthogonalized: (n, M, N); zeros if `skip`."""
-        return masked(orthogonalize(torch.stack(self.nesterov(stack, group))), skip)
+        return masked(orthogonalize(torch.stack(self.nesterov(stack, group)), self.ranks.dtype), skip)
 
     def nesterov(self, params: list[nn.Parameter], group: dict) -> list[torch.Tensor]:
         """What of each matrix's Nesterov momentum lies on this rank."""
@@ -196,23 +189,24 @@ class Muon(torch.optim.Optimizer):
         """Each matrix, alone, with the update (1, m, N) of the m rows that this rank has of it."""
         mesh = params[0].device_mesh
         among, rank, world = mesh.get_group("shard"), mesh.get_local_rank("shard"), mesh.size(-1)
-        shares = divide(params, world)
+        shares, kind = divide(params, world), self.ranks.dtype
         rows = dict(zip(params, self.nesterov(params, group)))
         spans = [[own_rows(p.size(0), r, world) for p in shares[rank]] for r in range(world)]
 
         # Each matrix is put together on the rank whose share it belongs to.
-        sent = [flat([rows[p] for p in share], params[0]) for share in shares]
+        sent = [flat([rows[p] for p in share], params[0], kind) for share in shares]
         sizes = [[(stop - start) * p.size(1) for p, (start, stop) in zip(shares[rank], of)] for of in spans]
         got = exchange(sent, [sum(of) for of in sizes], among)
         pieces = zip(*(numbers.split(of) for numbers, of in zip(got, sizes)))
         updates = {p: torch.cat(parts).view(p.shape) for p, parts in zip(shares[rank], pieces)}
         for stack in stacks(shares[rank]):
-            done = masked(orthogonalize(torch.stack([updates[p] for p in stack])), skip)
+            done = masked(orthogonalize(torch.stack([updates[p] for p in stack]), kind), skip)
             updates.update(zip(stack, done))
 
         # Each rank gets back its own rows of all updates.
         sent = [
-            flat([updates[p][slice(*span)] for p, span in zip(shares[rank], of)], params[0]) for of in spans
+            flat([updates[p][slice(*span)] for p, span in zip(shares[rank], of)], params[0], kind)
+            for of in spans
         ]
         sizes = [[rows[p].numel() for p in share] for share in shares]
         got = exchange(sent, [sum(of) for of in sizes], among)

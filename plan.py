@@ -31,9 +31,9 @@ import torch.distributed as dist
 import pretrain_gpt
 from distributed import Ranks
 from gpt import GPTConfig
+from metrics import GPUS, Gpu, flops_per_token
 from rehearsal import Footprint, Rehearsal, pretend_ranks, pretend_streams
 from sharding import SHARD
-from speed import GPUS, Gpu, flops_per_token
 from tokenization import load_tokenizer, vocabulary_size
 from training import check_settings
 

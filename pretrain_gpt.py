@@ -21,12 +21,11 @@ from common import RESUMABLE, InputError, run_script
 from data import TokenLoader, verified_manifests
 from distributed import join_ranks, wrap
 from gpt import GPTConfig, GPTModel
-from mixture import parse_sources, validation_numbers
+from metrics import flops_per_token
 from optim import make_optimizer, schedule, set_learning_rate
-from phase import new_phase, phase_start
-from resume import lock_and_resume
+from order import parse_sources, validation_numbers
+from resume import lock_and_resume, new_phase, phase_start
 from sharding import shard_model
-from speed import flops_per_token
 from tokenization import load_tokenizer, tokenizer_fingerprint, vocabulary_size
 from training import Prefetcher, check_settings, evaluate, forward_backward, open_records
 
@@ -79,6 +78,7 @@ class Config:
     force: bool = False  # resume although settings that change the result differ
     timeout_minutes: float = 30.0  # a rank without progress for this long ends the run
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    dtype: str = "auto"  # of matrix products: float32, bfloat16, or auto for the faster one; a run keeps its
     compile: str = "auto"  # torch.compile: true, false, or auto for only on CUDA
     checkpoint_activations: bool = False  # keep each block's input only, compute the rest again: less memory
     shard: str = "none"  # split the model over the ranks: full, hybrid (within each machine) or none
@@ -217,7 +217,8 @@ def main(config: Config) -> None:
     ranks.print(
         f"{model.num_parameters():,} parameters; {len(train):,} windows of {T} tokens; "
         f"{config.max_steps} steps of {windows_per_step * T:,} tokens, "
-        f"{config.max_steps * windows_per_step / len(train):.2f} epochs; {ranks.world} x {ranks.device}"
+        f"{config.max_steps * windows_per_step / len(train):.2f} epochs; {ranks.world} x {ranks.device}, "
+        f"{ranks.precision}"
     )
     for line in train.report(config.max_steps * windows_per_step):
         ranks.print(line)
@@ -258,7 +259,9 @@ def main(config: Config) -> None:
             numbers = validation_numbers(train.names, train.shares, counts, sums, val_bytes)
             metrics.validated(step, **numbers)
             if config.samples and (ranks.is_main or ranks.sharded):
-                metrics.print([f"  | {text}" for text in sample_text(model, tokenizer, config.seed)])
+                with ranks.autocast():
+                    texts = sample_text(model, tokenizer, config.seed)
+                metrics.print([f"  | {text}" for text in texts])
 
         # Once in a while: a checkpoint, written beside the next steps. If that went wrong, the run ends here.
         checkpoints.raise_errors()

@@ -1,4 +1,7 @@
-"""Where a stopped run goes on: one run a folder, the newest whole checkpoint, the same settings and data."""
+"""Where a stopped run goes on: one run a folder, the newest whole checkpoint, the same settings and data.
+
+A new phase, as annealing or a longer context, starts from the weights and optimizer of another run.
+"""
 
 import os
 import pickle
@@ -7,17 +10,28 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import damage, find_model, list_checkpoints, newest_checkpoint, step_of
+from checkpoint import (
+    damage,
+    file_damage,
+    find_model,
+    list_checkpoints,
+    newest_checkpoint,
+    open_model,
+    step_of,
+)
 from common import InputError, file_sha256, fingerprint, lock_folder, make_folder, read_json
 from distributed import Ranks
+from gpt import GPTConfig, GPTModel
+from precision import settle_precision
 from sources import source_files
+from tokenization import tokenizer_fingerprint
 
 # Fields you may change on resume: results stay the same up to rounding. Paths and models are compared by
 # content.
 FREE_FIELDS = (
     "data_dir tokenizer model init_from out_dir cache_dir log_every eval_every eval_tokens eval_questions "
     "samples max_new_tokens save_every keep_last keep_every wandb profile micro_batch_size timeout_minutes "
-    "resume force device compile shard checkpoint_activations"
+    "resume force device compile shard checkpoint_activations dtype"
 ).split()
 
 
@@ -28,13 +42,17 @@ def lock_and_resume(
 
     `settings` and `defaults` are the script's. Returns the lock (None on other ranks than 0; the folder is
     free again when it is closed), the state to go on from (None: from the beginning), and the run's identity.
-    lock_folder, load_resumable and check_same_run say what each of the three is and what they raise.
+    lock_folder, load_resumable and check_same_run say what each of the three is and what they raise. What the
+    ranks multiply in is settled here, as a run that goes on keeps it.
     """
     out_dir = settings["out_dir"]
     make_folder(out_dir)
     lock = lock_folder(out_dir) if ranks.is_main else None
     state = load_resumable(out_dir, settings["resume"], ranks)
-    identity = {"fixed": fixed, "content": content}
+    if state is not None:  # an old one was in ranks' first precision
+        state["content"].setdefault("precision", ranks.precision)
+    settle_precision(ranks, settings["dtype"], state and state["content"]["precision"])
+    identity = {"fixed": fixed, "content": content | {"precision": ranks.precision}}
     if state is not None:
         identity, changes = check_same_run(
             state, identity, settings=settings, defaults=defaults, force=settings["force"]
@@ -188,3 +206,77 @@ def weight_hashes(folder: Path) -> list[str]:
         told[path.name]["sha256"] if path.name in told else file_sha256(path)
         for path in sorted(folder.glob("*.safetensors"))
     ]
+
+
+def phase_start(init_from: str, flags: dict) -> tuple[str | None, dict]:
+    """Where a new phase starts: the model's directory or hub id, verified, and its content; None without a
+    name. Raises InputError for flags that contradict a directory's config.json."""
+    if not init_from:
+        return None, {"init_from": None, "weights": None}
+    path = str(find_model(init_from))
+    if Path(path).is_dir():
+        check_shape(path, GPTConfig.from_hf(read_json(Path(path) / "config.json")), flags)
+    return path, {"init_from": os.path.normpath(init_from), "weights": weights_of(path)}
+
+
+def check_shape(path: str, shape: GPTConfig, flags: dict) -> None:
+    """Raise InputError for flags that want another shape than the model has that a phase starts from."""
+    other = [
+        f"--{name}={value}, it has {getattr(shape, name)}"
+        for name, value in flags.items()
+        if getattr(shape, name) != value
+    ]
+    if other:
+        raise InputError(
+            f"{path} has another shape than the flags ask for ({'; '.join(other)}); leave these flags out, "
+            f"then the shape is the model's"
+        )
+
+
+def new_phase(
+    path: str,
+    *,
+    flags: dict,
+    context_length: int,
+    rope_theta: float | None,
+    optimizer: str,
+    tokenizer,
+    ranks: Ranks,
+) -> tuple[GPTModel, dict | None]:
+    """The model that a new phase starts from, on this rank's device, and its training state for the
+    optimizer; None, and a line says why, if a fresh one starts.
+
+    The model's context grows to context_length if it is shorter. rope_theta replaces its base (None: stays).
+    Raises InputError for a model with another shape than the flags or another tokenizer than the data.
+    """
+    model, own = open_model(path, ranks)
+    check_shape(path, model.config, flags)
+    theirs, ours = tokenizer_fingerprint(own), tokenizer_fingerprint(tokenizer)
+    if theirs != ours:
+        raise InputError(
+            f"{path} has another tokenizer ({theirs}) than the data ({ours}); prepare the data with "
+            f"--tokenizer={path}"
+        )
+    known = model.config.max_position_embeddings
+    model.config.max_position_embeddings = max(known, context_length)
+    model.config.rope_theta = rope_theta or model.config.rope_theta
+    model.init_rope()
+    lacking = ranks.from_main(lambda: lacking_state(path, optimizer))
+    grown = f"; its context grows from {known} to {context_length} tokens" if context_length > known else ""
+    kept = f"with a fresh optimizer, {lacking}" if lacking else "with its optimizer state"
+    ranks.print(f"starting from {path} {kept}{grown}")
+    state = None if lacking else load_state(Path(path) / "training_state.pt")
+    return model.to(ranks.device), state
+
+
+def lacking_state(path: str, optimizer: str) -> str | None:
+    """Why a model cannot give an optimizer of this kind its state, or None; InputError for a damaged one."""
+    file, manifest = Path(path) / "training_state.pt", Path(path) / "checkpoint.json"
+    if not (file.exists() and manifest.exists()):
+        return "for it is no checkpoint with a training_state.pt"
+    told = read_json(manifest)["files"].get(file.name, {"bytes": 0, "sha256": ""})
+    what = file_damage(file.parent, file.name, (told["bytes"], told["sha256"]))
+    if what:
+        raise InputError(f"{path}: {what}; delete {file} to start with a fresh optimizer")
+    kind = load_state(file)["fixed"]["optimizer"]
+    return f"for its own was {kind}" if kind != optimizer else None

@@ -30,8 +30,8 @@ from torch.utils.flop_counter import flop_registry
 
 from bench import Config, model_of, optimizer_of
 from distributed import Ranks, wrap
+from metrics import GPUS, Gpu, flops_per_token
 from optim import set_learning_rate
-from speed import GPUS, Gpu, flops_per_token
 from training import forward_backward
 
 # Shares of the peaks that good kernels reach; assumed, from what large products and copies reach on an H100:

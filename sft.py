@@ -1,12 +1,9 @@
-r"""Conversations as masked ChatML: rendering, the dataset on disk, packing, and the loader that fine-tuning
-reads.
+r"""Conversations as masked ChatML: rendering, and the dataset on disk.
 
     <|im_start|>user\nWhat is water?<|im_end|>\n<|im_start|>assistant\nA liquid.<|im_end|>\n
 
 Trained on are an assistant's content and its <|im_end|>, in every turn: here "A liquid.<|im_end|>". All else
 is masked.
-
-B rows, T tokens in a row, C hidden size.
 """
 
 import itertools
@@ -20,11 +17,8 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from common import IGNORE, InputError, locked, read_json, replace_file, sync_to_disk, write_json
-from distributed import Ranks
-from order import batch_order, pack
 from sources import BadRows, half_surrogate, hash_fraction
 from tokenization import TURN_END, TURN_START, encode, encode_after_newline
 
@@ -387,107 +381,3 @@ def preparation_notes(report: dict, max_length: int) -> list[str]:
 
 
 # -- packing -------------------------------------------------------------------------------------------------
-
-
-class PackedLoader:
-    """Rows of T tokens packed with whole conversations, in an order that is a pure function of (seed, step).
-
-    Every conversation is in one row of each epoch. An epoch's rows are spread evenly over its steps, so that
-    none is a small one with a noisy gradient. With `varlen` the batches are for variable-length attention.
-    """
-
-    def __init__(
-        self, dataset: SFTDataset, *, row_length: int, rows_per_step: int, seed: int, varlen: bool = False
-    ):
-        self.dataset, self.T, self.seed, self.varlen = dataset, row_length, seed, varlen
-        self.epoch, self.rows = None, []
-        self.rows_of(0)
-        self.sizes = [len(self.rows)]  # rows of each source in an epoch
-        self.steps_per_epoch = -(-len(self.rows) // rows_per_step)
-        self.most_rows = -(-len(self.rows) // self.steps_per_epoch)  # of a step
-        # Room for the sequences of a row: twice what the fullest row of the first epoch has, and its padding.
-        self.sequences = 2 * max(len(row) for row in self.rows) + 1
-
-    def rows_of(self, epoch: int) -> list[list[int]]:
-        """An epoch's rows, in reading order. Lengths alone decide their number, the same in all epochs."""
-        if epoch != self.epoch:
-            n = len(self.dataset)
-            rows = pack(self.dataset.lengths(), self.T, batch_order(self.seed, epoch, n, n))
-            order = batch_order(self.seed + 1, epoch, len(rows), len(rows))
-            self.epoch, self.rows = epoch, [rows[i] for i in order]
-        return self.rows
-
-    def step_rows(self, step: int) -> list[list[int]]:
-        """The rows of a step's global batch, each a list of conversations."""
-        epoch, i = divmod(step, self.steps_per_epoch)
-        n, steps = len(self.rows), self.steps_per_epoch
-        return self.rows_of(epoch)[i * n // steps : (i + 1) * n // steps]
-
-    def count_targets(self, rows: Sequence[list[int]]) -> int:
-        """How many tokens of some rows are trained on, those of other ranks too. A first one is none."""
-        offsets, trained = self.dataset.offsets, self.dataset.trained
-        return sum(int(trained[offsets[c] + 1 : offsets[c + 1]].sum()) for row in rows for c in row)
-
-    def count_tokens(self, rows: Sequence[list[int]]) -> int:
-        """How many tokens some rows have, without their padding."""
-        offsets = self.dataset.offsets
-        return sum(int(offsets[c + 1] - offsets[c]) for row in rows for c in row)
-
-    def fill(self) -> float:
-        """Share of the rows' positions that hold a token."""
-        return float(self.dataset.offsets[-1]) / (len(self.rows) * self.T)
-
-    def micro_batches(
-        self, rows: Sequence[list[int]], micro_batch_size: int, ranks: Ranks, noise: Callable | None = None
-    ) -> Iterator[dict]:
-        """A rank's share of some rows, as the keyword arguments of the model's forward.
-
-        `noise`, if any, makes a row's (T, C) from its number and its conversations' lengths.
-        """
-        for share in ranks.share([*enumerate(rows)], micro_batch_size, most=self.most_rows):
-            some = [(0, []) if item is None else item for item in share]  # rows of padding keep a shape
-            some = [(number, [self.dataset[c] for c in row]) for number, row in some]
-            sequences = len(some) * self.sequences if ranks.even_batches else 0
-            batch = collate([row for _, row in some], self.T, varlen=self.varlen, sequences=sequences)
-            if noise:
-                lengths = [(number, [len(ids) for ids, _ in row]) for number, row in some]
-                batch["noise"] = torch.stack([noise(*pair) for pair in lengths])
-            yield ranks.pin(batch)
-
-
-def collate(
-    rows: Sequence[Sequence[tuple[np.ndarray, np.ndarray]]],
-    T: int,
-    *,
-    varlen: bool = False,
-    sequences: int = 0,
-) -> dict[str, torch.Tensor]:
-    """Rows of conversations (ids, labels) as input_ids, targets and positions (B, T) and mask (B, 1, T, T),
-    or, for variable-length attention, cu_seqlens: where in the B x T tokens each conversation begins, with
-    empty ones at the end to make so many `sequences`.
-
-    Positions restart in every conversation, the mask keeps it to itself, and its last token has no target, so
-    that the next one's first is never predicted. What is left of a row is padding: no conversation sees it,
-    nothing is trained on it.
-    """
-    B = len(rows)
-    input_ids, positions = np.zeros((B, T), np.int64), np.zeros((B, T), np.int64)
-    targets, owner = np.full((B, T), IGNORE, np.int64), np.full((B, T), -1, np.int32)
-    starts = []
-    for b, row in enumerate(rows):
-        at = 0
-        for n, (ids, labels) in enumerate(row):
-            span = slice(at, at + len(ids))
-            input_ids[b, span], positions[b, span], owner[b, span] = ids, np.arange(len(ids)), n
-            targets[b, at : at + len(ids) - 1] = labels[1:]
-            starts.append(b * T + at)
-            at += len(ids)
-        if at < T:
-            starts.append(b * T + at)
-    batch = {"input_ids": input_ids, "targets": targets, "positions": positions}
-    batch = {name: torch.from_numpy(array) for name, array in batch.items()}
-    if varlen:  # more sequences than expected make another shape, of a few, as each is compiled anew
-        length = sequences if sequences >= len(starts) else 1 << len(starts).bit_length()
-        return batch | {"cu_seqlens": torch.tensor(starts + [B * T] * (length + 1 - len(starts))).int()}
-    owner = torch.from_numpy(owner)
-    return batch | {"mask": (owner[:, :, None] == owner[:, None, :]).tril_()[:, None]}

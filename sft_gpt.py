@@ -17,21 +17,37 @@ from pathlib import Path
 
 import torch
 
-from answers import record_answers, side_by_side
 from checkpoint import open_model, told_name, too_many_bad_steps
 from common import RESUMABLE, InputError, cache_folder, check_choice, fingerprint, run_script
 from distributed import Ranks, join_ranks, wrap
 from gpt import has_varlen
-from mixed_rows import MixedLoader, data_sources, for_each
-from mixture import Source, epochs_read, mix_report, taken, validation_numbers
+from metrics import flops_per_token, mean_context
 from optim import make_optimizer, schedule, set_learning_rate
-from order import CYCLE, hash_of
+from order import (
+    CYCLE,
+    Source,
+    data_sources,
+    epochs_read,
+    for_each,
+    hash_of,
+    mix_report,
+    taken,
+    validation_numbers,
+)
+from packing import MixedLoader, PackedLoader
 from resume import lock_and_resume, starting_point
-from sft import OVERLONG, PackedLoader, SFTDataset, preparation_notes, prepare_conversations, row_length
+from sft import OVERLONG, SFTDataset, preparation_notes, prepare_conversations, row_length
 from sources import column_of, source_rows
-from speed import flops_per_token, mean_context
 from tokenization import tokenizer_fingerprint
-from training import Prefetcher, check_settings, evaluate, forward_backward, open_records
+from training import (
+    Prefetcher,
+    check_settings,
+    evaluate,
+    forward_backward,
+    open_records,
+    record_answers,
+    side_by_side,
+)
 
 
 @dataclass
@@ -87,6 +103,7 @@ class Config:
     force: bool = False  # resume although settings that change the result differ
     timeout_minutes: float = 30.0  # a rank without progress for this long ends the run
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    dtype: str = "auto"  # of matrix products: float32, bfloat16, or auto for the faster one; a run keeps its
     compile: str = "auto"  # torch.compile: true, false, or auto for only on CUDA
     checkpoint_activations: bool = False  # keep each block's input only, compute the rest again: less memory
     shard: str = "none"  # split the model over the ranks: full, hybrid (within each machine) or none
@@ -240,7 +257,7 @@ def main(config: Config) -> None:
         f"{model.num_parameters():,} parameters; {sum(report['train'] for report in reports):,} "
         f"conversations in {sum(train.sizes):,} rows of {T} tokens, {100 * train.fill():.1f}% filled; "
         f"{max_steps} steps of {rows_per_step * T:,} tokens, {max_steps / train.steps_per_epoch:.2f} epochs; "
-        f"{ranks.world} x {ranks.device}"
+        f"{ranks.world} x {ranks.device}, {ranks.precision}"
     )
     for line in mix_report(names, weights, train.sizes, read=max_steps * rows_per_step, unit="rows"):
         ranks.print(line)

@@ -19,8 +19,8 @@ def shard_model(model: nn.Module, ranks: Ranks) -> nn.Module:
     """Split a language model's parameters over the ranks (FSDP2), in place; their names stay.
 
     With them their gradients and the optimizer's state are split. A block's parameters are whole on every
-    rank only while it computes. On CUDA they travel and compute in bf16; gradients are added up in fp32.
-    "hybrid" splits them over the ranks of a machine and keeps a copy on each machine.
+    rank only while it computes. They travel and compute in the type of matrix products; gradients are added
+    up in fp32. "hybrid" splits them over the ranks of a machine and keeps a copy on each machine.
     """
     if not ranks.sharded:
         return model
@@ -29,7 +29,7 @@ def shard_model(model: nn.Module, ranks: Ranks) -> nn.Module:
         local = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world))
         shape, names = (ranks.world // local, local), ("replicate", "shard")
     mesh = init_device_mesh(ranks.device.type, shape, mesh_dim_names=names)
-    compute = torch.bfloat16 if ranks.device.type == "cuda" else None
+    compute = None if ranks.dtype == torch.float32 else ranks.dtype
     # A block's inputs, the residual stream and the rotary angles, stay in fp32.
     policy = MixedPrecisionPolicy(compute, torch.float32, cast_forward_inputs=False)
     for part in (*model.model.layers, model):

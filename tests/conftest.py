@@ -156,12 +156,17 @@ def random_ids(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(0, 320, shape, generator=torch.Generator().manual_seed(seed))
 
 
+def exact(changes: dict) -> dict:
+    """On a CPU in fp32, unless the changes name a device: digits are compared, on any CPU."""
+    return {} if "cuda" in changes.get("device", "cpu") else {"device": "cpu", "dtype": "float32"}
+
+
 def pretrain_config(data_dir, out_dir, **changes) -> pretrain_gpt.Config:
     """A run of seconds."""
     model = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "context_length": 32}
     length = {"max_steps": 6, "batch_tokens": 256, "micro_batch_size": 4, "warmup_steps": 2}
     report = {"log_every": 1, "eval_every": 3, "eval_tokens": 512, "samples": False, "save_every": 2}
-    fields = {**model, **length, **report, "keep_last": 0, "wandb": "off", "device": "cpu", **changes}
+    fields = {**model, **length, **report, "keep_last": 0, "wandb": "off", **exact(changes), **changes}
     return pretrain_gpt.Config(data_dir=str(data_dir), out_dir=str(out_dir), **fields)
 
 
@@ -175,7 +180,7 @@ def sft_config(model, data, out_dir, **changes) -> sft_gpt.Config:
         "val_fraction": 0.1,
         "keep_last": 0,
         "wandb": "off",
-        "device": "cpu",
+        **exact(changes),
         **changes,
     }
     paths = {"model": str(model), "data": str(data), "out_dir": str(out_dir), "cache_dir": str(out_dir)}
@@ -186,7 +191,7 @@ def dpo_config(model, data, out_dir, **changes) -> dpo_gpt.Config:
     """A run of seconds, at a learning rate that shows."""
     length = {"max_steps": 4, "batch_pairs": 8, "micro_batch_size": 2, "max_length": 64, "lr": 1e-3}
     report = {"log_every": 1, "eval_every": 2, "eval_questions": 2, "max_new_tokens": 8, "save_every": 2}
-    fields = {**length, **report, "val_fraction": 0.1, "keep_last": 0, "wandb": "off", "device": "cpu"}
+    fields = {**length, **report, "val_fraction": 0.1, "keep_last": 0, "wandb": "off", **exact(changes)}
     paths = {"model": str(model), "data": str(data), "out_dir": str(out_dir), "cache_dir": str(out_dir)}
     return dpo_gpt.Config(**{**fields, **paths, **changes})
 

@@ -164,7 +164,7 @@ def batches_of(script: str, folder: Path, ranks):
         return fake_model(), step
     dataset = conversations_on_disk(folder / "data")
     if script == "sft":
-        from sft import PackedLoader
+        from packing import PackedLoader
 
         packed = PackedLoader(dataset, row_length=T, rows_per_step=rows, seed=0, varlen=True)
 
@@ -232,6 +232,7 @@ def train(script: str, *, optimizer: str = "muon") -> dict:
 def generate(*, new_tokens: int, compile: bool) -> dict:
     """Three answers to prompts of several lengths: what is done while a graph of a step is recorded, and how
     many operations Python starts for each further token."""
+    from distributed import Ranks
     from generation import KVCache
 
     recorder, made, store = Recorder(), set(), KVCache.store
@@ -257,7 +258,7 @@ def generate(*, new_tokens: int, compile: bool) -> dict:
         if compile:
             model.compile_blocks()
         for prompts in ([[1, 2, 3], [4, 5]], [[6], [7] * 20], [[8] * 9, [9] * 9]):
-            with recorder:
+            with recorder, Ranks(0, 1, torch.device("cuda", 0)).autocast():
                 for _ in model.generate(prompts, new_tokens, temperature=0.8, top_k=50, top_p=0.9):
                     found["steps"] += 1
                     found["operations"].append(sum(recorder.operations.values()))

@@ -32,7 +32,6 @@ from test_quickstart import run_quickstart
 
 import dpo_gpt
 import gpt
-import optim
 import pretrain_gpt
 import sft_gpt
 from chat import Config as ChatConfig
@@ -41,7 +40,7 @@ from common import read_records, run_script
 from distributed import Ranks
 from gpt import GPTModel, has_varlen
 from optim import make_optimizer, set_learning_rate
-from sft import collate
+from packing import collate
 from training import StepHistory, forward_backward
 
 GPUS = torch.cuda.device_count()
@@ -89,9 +88,10 @@ def wider_model(device: str, **changes) -> GPTModel:
     return model.to(device)
 
 
-def on(device: str) -> Ranks:
+def on(device: str, precision: str = "") -> Ranks:
     """A rank alone; its device named with a number, as join_ranks does."""
-    return Ranks(0, 1, torch.device(device, 0) if device == "cuda" else torch.device(device))
+    place = torch.device(device, 0) if device == "cuda" else torch.device(device)
+    return Ranks(0, 1, place, precision=precision)
 
 
 # -- one step ------------------------------------------------------------------------------------------------
@@ -148,15 +148,13 @@ def test_packed_rows_give_what_separate_rows_give_with_the_kernel_for_them(devic
 
 
 @both
-def test_muons_update_in_bf16_is_that_in_fp32(device, within, monkeypatch):
+def test_muons_update_in_bf16_is_that_in_fp32(device, within):
     """The matrices' is orthogonalized in bf16; AdamW's, of the rest, is in fp32 everywhere."""
     changes = {}
-    for name, at in (("expected", "cpu"), ("found", device)):
-        if name == "found":
-            monkeypatch.setattr(optim, "iteration_type", lambda g: torch.bfloat16)
+    for name, at, precision in (("expected", "cpu", "float32"), ("found", device, "bfloat16")):
         model = wider_model(at)
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
-        optimizer = make_optimizer(model, "muon", ranks=on(at), **RATES)
+        optimizer = make_optimizer(model, "muon", ranks=on(at, precision), **RATES)
         set_learning_rate(optimizer, 1.0)
         for seed in range(3):
             torch.manual_seed(seed)
@@ -252,7 +250,9 @@ def test_every_decoded_id_is_nearly_the_likeliest_by_whole_forward_passes_in_fp3
     """On a GPU through bf16, a cache and a replayed graph; its choice may fall on a near tie."""
     model, judge, worst = wider_model(device), wider_model("cpu"), 0.0
     model.graph_decoding = True
-    for prompt, ids in zip(PROMPTS, zip(*model.generate(PROMPTS, 40))):
+    with on(device).autocast():
+        steps = list(model.generate(PROMPTS, 40))
+    for prompt, ids in zip(PROMPTS, zip(*steps)):
         with torch.no_grad():
             logits = judge(torch.tensor([[*prompt, *ids]]))[0, len(prompt) - 1 : -1]
         chosen = logits.gather(1, torch.tensor(ids)[:, None])[:, 0]
@@ -267,7 +267,8 @@ def test_every_decoded_id_is_nearly_the_likeliest_by_whole_forward_passes_in_fp3
 def test_decoding_by_a_cuda_graph_gives_the_ids_of_eager_decoding(device, options, within):
     model, found = wider_model(device), []
     for model.graph_decoding in (False, True):
-        found.append(list(model.generate(PROMPTS, 40, **options)))
+        with on(device).autocast():
+            found.append(list(model.generate(PROMPTS, 40, **options)))
     within("steps that a graph decodes otherwise", sum(a != b for a, b in zip(*found)), 0)
     assert len(found[0]) == 40
 
@@ -290,13 +291,13 @@ def worst_loss(found, expected) -> float:
     [("cpu", "cpu"), on_gpus("cpu", "cuda"), on_gpus("cuda", "cpu"), on_gpus("cuda", "cuda")],
 )
 def test_a_run_that_began_on_one_device_goes_on_on_another(first, second, data_dir, tmp_path, within):
-    """As if it had died after step 2 of 6, beside one that stayed on the first."""
+    """As if it had died after step 2 of 6, beside one that stayed on the first, whose precision it keeps."""
     learning = {"lr": 0.02, "warmup_steps": 0}  # so fast that a wrong step shows
     pretrain_gpt.main(pretrain_config(data_dir, tmp_path / "stayed", device=first, **learning))
     shutil.copytree(tmp_path / "stayed", tmp_path / "moved")
     for step in (4, 6):
         shutil.rmtree(tmp_path / "moved" / f"step_{step:07d}")
-    pretrain_gpt.main(pretrain_config(data_dir, tmp_path / "moved", device=second, **learning))
+    pretrain_gpt.main(pretrain_config(data_dir, tmp_path / "moved", device=second, dtype="auto", **learning))
     rows = [row for row in losses(tmp_path / "stayed") if row[1]]
     assert rows[2][1] < 0.97 * rows[0][1]  # another start would be three percent away
     within("losses of a moved run", worst_loss(tmp_path / "moved", tmp_path / "stayed"), 0.01)

@@ -11,7 +11,7 @@ from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM
 
 from common import InputError
-from generation import Decoding, sample
+from generation import Decoding, Int8Matrix, product, sample
 from gpt import AttentionInputs, GPTConfig, GPTModel
 
 
@@ -189,6 +189,50 @@ def test_a_call_sees_the_weights_as_they_are_and_keeps_nothing():
     after += [i for (i,) in steps]
     assert after == uncached(model, prompt, 20) != before
     assert not any(type(o) is Decoding for o in gc.get_objects())
+
+
+def test_kept_weights_are_made_once_and_answer_alike():
+    model, prompt = small_model(), random_ids(1, 9)[0].tolist()
+    before = [i for (i,) in model.generate([prompt], 20)]
+    model.kept_weights = {}
+    assert [i for (i,) in model.generate([prompt], 20)] == before
+    ((layers, head),) = model.kept_weights.values()
+    assert [i for (i,) in model.generate([prompt], 20)] == before
+    assert [made[1] for made in model.kept_weights.values()] == [head] and len(layers) == 2
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_decoding_in_int8_multiplies_by_rounded_matrices_and_leaves_odd_ones_alone(rows):
+    """A model whose matrices are rounded beforehand gives the same ids in int8."""
+    model = small_model(hidden_size=128, intermediate_size=192, vocab_size=325)  # no multiple of 64
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() == 2:
+                step = p.abs().amax(1, keepdim=True) / 127
+                p.copy_((p / step).round() * step)
+    prompts = [random_ids(1, n, seed=n)[0].tolist() for n in (5, 9, 17)[:rows]]
+    expected = list(model.generate(prompts, 30))
+    model.int8_decoding, model.kept_weights = True, {}
+    assert list(model.generate(prompts, 30)) == expected
+    ((layers, head),) = model.kept_weights.values()
+    assert all(isinstance(m, Int8Matrix) for w in layers for m in (w.qkv, w.o, w.gate_up, w.down))
+    assert isinstance(head, torch.Tensor)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_product_with_an_int8_matrix_is_within_half_a_step_a_factor(dtype):
+    generator = torch.Generator().manual_seed(0)
+    x, w = torch.randn(3, 128, generator=generator).to(dtype), torch.randn(192, 128, generator=generator)
+    w[5] = 0
+    found = product(x, Int8Matrix.rounded(w, dtype)).float()
+    bound = (w.abs().amax(1) / 127 / 2) * x.float().abs().sum(1, keepdim=True)
+    rounding = (
+        0
+        if dtype == torch.float32
+        else 2**-7 * (x.float() @ w.T).abs() + 2**-8 * (x.abs() @ w.abs().T.to(dtype))
+    )
+    assert ((found - x.float() @ w.T).abs() <= bound + rounding + 1e-5).all()
+    assert not found[:, 5].any()
 
 
 def test_a_row_draws_by_its_own_seed_whatever_it_is_batched_with():

@@ -21,7 +21,9 @@ import distributed
 from checkpoint import list_checkpoints
 from common import InputError
 
-CLEAN = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SBATCH", "NNODES", "MASTER"))}
+CLEAN = {
+    k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SBATCH", "NNODES", "MASTER", "VENV"))
+}
 
 
 def shell(script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:

@@ -1,7 +1,7 @@
 """Muon, AdamW and the learning-rate schedule."""
 
 from collections import Counter
-from functools import partial
+from dataclasses import replace
 
 import pytest
 import torch
@@ -67,7 +67,7 @@ def test_orthogonalize_keeps_singular_vectors_and_brings_singular_values_near_on
     for shape in ((32, 32), (3, 64, 16), (16, 64)):
         g = torch.randn(shape)
         u, _, vt = torch.linalg.svd(g, full_matrices=False)
-        inner = u.mT @ orthogonalize(g) @ vt.mT  # diagonal, with the new singular values
+        inner = u.mT @ orthogonalize(g, torch.float32) @ vt.mT  # diagonal, with the new singular values
         values = inner.diagonal(dim1=-2, dim2=-1)
         assert (inner - torch.diag_embed(values)).abs().max() < 1e-3
         assert values.min() > 0.3 and values.max() < 1.3
@@ -104,7 +104,7 @@ def test_adamw_equals_torchs():
 
 
 def test_muon_equals_torchs_but_for_its_bf16():
-    """torch.optim.Muon orthogonalizes in bf16, ours on a CPU in fp32."""
+    """torch.optim.Muon orthogonalizes in bf16, ours here in fp32."""
     torch.manual_seed(0)
     p, q = (torch.nn.Parameter(torch.ones(48, 32)) for _ in range(2))
 
@@ -139,7 +139,8 @@ def test_muon_alone_equals_its_definition_bit_for_bit():
             alike = [i for i, w in enumerate(weights) if w.shape == shape]
             for i in alike:
                 momenta[i].lerp_(grads[i], 1 - MOMENTUM)
-            updates = orthogonalize(torch.stack([grads[i].lerp(momenta[i], MOMENTUM) for i in alike]))
+            nesterov = torch.stack([grads[i].lerp(momenta[i], MOMENTUM) for i in alike])
+            updates = orthogonalize(nesterov, torch.float32)
             for i, update in zip(alike, updates):
                 scale = max(1, shape[0] / shape[1]) ** 0.5
                 weights[i].mul_(1 - decay).add_(update, alpha=-rate * scale)
@@ -154,9 +155,9 @@ def test_a_stack_is_bounded_and_a_larger_matrix_is_alone(monkeypatch):
     optimizer.step()
     whole, sizes = numbers(model, optimizer), Counter()
 
-    def noted(g):
+    def noted(g, dtype):
         sizes[tuple(g.shape)] += 1
-        return orthogonalize(g)
+        return orthogonalize(g, dtype)
 
     monkeypatch.setattr(optim, "STACK", 3 * 32 * 32)
     monkeypatch.setattr(optim, "orthogonalize", noted)
@@ -201,26 +202,22 @@ def three_updates(ranks: Ranks) -> dict[str, torch.Tensor]:
 
 # How ranks compute and send: as on a CPU and as on CUDA; and how far they may be from one rank, as a share
 # of what an update changes.
-TYPES = {torch.float32: 1e-4, torch.bfloat16: 0.02}
+PRECISIONS = {"float32": 1e-4, "bfloat16": 0.02}
 
 
 def update_in_ranks(ranks: Ranks, folder) -> None:
-    for dtype in TYPES:
-        optim.iteration_type = partial(lambda dtype, g: dtype, dtype)
-        torch.save(three_updates(ranks), folder / f"{dtype} {ranks.rank}")
+    for ranks.precision in PRECISIONS:
+        torch.save(three_updates(ranks), folder / f"{ranks.precision} {ranks.rank}")
     ranks.leave()
 
 
 @pytest.mark.parametrize("world", [2, 3])
-def test_ranks_that_share_the_work_agree_bit_for_bit_and_with_one_rank_up_to_rounding(
-    world, tmp_path, monkeypatch
-):
+def test_ranks_that_share_the_work_agree_bit_for_bit_and_with_one_rank_up_to_rounding(world, tmp_path):
     assert in_ranks(update_in_ranks, tmp_path, world=world) == [0] * world
     start = dict(small_model().named_parameters())
-    for dtype, tolerance in TYPES.items():
-        monkeypatch.setattr(optim, "iteration_type", partial(lambda dtype, g: dtype, dtype))
-        alone = three_updates(ALONE)
-        first, *others = (torch.load(tmp_path / f"{dtype} {rank}") for rank in range(world))
+    for precision, tolerance in PRECISIONS.items():
+        alone = three_updates(replace(ALONE, precision=precision))
+        first, *others = (torch.load(tmp_path / f"{precision} {rank}") for rank in range(world))
         assert all(differing(first, other) == [] for other in others)
         assert {name.rpartition(" ")[2] for name in differing(first, alone)} <= set(start)  # state is equal
         for name in start:

@@ -12,9 +12,9 @@ import torch
 
 import plan
 from common import InputError, parse_config
+from metrics import GPUS
 from plan import Config, exposed, largest_fitting, messages_of, notes_of, problems_of, rate
 from rehearsal import Footprint, Ledger
-from speed import GPUS
 
 ROOT = Path(plan.__file__).parent
 needs_fake_cuda = [

@@ -1,7 +1,5 @@
 """Conversations: what is trained on, and what packing keeps apart."""
 
-import multiprocessing
-
 import numpy as np
 import pytest
 import tokenizers
@@ -10,24 +8,14 @@ from conftest import ALONE, conversation, sft_config, small_model, text, write_j
 from properties import given, settings, st
 from transformers import PreTrainedTokenizerFast
 
-import gpt
 import sft
 import sft_gpt
 from common import IGNORE, InputError, read_records
-from distributed import Ranks, wrap
-from order import pack
-from sft import (
-    PackedLoader,
-    SFTDataset,
-    collate,
-    cut_to_length,
-    prompt_ids,
-    render_batch,
-    render_chatml,
-    why_unusable,
-)
+from distributed import Ranks
+from packing import PackedLoader
+from sft import SFTDataset, cut_to_length, prompt_ids, render_batch, render_chatml, why_unusable
 from tokenization import END, SPECIALS, TURN_END, TURN_START, with_chatml
-from training import evaluate, forward_backward, targets_in
+from training import evaluate
 
 
 def marked(messages, tokenizer) -> str:
@@ -319,177 +307,6 @@ def test_the_dataset_on_disk_equals_rendering(tokenizer, tmp_path):
         int((d[i][1] != IGNORE).sum()) for d in sides for i in range(len(d))
     )
     assert report["tokens"] == sum(int(d.offsets[-1]) for d in sides)
-
-
-def test_every_supervised_token_is_seen_once_an_epoch_whatever_the_ranks(tokenizer, tmp_path):
-    dataset = prepared(tokenizer, tmp_path / "data")
-    expected = sorted(
-        id for i in range(len(dataset)) for id in dataset[i][1][dataset[i][1] != IGNORE].tolist()
-    )
-    orders = []
-    for world, size, epoch in ((1, 4, 0), (2, 1, 0), (3, 2, 1)):
-        loader = PackedLoader(dataset, row_length=64, rows_per_step=5, seed=3)
-        steps = range(epoch * loader.steps_per_epoch, (epoch + 1) * loader.steps_per_epoch)
-        seen = []
-        for step in steps:
-            for rank in range(world):
-                batches = list(
-                    loader.micro_batches(
-                        loader.step_rows(step), size, Ranks(rank, world, torch.device("cpu"))
-                    )
-                )
-                assert batches, "a rank without a batch would leave the others waiting"
-                seen += [
-                    t for batch in batches for t in batch["targets"][batch["targets"] != IGNORE].tolist()
-                ]
-        assert sorted(seen) == expected
-        sizes = {len(loader.step_rows(step)) for step in steps}  # no step is a small remainder
-        assert max(sizes) <= 5 and max(sizes) - min(sizes) <= 1
-        orders.append([loader.step_rows(step) for step in steps])
-    assert orders[0] == orders[1] != orders[2]
-
-
-def test_the_rows_of_a_step_depend_on_seed_and_step_only(tokenizer, tmp_path):
-    dataset = prepared(tokenizer, tmp_path / "data")
-    loader = PackedLoader(dataset, row_length=64, rows_per_step=5, seed=3)
-    straight = [loader.step_rows(step) for step in range(3 * loader.steps_per_epoch)]
-    again = PackedLoader(dataset, row_length=64, rows_per_step=5, seed=3)
-    for step in (20, 3, 11, 0):
-        assert again.step_rows(step) == straight[step]
-    assert PackedLoader(dataset, row_length=64, rows_per_step=5, seed=4).step_rows(0) != straight[0]
-
-
-def test_a_packed_row_gives_the_loss_and_gradients_of_its_conversations_run_alone(tokenizer, tmp_path):
-    dataset, model = prepared(tokenizer, tmp_path / "data"), small_model(max_position_embeddings=256)
-    for row in PackedLoader(dataset, row_length=256, rows_per_step=4, seed=0).rows[:6]:
-        assert len(row) > 1
-        packed = model(**collate([[dataset[c] for c in row]], 256))
-        packed.backward()
-        gradients = [p.grad.clone() for p in model.parameters()]
-        model.zero_grad()
-        alone = 0
-        for c in row:
-            ids, labels = (torch.tensor(np.array(x), dtype=torch.long)[None] for x in dataset[c])
-            targets = torch.cat([labels[:, 1:], torch.full((1, 1), IGNORE)], dim=1)
-            alone += model(ids, targets)
-        alone.backward()
-        torch.testing.assert_close(packed, alone, rtol=1e-5, atol=0)
-        for p, g in zip(model.parameters(), gradients):
-            assert (p.grad - g).norm() <= 1e-5 * g.norm()
-        model.zero_grad()
-
-
-def test_packed_logits_equal_those_of_each_conversation_alone(tokenizer, tmp_path):
-    dataset, model = prepared(tokenizer, tmp_path / "data"), small_model(max_position_embeddings=256)
-    row = max(PackedLoader(dataset, row_length=256, rows_per_step=4, seed=0).rows, key=len)
-    assert len(row) > 3
-    batch = collate([[dataset[c] for c in row]], 256)
-    packed, at = model(batch["input_ids"], positions=batch["positions"], mask=batch["mask"]), 0
-    for c in row:
-        ids = torch.tensor(dataset[c][0], dtype=torch.long)[None]
-        torch.testing.assert_close(packed[:, at : at + ids.size(1)], model(ids), atol=1e-5, rtol=0)
-        at += ids.size(1)
-
-
-def test_the_first_token_of_a_conversation_is_never_a_target_and_padding_teaches_nothing():
-    first, second = ((np.array(ids), np.array(ids)) for ids in ([5, 6, 7], [8, 9]))
-    batch = collate([[first, second], []], 8)
-    assert batch["targets"].tolist() == [[6, 7, IGNORE, 9, IGNORE, IGNORE, IGNORE, IGNORE], [IGNORE] * 8]
-    assert batch["positions"][0].tolist() == [0, 1, 2, 0, 1, 0, 0, 0]
-    assert not batch["mask"][0, 0, 3:5, :3].any() and not batch["mask"][0, 0, :5, 5:].any()
-    assert small_model()(**batch).isfinite()
-
-
-@given(st.data())
-@settings(max_examples=25, deadline=None)
-def test_nothing_in_a_packed_row_sees_or_predicts_across_conversations(data):
-    T = data.draw(st.sampled_from([64, 200, 512, 2048]))
-    lengths = np.array(data.draw(st.lists(st.integers(1, T), min_size=1, max_size=8)))
-    rows = pack(lengths, T)[:2]
-    ids = [np.arange(length) + 10_000 * (c + 1) for c, length in enumerate(lengths)]
-    batch = collate([[(ids[c], ids[c]) for c in row] for row in rows], T)
-    for row, i, y, p, mask in zip(rows, *(batch[k] for k in ("input_ids", "targets", "positions", "mask"))):
-        filled, owner = sum(lengths[c] for c in row), i // 10_000
-        assert i[:filled].tolist() == [id for c in row for id in ids[c]]
-        assert torch.equal(p[:filled], i[:filled] % 10_000)
-        followed = owner[:filled] == torch.cat([owner[1:], torch.zeros(1)])[:filled]
-        assert torch.equal(y[:filled], torch.where(followed, i[:filled] + 1, IGNORE))
-        assert (y[filled:] == IGNORE).all() and mask.any(-1).all()  # an empty softmax would be NaN
-        assert torch.equal(mask[0], (owner[:, None] == owner).tril())
-
-
-def reference_varlen_attention(q, k, v, starts, _, longest, __, *, window_size, enable_gqa):
-    """What the CUDA kernel promises, on (tokens, heads, D): causal attention within each sequence."""
-    parts = []
-    for a, b in zip(starts.tolist(), starts.tolist()[1:]):
-        assert a <= b <= a + longest and window_size == (-1, 0)
-        q1, k1, v1 = (x[a:b].transpose(0, 1)[None] for x in (q, k, v))
-        y = torch.nn.functional.scaled_dot_product_attention(
-            q1, k1, v1, is_causal=True, enable_gqa=enable_gqa
-        )
-        parts.append(y[0].transpose(0, 1))
-    return torch.cat(parts)
-
-
-@pytest.mark.parametrize("kernel", ["that of the CPU", "a stand-in for CUDA's"])
-@pytest.mark.parametrize("groups", [4, 2])
-def test_sequences_give_what_the_mask_gives(groups, kernel, tokenizer, tmp_path, monkeypatch):
-    if kernel != "that of the CPU":
-        monkeypatch.setitem(gpt.VARLEN, "cpu", reference_varlen_attention)
-    dataset = prepared(tokenizer, tmp_path / "data")
-    model = small_model(max_position_embeddings=256, num_key_value_heads=groups)
-    rows = [
-        [dataset[c] for c in row]
-        for row in PackedLoader(dataset, row_length=256, rows_per_step=4, seed=0).rows[-3:]
-    ] + [[]]
-    found = []
-    for varlen in (False, True):
-        batch = collate(rows, 256, varlen=varlen)
-        assert ("mask" in batch) != varlen and ("cu_seqlens" in batch) == varlen
-        loss = model(**batch)
-        loss.backward()
-        found.append((loss, model(**{**batch, "targets": None}), [p.grad for p in model.parameters()]))
-        model.zero_grad()
-    (loss, logits, gradients), (loss2, logits2, gradients2) = found
-    torch.testing.assert_close(loss2, loss, rtol=1e-6, atol=0)
-    torch.testing.assert_close(logits2, logits, atol=1e-5, rtol=0)
-    assert all((g2 - g).norm() <= 1e-5 * g.norm() for g, g2 in zip(gradients, gradients2))
-
-
-def gradients(folder, size: int, ranks: Ranks) -> tuple[dict, int]:
-    """Of the first step on a dataset's rows, eight of them, and how many targets this rank has of it."""
-    loader = PackedLoader(SFTDataset(folder), row_length=64, rows_per_step=8, seed=4)
-    model = small_model()
-    rows = loader.step_rows(0)
-    batches, targets = list(loader.micro_batches(rows, size, ranks)), loader.count_targets(rows)
-    forward_backward(wrap(model, ranks, "false"), batches, targets=targets, max_grad_norm=0.0, ranks=ranks)
-    assert targets == ranks.sum(sum(targets_in(batch) for batch in batches))[0]
-    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
-    return gradients, sum(int(targets_in(batch)) for batch in batches)
-
-
-def gradients_of_a_rank(rank: int, folder) -> None:
-    """Leaves them in a file."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
-    torch.save(gradients(folder / "train", 2, Ranks(rank, 2, torch.device("cpu"))), folder / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
-def test_gradients_are_the_same_for_any_micro_batch_and_for_two_ranks_of_unequal_targets(tokenizer, tmp_path):
-    folder = tmp_path / "data"
-    prepared(tokenizer, folder)
-    expected, targets = gradients(folder / "train", 8, ALONE)
-    found = [gradients(folder / "train", size, ALONE)[0] for size in (4, 2, 1)]
-    second = multiprocessing.get_context("spawn").Process(target=gradients_of_a_rank, args=(1, folder))
-    second.start()
-    gradients_of_a_rank(0, folder)
-    second.join()
-    (zero, n), (one, m) = (torch.load(folder / f"{rank}.pt") for rank in (0, 1))
-    assert n != m and n + m == targets
-    for other in (*found, zero, one):
-        for name, g in expected.items():
-            assert (other[name] - g).norm() <= 1e-6 * g.norm(), name
 
 
 def test_neftune_noise_is_uniform_up_to_alpha_over_the_root_of_length_times_width_and_nothing_in_padding():

@@ -1,0 +1,208 @@
+"""Rows of whole conversations: which share a row, the loader that fine-tuning reads, and a mix of several.
+
+B rows, T tokens in a row, C hidden size.
+"""
+
+from bisect import bisect_left, insort
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+
+from common import IGNORE, InputError
+from distributed import Ranks
+from order import batch_order, mixed_positions
+from sft import SFTDataset
+
+
+def pack(lengths: np.ndarray, capacity: int, order: np.ndarray | None = None) -> list[list[int]]:
+    """Rows of conversations whose lengths sum to at most capacity, by best-fit decreasing.
+
+    The longest first, each goes into the row that it fills best; `order` settles which comes first among
+    equals.
+
+        pack([5, 3, 3, 2], 8) -> [[0, 1], [2, 3]]
+    """
+    lengths = np.asarray(lengths)
+    if len(lengths) and lengths.max() > capacity:
+        raise InputError(f"a conversation of {lengths.max()} tokens does not fit into a row of {capacity}")
+    order = np.arange(len(lengths)) if order is None else order
+    rows: list[list[int]] = []
+    rows_with_room = defaultdict(list)  # free tokens -> rows
+    rooms: list[int] = []  # its keys that have rows, sorted
+    for i in order[np.argsort(-lengths[order], kind="stable")].tolist():
+        length = int(lengths[i])
+        k = bisect_left(rooms, length)
+        if k == len(rooms):
+            row, room = len(rows), capacity
+            rows.append([])
+        else:
+            room = rooms[k]
+            row = rows_with_room[room].pop()
+            if not rows_with_room[room]:
+                del rooms[k]
+        rows[row].append(i)
+        if room > length:
+            if not rows_with_room[room - length]:
+                insort(rooms, room - length)
+            rows_with_room[room - length].append(row)
+    return rows
+
+
+class PackedLoader:
+    """Rows of T tokens packed with whole conversations, in an order that is a pure function of (seed, step).
+
+    Every conversation is in one row of each epoch. An epoch's rows are spread evenly over its steps, so that
+    none is a small one with a noisy gradient. With `varlen` the batches are for variable-length attention.
+    """
+
+    def __init__(
+        self, dataset: SFTDataset, *, row_length: int, rows_per_step: int, seed: int, varlen: bool = False
+    ):
+        self.dataset, self.T, self.seed, self.varlen = dataset, row_length, seed, varlen
+        self.epoch, self.rows = None, []
+        self.rows_of(0)
+        self.sizes = [len(self.rows)]  # rows of each source in an epoch
+        self.steps_per_epoch = -(-len(self.rows) // rows_per_step)
+        self.most_rows = -(-len(self.rows) // self.steps_per_epoch)  # of a step
+        # Room for the sequences of a row: twice what the fullest row of the first epoch has, and its padding.
+        self.sequences = 2 * max(len(row) for row in self.rows) + 1
+
+    def rows_of(self, epoch: int) -> list[list[int]]:
+        """An epoch's rows, in reading order. Lengths alone decide their number, the same in all epochs."""
+        if epoch != self.epoch:
+            n = len(self.dataset)
+            rows = pack(self.dataset.lengths(), self.T, batch_order(self.seed, epoch, n, n))
+            order = batch_order(self.seed + 1, epoch, len(rows), len(rows))
+            self.epoch, self.rows = epoch, [rows[i] for i in order]
+        return self.rows
+
+    def step_rows(self, step: int) -> list[list[int]]:
+        """The rows of a step's global batch, each a list of conversations."""
+        epoch, i = divmod(step, self.steps_per_epoch)
+        n, steps = len(self.rows), self.steps_per_epoch
+        return self.rows_of(epoch)[i * n // steps : (i + 1) * n // steps]
+
+    def count_targets(self, rows: Sequence[list[int]]) -> int:
+        """How many tokens of some rows are trained on, those of other ranks too. A first one is none."""
+        offsets, trained = self.dataset.offsets, self.dataset.trained
+        return sum(int(trained[offsets[c] + 1 : offsets[c + 1]].sum()) for row in rows for c in row)
+
+    def count_tokens(self, rows: Sequence[list[int]]) -> int:
+        """How many tokens some rows have, without their padding."""
+        offsets = self.dataset.offsets
+        return sum(int(offsets[c + 1] - offsets[c]) for row in rows for c in row)
+
+    def fill(self) -> float:
+        """Share of the rows' positions that hold a token."""
+        return float(self.dataset.offsets[-1]) / (len(self.rows) * self.T)
+
+    def micro_batches(
+        self, rows: Sequence[list[int]], micro_batch_size: int, ranks: Ranks, noise: Callable | None = None
+    ) -> Iterator[dict]:
+        """A rank's share of some rows, as the keyword arguments of the model's forward.
+
+        `noise`, if any, makes a row's (T, C) from its number and its conversations' lengths.
+        """
+        for share in ranks.share([*enumerate(rows)], micro_batch_size, most=self.most_rows):
+            some = [(0, []) if item is None else item for item in share]  # rows of padding keep a shape
+            some = [(number, [self.dataset[c] for c in row]) for number, row in some]
+            sequences = len(some) * self.sequences if ranks.even_batches else 0
+            batch = collate([row for _, row in some], self.T, varlen=self.varlen, sequences=sequences)
+            if noise:
+                lengths = [(number, [len(ids) for ids, _ in row]) for number, row in some]
+                batch["noise"] = torch.stack([noise(*pair) for pair in lengths])
+            yield ranks.pin(batch)
+
+
+def collate(
+    rows: Sequence[Sequence[tuple[np.ndarray, np.ndarray]]],
+    T: int,
+    *,
+    varlen: bool = False,
+    sequences: int = 0,
+) -> dict[str, torch.Tensor]:
+    """Rows of conversations (ids, labels) as input_ids, targets and positions (B, T) and mask (B, 1, T, T),
+    or, for variable-length attention, cu_seqlens: where in the B x T tokens each conversation begins, with
+    empty ones at the end to make so many `sequences`.
+
+    Positions restart in every conversation, the mask keeps it to itself, and its last token has no target, so
+    that the next one's first is never predicted. What is left of a row is padding: no conversation sees it,
+    nothing is trained on it.
+    """
+    B = len(rows)
+    input_ids, positions = np.zeros((B, T), np.int64), np.zeros((B, T), np.int64)
+    targets, owner = np.full((B, T), IGNORE, np.int64), np.full((B, T), -1, np.int32)
+    starts = []
+    for b, row in enumerate(rows):
+        at = 0
+        for n, (ids, labels) in enumerate(row):
+            span = slice(at, at + len(ids))
+            input_ids[b, span], positions[b, span], owner[b, span] = ids, np.arange(len(ids)), n
+            targets[b, at : at + len(ids) - 1] = labels[1:]
+            starts.append(b * T + at)
+            at += len(ids)
+        if at < T:
+            starts.append(b * T + at)
+    batch = {"input_ids": input_ids, "targets": targets, "positions": positions}
+    batch = {name: torch.from_numpy(array) for name, array in batch.items()}
+    if varlen:  # more sequences than expected make another shape, of a few, as each is compiled anew
+        length = sequences if sequences >= len(starts) else 1 << len(starts).bit_length()
+        return batch | {"cu_seqlens": torch.tensor(starts + [B * T] * (length + 1 - len(starts))).int()}
+    owner = torch.from_numpy(owner)
+    return batch | {"mask": (owner[:, :, None] == owner[:, None, :]).tril_()[:, None]}
+
+
+class Conversations:
+    """Conversations of several datasets, each under (source, number)."""
+
+    def __init__(self, datasets: Sequence[SFTDataset]):
+        self.datasets = datasets
+
+    def __getitem__(self, place: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+        source, number = place
+        return self.datasets[source][number]
+
+
+class MixedLoader(PackedLoader):
+    """Rows of several sources in an order that is a pure function of (seed, step).
+
+    A row has conversations of one source, under (source, number). Source i gives shares[i] of every
+    sum(shares) rows. Rows are about equally full, so these are its share of the tokens. Every source has
+    epochs of its own. One of the mix has as many rows as all sources together.
+    """
+
+    def __init__(self, loaders: Sequence[PackedLoader], shares: Sequence[int], rows_per_step: int):
+        self.loaders, self.shares, self.most_rows = loaders, shares, rows_per_step
+        self.dataset = Conversations([loader.dataset for loader in loaders])
+        self.T, self.varlen = loaders[0].T, loaders[0].varlen
+        self.sequences = max(loader.sequences for loader in loaders)
+        self.sizes = [len(loader.rows) for loader in loaders]  # in an epoch
+        self.steps_per_epoch = -(-sum(self.sizes) // rows_per_step)
+
+    def step_rows(self, step: int) -> list[list[tuple[int, int]]]:
+        """The rows of a step's global batch, each a list of conversations."""
+        rows = []
+        for source, nth in zip(*(a.tolist() for a in mixed_positions(step, self.most_rows, self.shares))):
+            epoch, i = divmod(nth, self.sizes[source])
+            rows.append([(source, number) for number in self.loaders[source].rows_of(epoch)[i]])
+        return rows
+
+    def count_targets(self, rows: Sequence[list[tuple[int, int]]]) -> int:
+        """How many tokens of some rows are trained on, those of other ranks too."""
+        return sum(loader.count_targets([row]) for loader, row in self.by_source(rows))
+
+    def count_tokens(self, rows: Sequence[list[tuple[int, int]]]) -> int:
+        """How many tokens some rows have, without their padding."""
+        return sum(loader.count_tokens([row]) for loader, row in self.by_source(rows))
+
+    def by_source(self, rows: Sequence[list[tuple[int, int]]]) -> Iterator[tuple[PackedLoader, list[int]]]:
+        """The loader of each row's source, and the row as that loader knows it."""
+        for row in rows:
+            yield self.loaders[row[0][0]], [number for _, number in row]
+
+    def fill(self) -> float:
+        """Share of the rows' positions that hold a token."""
+        filled = sum(loader.fill() * size for loader, size in zip(self.loaders, self.sizes))
+        return filled / sum(self.sizes)

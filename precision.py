@@ -1,0 +1,107 @@
+"""What matrix products are computed in: chosen at a run's first start, recorded in its checkpoints, and kept.
+
+Weights, optimizer state, norms, losses and sums of gradients are fp32 in any case.
+"""
+
+import time
+from collections.abc import Callable
+from functools import cache, partial
+
+import torch
+
+from distributed import Ranks
+
+DTYPES = ("auto", "float32", "bfloat16")
+# Where torch has MKL it computes fp32 products. On AMD's CPUs MKL leaves out AVX-512: oneDNN may be faster.
+ONEDNN = "float32 by oneDNN"
+# How many times as fast it must be to be chosen: far from what noise can make of equally fast ones.
+MARGINS = {ONEDNN: 1.25, "bfloat16": 1.4}
+EXACT = 2e-6  # relative error of an fp32 product of 512 terms, at most; in bf16 it is 3e-3
+
+
+def settle_precision(ranks: Ranks, wanted: str, recorded: str | None = None) -> None:
+    """Decide what these ranks multiply in, for a flag out of DTYPES and what a run has `recorded` earlier.
+
+    A run keeps what it began with, so that a resumed one is bit-exact and no noisy measurement changes it.
+    Otherwise rank 0 chooses for all.
+    """
+    if recorded and wanted in ("auto", recorded.split()[0]):
+        ranks.precision = recorded
+    else:
+        ranks.precision = ranks.from_main(lambda: choose_precision(wanted, ranks.device))
+    if ranks.device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if ranks.dtype == torch.bfloat16 else "highest")
+    elif ranks.device.type == "cpu":
+        by_onednn = ranks.precision == ONEDNN and product_error("medium") < EXACT
+        torch.set_float32_matmul_precision("medium" if by_onednn else "highest")
+        if ranks.precision == "bfloat16" and not has_bf16():
+            ranks.print(
+                "warning: this CPU has no bf16 instructions, and bfloat16 is about 100 times slower than "
+                "float32 on it; --dtype=float32 changes that, for a run that has begun with --force"
+            )
+
+
+@cache
+def choose_precision(wanted: str, device: torch.device) -> str:
+    """The fastest of what a flag allows on a device: float32, float32 by oneDNN (if exact there) or bfloat16.
+
+    "auto" is bfloat16 on CUDA. On a CPU it is so if the CPU has instructions for it and a product is faster.
+    """
+    if device.type != "cpu" or wanted == "bfloat16":
+        fp32 = wanted == "float32" or (wanted == "auto" and device.type != "cuda")
+        return "float32" if fp32 else "bfloat16"
+    seconds = product_seconds(bf16=wanted == "auto" and has_bf16())
+    if product_error("medium") >= EXACT:  # on AMX, oneDNN rounds the factors to bf16
+        del seconds[ONEDNN]
+    fp32 = ONEDNN if seconds["float32"] > MARGINS[ONEDNN] * seconds.get(ONEDNN, float("inf")) else "float32"
+    faster = seconds[fp32] > MARGINS["bfloat16"] * seconds.get("bfloat16", float("inf"))
+    return "bfloat16" if faster else fp32
+
+
+def has_bf16() -> bool:
+    """Whether this CPU has instructions for bf16 products."""
+    known = torch.cpu.get_capabilities()
+    return any(known.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def with_precision(kind: str, compute: Callable):
+    """What `compute` returns under set_float32_matmul_precision(kind)."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(kind)
+    try:
+        return compute()
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def factors() -> tuple[torch.Tensor, torch.Tensor]:
+    """Two random matrices whose product takes a few milliseconds."""
+    random = torch.Generator().manual_seed(0)
+    return torch.randn(1024, 512, generator=random), torch.randn(512, 768, generator=random)
+
+
+def seconds_of(a: torch.Tensor, b: torch.Tensor) -> float:
+    """How long their product takes."""
+    began = time.perf_counter()
+    a @ b
+    return time.perf_counter() - began
+
+
+def product_error(kind: str) -> float:
+    """The error of an fp32 product under set_float32_matmul_precision(kind), relative to its norm."""
+    x, w = factors()
+    exact = x.double() @ w.double()
+    return ((with_precision(kind, lambda: x @ w).double() - exact).norm() / exact.norm()).item()
+
+
+def product_seconds(*, bf16: bool, rounds: int = 8) -> dict[str, float]:
+    """The least time that a product takes in each way, measured in turn, so that all meet the same noise."""
+    x, w = factors()
+    ways = {"float32": ("highest", x, w), ONEDNN: ("medium", x, w)}
+    if bf16:
+        ways["bfloat16"] = ("highest", x.bfloat16(), w.bfloat16())
+    seconds = dict.fromkeys(ways, float("inf"))
+    for _ in range(rounds):
+        for name, (kind, a, b) in ways.items():
+            seconds[name] = min(seconds[name], with_precision(kind, partial(seconds_of, a, b)))
+    return seconds

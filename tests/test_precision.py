@@ -1,0 +1,143 @@
+"""What products are computed in: how it is chosen, and that a run keeps it."""
+
+import dataclasses
+
+import pytest
+import torch
+from conftest import ALONE, assert_recovered, losses, pretrain_config, refused
+
+import precision
+import pretrain_gpt
+from checkpoint import newest_checkpoint
+from common import file_sha256, read_json, read_records, write_json
+from precision import ONEDNN, choose_precision, product_error, settle_precision
+
+CPU = torch.device("cpu")
+KEPT = torch.get_float32_matmul_precision()
+
+
+@pytest.fixture
+def cpu(monkeypatch):
+    """A CPU with these instructions, on which products take these times; and what it multiplies exactly."""
+
+    def make(has_bf16: bool, exact: bool = True, **milliseconds: float) -> None:
+        names = {"mkl": "float32", "onednn": ONEDNN, "bf16": "bfloat16"}
+        seconds = {names[key]: value / 1000 for key, value in milliseconds.items()}
+        monkeypatch.setattr(precision, "has_bf16", lambda: has_bf16)
+        monkeypatch.setattr(precision, "product_error", lambda kind: 3e-7 if exact else 3e-3)
+        monkeypatch.setattr(
+            precision,
+            "product_seconds",
+            lambda *, bf16: {k: v for k, v in seconds.items() if bf16 or k != "bfloat16"},
+        )
+        choose_precision.cache_clear()
+
+    yield make
+    choose_precision.cache_clear()
+    torch.set_float32_matmul_precision(KEPT)
+
+
+@pytest.mark.parametrize(
+    ("bf16", "exact", "times", "auto", "float32"),
+    [
+        (True, True, (4.2, 2.0, 0.9), "bfloat16", ONEDNN),  # AMD, Zen 5
+        (True, True, (4.1, 3.6, 1.9), "bfloat16", "float32"),  # AMD, Zen 4
+        (False, True, (4.0, 4.2, 400), "float32", "float32"),  # without bf16 instructions
+        (False, True, (4.0, 2.0, 1.0), ONEDNN, ONEDNN),  # what a CPU has no instructions for is not tried
+        (True, False, (4.0, 0.5, 0.5), "bfloat16", "float32"),  # AMX: oneDNN rounds the factors to bf16
+        (True, True, (4.0, 3.9, 3.5), "float32", "float32"),  # no clear margin
+    ],
+)
+def test_a_cpus_precision_follows_from_its_instructions_and_clearly_faster_products(
+    bf16, exact, times, auto, float32, cpu
+):
+    cpu(bf16, exact, **dict(zip(("mkl", "onednn", "bf16"), times)))
+    assert choose_precision("auto", CPU) == auto
+    assert choose_precision("float32", CPU) == float32
+    assert choose_precision("bfloat16", CPU) == "bfloat16"
+
+
+def test_on_cuda_auto_is_bfloat16_and_elsewhere_float32():
+    chosen = [choose_precision(wanted, torch.device("cuda", 0)) for wanted in precision.DTYPES]
+    assert chosen == ["bfloat16", "float32", "bfloat16"]
+    assert choose_precision("auto", torch.device("mps")) == "float32"
+
+
+def test_whatever_this_cpu_is_fp32_is_exact_and_the_choice_takes_a_moment(cpu):
+    for wanted in ("float32", "auto"):
+        ranks = dataclasses.replace(ALONE)
+        settle_precision(ranks, wanted)
+        if ranks.dtype == torch.float32:
+            assert product_error(torch.get_float32_matmul_precision()) < precision.EXACT
+    assert product_error("highest") < precision.EXACT
+
+
+def test_a_run_keeps_what_it_recorded_whatever_is_faster_today(cpu):
+    ranks = dataclasses.replace(ALONE)
+    cpu(True, mkl=4, onednn=2, bf16=1)
+    for recorded in ("float32", ONEDNN, "bfloat16"):
+        for wanted in ("auto", recorded.split()[0]):
+            settle_precision(ranks, wanted, recorded)
+            assert ranks.precision == recorded
+            assert torch.get_float32_matmul_precision() == ("medium" if recorded == ONEDNN else "highest")
+    cpu(True, exact=False, mkl=4, onednn=2, bf16=1)
+    settle_precision(ranks, "auto", ONEDNN)  # it went on where oneDNN rounds
+    assert ranks.precision == ONEDNN and torch.get_float32_matmul_precision() == "highest"
+
+
+def test_bf16_on_a_cpu_without_its_instructions_is_done_with_a_warning(cpu, capsys):
+    cpu(False, mkl=4, onednn=4, bf16=400)
+    settle_precision(dataclasses.replace(ALONE), "bfloat16")
+    assert "--dtype=float32" in capsys.readouterr().out
+
+
+def test_a_run_in_bf16_is_killed_and_resumed_bit_for_bit_and_trains_as_one_in_fp32(data_dir, tmp_path, cpu):
+    """The first choice is bf16; when it goes on, this CPU would choose fp32."""
+    cpu(True, mkl=4, onednn=4, bf16=1)
+    config = pretrain_config(data_dir, tmp_path / "straight", dtype="auto")
+    pretrain_gpt.main(config)
+    pretrain_gpt.main(dataclasses.replace(config, out_dir=str(tmp_path / "twice")))
+    for step in (4, 6):
+        path = tmp_path / "twice" / f"step_{step:07d}"
+        for file in path.iterdir():
+            file.unlink()
+        path.rmdir()
+    cpu(False, mkl=4, onednn=4, bf16=400)
+    pretrain_gpt.main(dataclasses.replace(config, out_dir=str(tmp_path / "twice")))
+    assert_recovered(tmp_path / "twice", tmp_path / "straight", faults=1)
+    state = torch.load(newest_checkpoint(tmp_path / "twice") / "training_state.pt", weights_only=True)
+    assert state["content"]["precision"] == "bfloat16"
+    assert {x.dtype for entries in state["optimizer"].values() for x in entries.values()} == {torch.float32}
+
+    pretrain_gpt.main(pretrain_config(data_dir, tmp_path / "fp32"))
+    pairs = [(a[1], b[1]) for a, b in zip(losses(tmp_path / "straight"), losses(tmp_path / "fp32")) if a[1]]
+    assert len(pairs) == 6 and all(abs(a - b) < 0.01 for a, b in pairs)
+    assert any(a != b for a, b in pairs)
+
+
+def test_another_precision_than_the_run_has_is_refused_without_force(data_dir, tmp_path, cpu):
+    config = pretrain_config(data_dir, tmp_path / "run", max_steps=2)
+    pretrain_gpt.main(config)
+    other = dataclasses.replace(config, dtype="bfloat16", max_steps=4)
+    refused("precision 'float32' → 'bfloat16'.*--force", pretrain_gpt.main, other)
+    pretrain_gpt.main(dataclasses.replace(other, force=True))
+    assert read_records(tmp_path / "run" / "metrics.jsonl")[-1]["step"] == 4
+
+
+def test_a_checkpoint_that_says_nothing_of_precision_goes_on_in_fp32_on_a_cpu(data_dir, tmp_path, cpu):
+    config = pretrain_config(data_dir, tmp_path, max_steps=2)
+    pretrain_gpt.main(config)
+    path = newest_checkpoint(tmp_path)
+    state, told = (
+        torch.load(path / "training_state.pt", weights_only=True),
+        read_json(path / "checkpoint.json"),
+    )
+    del state["content"]["precision"], state["config"]["dtype"]
+    torch.save(state, path / "training_state.pt")
+    file = path / "training_state.pt"
+    told["files"][file.name] = {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
+    write_json(path / "checkpoint.json", told)
+    cpu(True, mkl=4, onednn=4, bf16=1)
+    pretrain_gpt.main(dataclasses.replace(config, max_steps=4, dtype="auto", force=True))
+    state = torch.load(newest_checkpoint(tmp_path) / "training_state.pt", weights_only=True)
+    assert (state["step"], state["content"]["precision"]) == (4, "float32")
