@@ -23,6 +23,14 @@ def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return (a @ b).float()
 
 
+def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """Add a matrix product to an fp32 total. A GPU adds bf16 factors' product in the kernel that makes it."""
+    if total.is_cuda and a.dtype != torch.float32:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        total += product(a, b)
+
+
 def nats_and_gradient(logits: torch.Tensor, targets: torch.Tensor, dtype: torch.dtype):
     """The summed cross-entropy of fp32 logits (N, V) against targets (N, 1), and its gradient on the logits,
     softmax - one-hot, in a type. Written over the logits; for torch.compile see fused_nats_and_gradient."""
@@ -65,7 +73,7 @@ class SummedCrossEntropy(torch.autograd.Function):
             if dx is not None:
                 dx[i : i + chunk] = gradient @ w
             if dw is not None:
-                dw += product(gradient.T, xs)
+                add_product(dw, gradient.T, xs)
         ctx.save_for_backward(dx, dw)
         ctx.weight_dtype = weight.dtype
         return loss

@@ -43,7 +43,8 @@ def test_products_are_bf16_and_loss_norms_and_optimizer_state_fp32(step):
     assert set(step["state"]) == {"float32 on cuda"}
     assert set(step["statistics"]) == {"float32"}  # of the norms
     if step["script"] != "dpo":  # two micro-batches, each with one chunk of logits and one of head gradients
-        assert step["products"]["step: bfloat16 bfloat16 float32 at loss.py:product"] == 4
+        assert step["products"]["step: bfloat16 bfloat16 float32 at loss.py:product"] == 2
+        assert step["products"]["step: bfloat16 bfloat16 float32 at loss.py:add_product"] == 2
 
 
 def test_nothing_is_on_the_wrong_device(step):
