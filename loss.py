@@ -16,6 +16,12 @@ LOGITS_AT_ONCE = {"cpu": 2**22, "cuda": 2**28, "mps": 2**24}  # 16 MB stay in a 
 ROWS_AT_LEAST = 512
 
 
+def product_type(x: torch.Tensor) -> torch.dtype:
+    """The type that products of x are computed in: autocast's, or without it that of x."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
 def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """The matrix product in fp32. A GPU keeps the fp32 sums of bf16 factors; elsewhere they are rounded."""
     if a.is_cuda and a.dtype != torch.float32:
@@ -93,9 +99,7 @@ def summed_loss(
 
     `softmax` may be a compiled fused_nats_and_gradient.
     """
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind):
-        x = x.to(torch.get_autocast_dtype(kind))
+    kind, x = x.device.type, x.to(product_type(x))
     if not torch.is_grad_enabled():
         weight = weight.detach()  # or its gradient would be computed
     x, targets = x.flatten(0, -2), targets.flatten()
@@ -118,9 +122,7 @@ def token_losses(
     As in summed_loss, no more than a chunk of the logits is ever held. The losses may be weighted later, so
     the backward pass computes each chunk's logits again. A CPU skips the rows that are ignored.
     """
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind):
-        x = x.to(torch.get_autocast_dtype(kind))
+    kind, x = x.device.type, x.to(product_type(x))
     y = targets.flatten()
     rows = (y != IGNORE).nonzero()[:, 0] if kind == "cpu" else torch.arange(len(y), device=x.device)
 

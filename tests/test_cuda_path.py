@@ -117,6 +117,6 @@ def test_one_graph_serves_all_further_tokens_of_a_call_and_nothing_waits_in_it(d
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_one_graph_serves_all_blocks_and_nothing_is_compiled_later(script):
     found = on_fake_cuda("compiles", script=script)
-    assert found["first step"] == (1 if script == "dpo" else 2)  # the block, and the head's softmax
-    assert found["evaluation"] == 1  # the block, without gradients
+    assert found["first step"] == (2 if script == "dpo" else 3)  # block, last norm, head's softmax
+    assert found["evaluation"] == 2  # the block and the norm, without gradients
     assert found["later"] == 0
