@@ -337,7 +337,11 @@ class GPTModel(nn.Module):
 
     def compile_blocks(self) -> None:
         """Compile, in place, each block, of which one graph serves all, the last norm, and on CUDA the head's
-        softmax; there decoding replays a CUDA graph, too."""
+        softmax; there decoding replays a CUDA graph, too.
+
+        This computes as fast as one graph of the whole model would, by the roofline (docs/measured.md), is
+        traced in a sixth of the time, and is not split by DDP.
+        """
         for part in (*self.model.layers, self.model.norm):
             part.compile(dynamic=False)
         if self.lm_head.weight.is_cuda:
