@@ -16,11 +16,25 @@ LOGITS_AT_ONCE = {"cpu": 2**22, "cuda": 2**28, "mps": 2**24}  # 16 MB stay in a 
 ROWS_AT_LEAST = 512
 
 
+def product_type(x: torch.Tensor) -> torch.dtype:
+    """The type that products of x are computed in: autocast's, or without it that of x."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
 def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """The matrix product in fp32. A GPU keeps the fp32 sums of bf16 factors; elsewhere they are rounded."""
     if a.is_cuda and a.dtype != torch.float32:
         return torch.mm(a, b, out_dtype=torch.float32)
     return (a @ b).float()
+
+
+def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """Add a matrix product to an fp32 total. A GPU adds bf16 factors' product in the kernel that makes it."""
+    if total.is_cuda and a.dtype != torch.float32:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        total += product(a, b)
 
 
 def nats_and_gradient(logits: torch.Tensor, targets: torch.Tensor, dtype: torch.dtype):
@@ -36,11 +50,12 @@ def nats_and_gradient(logits: torch.Tensor, targets: torch.Tensor, dtype: torch.
 
 
 def fused_nats_and_gradient(logits: torch.Tensor, targets: torch.Tensor, dtype: torch.dtype):
-    """nats_and_gradient, so written that a compiler makes two passes over the logits of it."""
+    """nats_and_gradient, so written that a compiler makes one kernel of it: all of its sums are by row."""
     kept = (targets != IGNORE).float()
     is_target = torch.arange(logits.size(1), device=logits.device) == targets
     log_total = logits.logsumexp(1, keepdim=True)
-    nats = (log_total * kept).sum() - torch.where(is_target, logits, 0.0).sum()
+    right = torch.where(is_target, logits, 0.0).sum(1, keepdim=True)
+    nats = ((log_total - right) * kept).sum()
     return nats, (((logits - log_total).exp() - is_target.float()) * kept).to(dtype)
 
 
@@ -64,7 +79,7 @@ class SummedCrossEntropy(torch.autograd.Function):
             if dx is not None:
                 dx[i : i + chunk] = gradient @ w
             if dw is not None:
-                dw += product(gradient.T, xs)
+                add_product(dw, gradient.T, xs)
         ctx.save_for_backward(dx, dw)
         ctx.weight_dtype = weight.dtype
         return loss
@@ -84,9 +99,7 @@ def summed_loss(
 
     `softmax` may be a compiled fused_nats_and_gradient.
     """
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind):
-        x = x.to(torch.get_autocast_dtype(kind))
+    kind, x = x.device.type, x.to(product_type(x))
     if not torch.is_grad_enabled():
         weight = weight.detach()  # or its gradient would be computed
     x, targets = x.flatten(0, -2), targets.flatten()
@@ -109,9 +122,7 @@ def token_losses(
     As in summed_loss, no more than a chunk of the logits is ever held. The losses may be weighted later, so
     the backward pass computes each chunk's logits again. A CPU skips the rows that are ignored.
     """
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind):
-        x = x.to(torch.get_autocast_dtype(kind))
+    kind, x = x.device.type, x.to(product_type(x))
     y = targets.flatten()
     rows = (y != IGNORE).nonzero()[:, 0] if kind == "cpu" else torch.arange(len(y), device=x.device)
 

@@ -20,11 +20,12 @@ all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_te
 
 
 def orthogonalize(g: torch.Tensor, dtype: torch.dtype, steps: int = 5) -> torch.Tensor:
-    """Nearly orthogonal matrices with the singular vectors of g (…, M, N): U Vᵀ of its SVD, singular values
+    """Nearly orthogonal matrices with the singular vectors of g (n, M, N): U Vᵀ of its SVD, singular values
     near 1; computed in a type.
 
     A quintic Newton–Schulz iteration with the coefficients of Jordan et al. 2024
-    (https://kellerjordan.github.io/posts/muon/).
+    (https://kellerjordan.github.io/posts/muon/). Sums are made in the kernels that multiply, and so rounded
+    once.
     """
     x = g.to(dtype)
     tall = g.size(-2) > g.size(-1)
@@ -32,7 +33,8 @@ def orthogonalize(g: torch.Tensor, dtype: torch.dtype, steps: int = 5) -> torch.
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
         a = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+        b = torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, b, x, beta=3.4445)
     return x.mT if tall else x
 
 

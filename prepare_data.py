@@ -7,6 +7,13 @@
 Documents are read in order, tokenized on all cores and appended to shards; memory use does not grow with the
 source. A stopped run, started again with the same command, continues where it was and ends with the same
 bytes.
+
+    torchrun --nproc_per_node=8 prepare_data.py --source=crawl/ --out_dir=data/crawl
+    python prepare_data.py --part=3/8 --source=crawl/ --out_dir=data/crawl
+
+Several processes, of torchrun, of a Slurm array or started by hand, divide a source's files, see parts.py.
+Shards are not shuffled, because the order in which a run reads them is: a batch has windows from all over the
+data, see order.py.
 """
 
 import itertools
@@ -44,6 +51,7 @@ from tokenization import (
     vocabulary_size,
 )
 
+PARTS = "parts"  # what several processes prepare: in out_dir, a folder for each file of the source
 BATCH_DOCUMENTS = 256  # tokenized together
 SAVE_EVERY = 20_000_000  # tokens between two places to continue from
 TOKENIZER_BYTES = 200_000_000  # of text, from the beginning, that --tokenizer=train learns from
@@ -68,6 +76,17 @@ class Config:
     max_bad_rows: float = 0.1  # share of the rows that may be unusable; they are skipped and counted
     shard_tokens: int = 100_000_000  # tokens in a shard
     workers: int = 0  # tokenizing threads; 0 for one a core
+    part: str = ""  # 3/8: the third of eight shares of the files; empty: torchrun's or Slurm's, or all
+
+
+def share_of(part: str) -> tuple[int, int]:
+    """A share, counted from 0, and how many there are: (2, 8) of "3/8". InputError for what is no share."""
+    if not part:
+        return 0, 1
+    found = re.fullmatch(r"(\d+)/(\d+)", part)
+    if not found or not 1 <= int(found[1]) <= int(found[2]):
+        raise InputError(f"--part={part} is no share; expected 1/8 to 8/8 for eight processes")
+    return int(found[1]) - 1, int(found[2])
 
 
 def documents(config: Config, bad_rows: BadRows | None = None) -> Iterator[str]:
@@ -78,7 +97,7 @@ def documents(config: Config, bad_rows: BadRows | None = None) -> Iterator[str]:
 
         yield from embedded.documents()
         return
-    for row, where in source_rows(config.source, config.config, config.split):
+    for row, where in source_rows(config.source, config.config, config.split, share_of(config.part)):
         try:
             text = text_of(row, config.column)
         except ValueError as error:
@@ -110,7 +129,7 @@ def make_tokenizer(config: Config):
 
     def beginning():
         read = 0
-        for text in documents(config):
+        for text in documents(replace(config, part="")):
             yield text
             read += len(text)
             if read >= TOKENIZER_BYTES:
@@ -138,7 +157,8 @@ def save_tokenizer(tokenizer, folder: Path) -> None:
 
 def refuse_foreign_files(out_dir: Path) -> None:
     """Raise InputError if a folder has files under our names, but no note that we wrote them."""
-    if not out_dir.is_dir() or any((out_dir / name).exists() for name in ("manifest.json", "progress.json")):
+    notes = ("manifest.json", "progress.json", PARTS)
+    if not out_dir.is_dir() or any((out_dir / name).exists() for name in notes):
         return
     names = [path.name for path in out_dir.iterdir()]
     foreign = [name for name in names if re.fullmatch(r"(train|val)_.*\.bin.*|tokenizer", name)]
@@ -200,9 +220,15 @@ def mend(config: Config, settings: dict) -> None:
         save_tokenizer(tokenizer, out_dir / "tokenizer")
     damaged, again = damaged_shards(out_dir, manifest), out_dir / ".again"
     if not damaged:
-        shutil.rmtree(again, ignore_errors=True)  # stopped when all was done
+        for folder in (again, out_dir / PARTS):
+            shutil.rmtree(folder, ignore_errors=True)  # stopped when all was done
         return
     print(f"{'; '.join(damaged.values())}: preparing again")
+    if "files" in manifest:
+        from parts import mend_parts
+
+        mend_parts(config, manifest, damaged)
+        return
     again.mkdir(exist_ok=True)
     if not (again / "progress.json").exists():
         save_progress(again, settings, 0, {})
@@ -255,7 +281,7 @@ def write_shards(config: Config, tokenizer, settings: dict) -> dict[str, ShardWr
                     saved = tokens()
                 continue
             break
-    if done == 0:
+    if done == 0 and not config.part:  # a file among others may be empty
         raise InputError(f"{config.source} holds no text; nothing was prepared")
     for writer in writers.values():
         writer.finish()
@@ -332,22 +358,25 @@ def prepare(config: Config, settings: dict) -> None:
     progress.unlink()
     for split, writer in writers.items():
         print(f"{split}: " + ", ".join(f"{value:,} {name}" for name, value in writer.totals.items()))
-        if not writer.totals["documents"]:
+        if not writer.totals["documents"] and not config.part:
             print(
                 f"no document is in {split}, pretraining needs both: delete {out_dir}, raise --val_fraction"
             )
 
 
-def main(config: Config) -> None:
-    check_settings(config)
-    os.environ["TOKENIZERS_PARALLELISM"] = "true"
-    if config.workers:
-        os.environ["RAYON_NUM_THREADS"] = str(config.workers)
+def settings_of(config: Config) -> dict:
+    """What decides about the shards: flags, names and sizes of the files."""
+    free = ("out_dir", "workers", "max_bad_rows", *(() if config.part else ("part",)))
+    settings = {name: value for name, value in asdict(config).items() if name not in free}
+    files, (first, every) = [], share_of(config.part)
+    if config.source != "embedded":
+        files = (source_files(config.source) or [])[first::every]
+    return settings | {"source_files": [[path.name, path.stat().st_size] for path in files]}
 
-    out_dir = Path(config.out_dir)
-    files = source_files(config.source) if config.source != "embedded" else None
-    settings = {k: v for k, v in asdict(config).items() if k not in ("out_dir", "workers", "max_bad_rows")}
-    settings["source_files"] = [[path.name, path.stat().st_size] for path in files or []]
+
+def prepare_folder(config: Config) -> None:
+    """Make the shards of a source in out_dir, go on making them, or see that they are whole."""
+    out_dir, settings = Path(config.out_dir), settings_of(config)
     refuse_foreign_files(out_dir)
     make_folder(out_dir)
     with lock_folder(out_dir):
@@ -356,8 +385,29 @@ def main(config: Config) -> None:
             (out_dir / "progress.json").unlink(missing_ok=True)  # stopped between the manifest and this
             mend(config, settings)
             print(f"{out_dir} is already prepared")
+        elif (out_dir / PARTS).exists():
+            raise InputError(
+                f"{out_dir} holds parts of a preparation by several processes; go on with --part, torchrun "
+                f"or a Slurm array, or choose another --out_dir"
+            )
         else:
             prepare(config, settings)
+
+
+def main(config: Config) -> None:
+    from parts import prepare_share, started_part  # which imports this
+
+    config = replace(config, part=config.part or started_part(os.environ))
+    check_settings(config)
+    share_of(config.part)
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes of torchrun on this machine
+    if config.workers or here > 1:
+        os.environ["RAYON_NUM_THREADS"] = str(config.workers or max(1, (os.cpu_count() or 1) // here))
+    if config.part:
+        prepare_share(config)
+    else:
+        prepare_folder(config)
 
 
 if __name__ == "__main__":

@@ -77,6 +77,7 @@ def moved_bytes(func, args: tuple, kwargs: dict, out) -> int:
 
 def flops_of(func, args, kwargs, out) -> int:
     packet = func.overloadpacket
+    args = [value for value in args if not isinstance(value, torch.dtype)]  # addmm's formula takes none
     return flop_registry[packet](*args, **kwargs, out_val=out) if packet in flop_registry else 0
 
 

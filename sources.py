@@ -14,16 +14,19 @@ SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 TXT_PIECE = 20_000  # characters: a longer .txt is cut, at line ends, into documents of about this size
 
 
-def source_rows(source: str, name: str, split: str) -> Iterator[tuple[dict, str]]:
+def source_rows(
+    source: str, name: str, split: str, share: tuple[int, int] = (0, 1)
+) -> Iterator[tuple[dict, str]]:
     """Rows of files and folders (with commas between), or of a hub dataset, each with the place it was found.
 
-    A row that is no object is given as it is; a damaged row as its ValueError. Raises InputError for what is
-    missing or empty, and for a file that is damaged or cut short.
+    A share (i, n) has every n-th of the files from the i-th on. A row that is no object is given as it is; a
+    damaged row as its ValueError. Raises InputError for what is missing or empty, and for a file that is
+    damaged or cut short.
     """
     files = source_files(source)
     if files is None:
-        yield from hub_rows(source, name, split)
-    for path in files or []:
+        yield from hub_rows(source, name, split, share)
+    for path in (files or [])[share[0] :: share[1]]:
         number = 0
         try:
             reader = {".txt": read_txt, ".parquet": read_parquet}.get(path.suffix, read_jsonl)
@@ -140,18 +143,35 @@ def read_jsonl(path: Path) -> Iterator:
             yield row
 
 
-def hub_rows(source: str, name: str, split: str) -> Iterator[tuple[dict, str]]:
-    """Rows of a hub dataset, streamed; a ValueError for one whose text is no UTF-8."""
+def count_files(source: str, name: str, split: str) -> int:
+    """How many files a source has that shares can be made of."""
+    files = source_files(source)
+    return hub_stream(source, name, split).num_shards if files is None else len(files)
+
+
+def hub_stream(source: str, name: str, split: str):
+    """A hub dataset, whose rows come as they are asked for; InputError if it cannot be had."""
     from datasets import load_dataset
     from huggingface_hub.utils import httpx
 
     try:
-        stream = load_dataset(source, name or None, split=split, streaming=True)
+        return load_dataset(source, name or None, split=split, streaming=True)
     except (OSError, ValueError, RuntimeError, httpx.HTTPError) as error:
         raise InputError(
             f"no file or folder {source}, and no dataset of that name could be had from the hub: "
             f"{one_line(error)}"
         ) from error
+
+
+def hub_rows(
+    source: str, name: str, split: str, share: tuple[int, int] = (0, 1)
+) -> Iterator[tuple[dict, str]]:
+    """Rows of a share of a hub dataset's files, streamed; a ValueError for one whose text is no UTF-8."""
+    from huggingface_hub.utils import httpx
+
+    stream = hub_stream(source, name, split)
+    if share[1] > 1:
+        stream = stream.shard(num_shards=share[1], index=share[0], contiguous=False)
     number = 0
     try:
         # Tables of one row each: asked for Python's objects, datasets would give up at such a text.

@@ -77,7 +77,8 @@ class Recorder(TorchDispatchMode):
         elif on_cuda and any(t.dim() and t.device.type == "cpu" for t in tensors):
             self.mixed[f"{name} at {place()}"] += 1
         if name.split(".")[1] in ("mm", "bmm", "addmm", "baddbmm") and on_cuda:
-            types = " ".join(str(t.dtype).removeprefix("torch.") for t in (*tensors[-2:], out))
+            factors = [t for t in args if isinstance(t, torch.Tensor)][-2:]
+            types = " ".join(str(t.dtype).removeprefix("torch.") for t in (*factors, out))
             self.products[f"{self.phase}: {types} at {place().rpartition(':')[0]}"] += 1
         if name.startswith(("aten.rsqrt.", "aten._fused_rms_norm.")) and on_cuda:
             statistic = out[1] if isinstance(out, tuple) else out  # 1 / root mean square

@@ -43,7 +43,8 @@ def test_products_are_bf16_and_loss_norms_and_optimizer_state_fp32(step):
     assert set(step["state"]) == {"float32 on cuda"}
     assert set(step["statistics"]) == {"float32"}  # of the norms
     if step["script"] != "dpo":  # two micro-batches, each with one chunk of logits and one of head gradients
-        assert step["products"]["step: bfloat16 bfloat16 float32 at loss.py:product"] == 4
+        assert step["products"]["step: bfloat16 bfloat16 float32 at loss.py:product"] == 2
+        assert step["products"]["step: bfloat16 bfloat16 float32 at loss.py:add_product"] == 2
 
 
 def test_nothing_is_on_the_wrong_device(step):
@@ -116,6 +117,6 @@ def test_one_graph_serves_all_further_tokens_of_a_call_and_nothing_waits_in_it(d
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_one_graph_serves_all_blocks_and_nothing_is_compiled_later(script):
     found = on_fake_cuda("compiles", script=script)
-    assert found["first step"] == (1 if script == "dpo" else 2)  # the block, and the head's softmax
-    assert found["evaluation"] == 1  # the block, without gradients
+    assert found["first step"] == (2 if script == "dpo" else 3)  # block, last norm, head's softmax
+    assert found["evaluation"] == 2  # the block and the norm, without gradients
     assert found["later"] == 0

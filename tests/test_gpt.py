@@ -93,8 +93,10 @@ def test_the_first_loss_is_ln_v(tied, vocab_size, hidden_size):
 
 def test_blocks_start_as_the_identity_and_the_ffn_has_its_full_width():
     model = GPTModel(GPTConfig(vocab_size=128, hidden_size=512, num_hidden_layers=1))
-    x = torch.randn(1, 4, 512)
-    assert torch.equal(model.model.layers[0](x, AttentionInputs((model.rope_cos[:4], model.rope_sin[:4]))), x)
+    x, update = torch.randn(2, 1, 4, 512)
+    inputs = AttentionInputs((model.rope_cos[:4], model.rope_sin[:4]))
+    stream, after = model.model.layers[0](x, update, inputs)
+    assert torch.equal(stream + after, x + update)
     assert model.model.layers[0].mlp.gate_proj.weight.shape == (1408, 512)
 
 

@@ -58,6 +58,16 @@ def test_the_loss_never_holds_all_logits(monkeypatch):
     assert largest <= 2**18 < 8 * 256 * 4096 / 16
 
 
+def test_the_softmax_that_is_compiled_equals_the_one_that_is_not():
+    torch.manual_seed(0)
+    logits, targets = 5 * torch.randn(6, 50), torch.tensor([[0], [49], [7], [IGNORE], [7], [IGNORE]])
+    nats, gradient = loss_room.fused_nats_and_gradient(logits, targets, torch.float32)
+    expected, wanted = loss_room.nats_and_gradient(logits.clone(), targets, torch.float32)
+    torch.testing.assert_close(nats, expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(gradient, wanted, rtol=1e-5, atol=1e-6)
+    assert not gradient[[3, 5]].any()
+
+
 def test_a_batch_without_targets_has_loss_zero_and_zero_gradients():
     model = small_model()
     loss = model(random_ids(2, 8), torch.full((2, 8), IGNORE))

@@ -62,9 +62,17 @@ def test_the_schedule_rises_stays_and_falls_to_zero_over_just_the_run():
     assert [schedule(step, 3, warmup_steps=0, decay_steps=0) for step in range(3)] == [1.0] * 3
 
 
+def test_orthogonalize_in_bf16_is_near_that_in_fp64():
+    """Within 1.8 %: with each term of a sum rounded before it is added it would be 2.5 %."""
+    torch.manual_seed(0)
+    g = torch.randn(4, 128, 128)
+    exact = orthogonalize(g.double(), torch.float64)
+    assert (orthogonalize(g, torch.bfloat16) - exact).norm() < 0.018 * exact.norm()
+
+
 def test_orthogonalize_keeps_singular_vectors_and_brings_singular_values_near_one():
     torch.manual_seed(0)
-    for shape in ((32, 32), (3, 64, 16), (16, 64)):
+    for shape in ((1, 32, 32), (3, 64, 16), (1, 16, 64)):
         g = torch.randn(shape)
         u, _, vt = torch.linalg.svd(g, full_matrices=False)
         inner = u.mT @ orthogonalize(g, torch.float32) @ vt.mT  # diagonal, with the new singular values

@@ -15,7 +15,7 @@ import bench
 import roofline
 from bench import Config
 from common import InputError, parse_config
-from roofline import GPUS, Cost, Meter, moved_bytes
+from roofline import GPUS, Cost, Meter, flops_of, moved_bytes
 
 aten = torch.ops.aten
 
@@ -30,6 +30,13 @@ def test_an_operation_moves_what_it_reads_and_what_it_writes():
     assert moved_bytes(aten.embedding.default, (a, ids), {}, a[ids]) == 3 * 8 + 2 * 4 * 3 * 8
     row = torch.zeros(1, 8).expand(100, 8)  # is read from its eight numbers
     assert moved_bytes(aten.neg.default, (row,), {}, -row) == 4 * (8 + 800)
+
+
+def test_a_product_that_is_added_to_a_total_has_the_flops_of_the_product():
+    total, a, b = torch.zeros(4, 2), torch.zeros(4, 8), torch.zeros(8, 2)
+    added = aten.addmm.dtype_out, (total, a.bfloat16(), b.bfloat16(), torch.float32), {"out": total}
+    assert flops_of(*added, total) == flops_of(aten.mm.default, (a, b), {}, total) == 2 * 4 * 8 * 2
+    assert moved_bytes(*added, total) == 4 * 8 + 2 * (32 + 16) + 4 * 8
 
 
 def test_a_kernel_takes_as_long_as_its_bytes_or_its_flops_whichever_is_longer():
@@ -84,4 +91,7 @@ def test_the_parts_of_a_step_have_the_flops_of_their_products():
         assert float(parts["MLP"][2]) == round(6 * 3 * C * F * L * tokens / 1e12, 3)
         assert float(parts["head and loss"][2]) == round(6 * C * V * tokens / 1e12, 3)
         assert float(parts["attention"][2]) == round((6 * 4 * C * C + 14 * C * T) * L * tokens / 1e12, 3)
+    # Logits are written in fp32 and read once, their gradient is written in bf16 and read by two products: 14
+    # bytes. Three are for the weights. To read the logits once more would be another four.
+    assert 14 < float(ours["head and loss"][1]) * 1e9 / (V * tokens) < 18
     assert int(ours["embedding"][0]) == 2 * n  # forward and backward, each micro-batch
