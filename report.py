@@ -87,6 +87,14 @@ class Run:
         return None
 
 
+def heads_of(runs: Sequence[Run]) -> list[str]:
+    """What tells runs apart: their folders' names, with the path if that is the same; nothing for one run."""
+    if len(runs) == 1:
+        return [""]
+    names = [run.folder.name for run in runs]
+    return names if len(set(names)) == len(names) else [run.name for run in runs]
+
+
 # -- numbers -------------------------------------------------------------------------------------------------
 
 
@@ -193,11 +201,10 @@ def charts(runs: Sequence[Run]) -> Iterator[str]:
 
     def series(name: str, label: str, *, marked: bool = False) -> list[Series]:
         several = []
-        for i, run in enumerate(runs):
+        for i, (run, head) in enumerate(zip(runs, heads_of(runs))):
             scale = run.facts["step_tokens"] if over_tokens else 1
             points = [(step * scale, value) for step, value in run.curve(name)]
-            whose = " ".join(part for part in (run.name if len(runs) > 1 else "", label) if part)
-            several.append(Series(whose, points, f"run{i}", marked))
+            several.append(Series(f"{head} {label}".strip(), points, f"run{i}", marked))
         return several
 
     unit = runs[0].facts.get("unit", "nats/token")
@@ -215,7 +222,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, kind: str = "")
     """A table of texts; a row whose values differ from run to run is marked in one of kind "compared"."""
     lines = [f"<tr>{''.join(f'<th>{escape(cell)}</th>' for cell in head)}</tr>"] if any(head) else []
     for name, *values in rows:
-        differs = kind == "compared" and len(set(values)) > 1
+        differs = kind == "compared" and len({*values} - {"–"}) > 1
         cells = "".join(
             f'<td data-head="{escape(above)}">{escape(value)}</td>' for above, value in zip(head[1:], values)
         )
@@ -232,25 +239,22 @@ def summary(run: Run) -> dict[str, str]:
         ("tokens", "tokens", ""),
         ("loss", "training loss", unit),
         ("val_loss", "validation loss", unit),
-        ("val_bpb", "validation", "bits/byte"),
+        ("val_bpb", "validation by bytes", "bits/byte"),
     ):
         if curve := run.curve(name):
             first, final = curve[0][1], curve[-1][1]
             shown = short(final) if name == "tokens" else f"{first:.3f} → {final:.3f} {of}"
-            told[title if title not in told else f"{title}, {of}"] = shown
+            told[title] = shown
     if seconds := run.curve("seconds"):
-        told["training"] = (
-            f"{duration(sum(value for _, value in seconds))}, saving and validating not counted"
-        )
+        told["time of all steps"] = duration(sum(value for _, value in seconds))
     if speeds := sorted(value for _, value in run.curve("tokens_per_second")):
         told["speed"] = f"{speeds[len(speeds) // 2]:,.0f} tokens/s, the median"
     if skipped := [row for row in run.rows if row.get("skipped")]:
         told["skipped steps"] = f"{len(skipped)}, the last because {skipped[-1]['skipped']}"
     if parameters := run.parameters():
         told["parameters"] = f"{parameters:,}"
-    for name in ("devices", "command"):
-        if name in run.facts:
-            told[name] = run.facts[name]
+    if "devices" in run.facts:
+        told["devices"] = run.facts["devices"]
     return told
 
 
@@ -263,10 +267,10 @@ def side_by_side(columns: Sequence[dict[str, str]]) -> list[list[str]]:
 def samples(runs: Sequence[Run]) -> str:
     """What a run's model wrote first and last; of several runs what each wrote last."""
     heads, columns = [], []
-    for run in runs:
+    for run, head in zip(runs, heads_of(runs)):
         steps = sorted({row["step"] for row in run.texts})
         for step in steps[-1:] if len(runs) > 1 else dict.fromkeys((*steps[:1], *steps[-1:])):
-            heads.append(f"{run.name}, step {step}" if len(runs) > 1 else f"step {step}")
+            heads.append(f"{head} step {step}".strip())
             columns.append(run.written(step))
     return table(["", *heads], side_by_side(columns), kind="texts")
 
@@ -283,17 +287,14 @@ def evaluation(runs: Sequence[Run]) -> str:
     return table(["", *heads_of(runs)], side_by_side(columns))
 
 
-def heads_of(runs: Sequence[Run]) -> list[str]:
-    """The heads of a table's columns; an empty one for a single run."""
-    return [run.name for run in runs] if len(runs) > 1 else [""]
-
-
 def commands(run: Run) -> list[tuple[str, str]]:
     """How to go on from a run: what for, and the command."""
     folder = shlex.quote(run.name)
     told = []
-    if run.rows[-1]["step"] < run.facts.get("max_steps", 0) and "command" in run.facts:
-        told.append(("go on with this run", f"python {run.facts['command']}"))
+    if "command" in run.facts:
+        stopped = run.rows[-1]["step"] < run.facts["max_steps"]
+        what = "it is not finished; the same command continues it" if stopped else "it was made by"
+        told.append((what, f"python {run.facts['command']}"))
     if "data_dir" in run.settings:
         told += [
             ("fine-tune it to chat", f"python sft_gpt.py --model={folder} --out_dir=out/chat"),
@@ -321,11 +322,11 @@ STYLE = """
         --first: light-dark(#1a5fb4, #78aeed); --second: light-dark(#c64600, #ffa348);
         --mark: light-dark(#fff3d6, #45391a); }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 64rem; margin: 0 auto; padding: 1rem;
-       overflow-wrap: anywhere; }
+       overflow-wrap: break-word; }
 h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: 1rem; }
 figure { margin: 0; } figcaption { font-size: .9rem; } svg { width: 100%; height: auto; display: block; }
-figcaption span { margin-left: .8rem; } figcaption span::before { content: "— "; }
+figcaption span { display: inline-block; margin-left: .8rem; } figcaption span::before { content: "— "; }
 figcaption span.marked::before { content: "● "; }
 svg text { font-size: 12px; fill: var(--dim); } svg .grid { stroke: var(--line); }
 polyline { fill: none; stroke-width: 1; opacity: .75; } polyline.marked { stroke-width: 2; opacity: 1; }
@@ -335,9 +336,10 @@ circle.run1, span.run1 { fill: var(--second); color: var(--second); }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .9rem; }
 th, td { text-align: left; vertical-align: top; padding: .3rem .8rem .3rem 0;
          border-top: 1px solid var(--line); }
-th { font-weight: 600; } td { white-space: pre-wrap; } .differs { background: var(--mark); }
-.texts { width: 100%; table-layout: fixed; } .texts th:first-child { width: 20%; }
+th { font-weight: 600; } tr > th:first-child { white-space: nowrap; } .differs { background: var(--mark); }
+.texts { width: 100%; table-layout: fixed; } .texts tr > th:first-child { width: 20%; white-space: normal; }
 @media (max-width: 40rem) { .texts tr, .texts th, .texts td { display: block; border-top: 0; }
+  .texts tr > th:first-child { width: auto; }
   .texts tr { border-top: 1px solid var(--line); padding: .4rem 0; } .texts tr:first-child { display: none; }
   .texts td { padding: .1rem 0 .1rem .8rem; border-left: 3px solid var(--line); margin: .4rem 0; }
   .texts td::before { content: attr(data-head); display: block; color: var(--dim); font-size: .8rem; } }

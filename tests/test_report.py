@@ -111,7 +111,15 @@ def test_two_runs_are_compared_and_what_differs_is_marked(tmp_path):
     for name in ("run0", "run1"):
         assert f'<polyline class="{name}"' in page and f'<polyline class="{name} marked"' in page
     seen = Seen(page)
-    assert not seen.open and seen.texts.count(str(first)) >= 2 and f"{second} validation" in seen.texts
+    assert not seen.open and seen.texts.count("a") == 6 and "b validation" in seen.texts
+
+
+def test_runs_whose_folders_have_the_same_name_are_told_apart_by_their_paths(tmp_path):
+    for name in ("x", "y"):
+        (tmp_path / name).mkdir()
+    first, second = (small_run(tmp_path / name / "base") for name in ("x", "y"))
+    texts = Seen(page_of(first, second)).texts
+    assert "base" not in texts and f"{first} validation" in texts and f"{second} validation" in texts
 
 
 def test_runs_with_steps_of_other_sizes_are_drawn_over_tokens(tmp_path):
@@ -143,10 +151,12 @@ def test_a_run_of_before_run_json_has_a_report_too(tmp_path):
 
 def test_a_stopped_run_tells_the_command_that_goes_on(tmp_path):
     folder = small_run(tmp_path / "a")
-    assert "go on with this run" not in page_of(folder).lower()
+    assert "It was made by:" in page_of(folder)
     facts = json.loads((folder / "run.json").read_text()) | {"max_steps": 9}
     (folder / "run.json").write_text(json.dumps(facts))
-    assert "python sft_gpt.py --lr=0.1" in Seen(page_of(folder)).texts
+    texts = Seen(page_of(folder)).texts
+    place = texts.index("It is not finished; the same command continues it:")
+    assert texts[place + 1] == "python sft_gpt.py --lr=0.1"
 
 
 def test_numbers_that_were_not_finite_are_left_out(tmp_path):
