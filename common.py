@@ -15,6 +15,7 @@ import signal
 import socket
 import sys
 import textwrap
+import time
 import tokenize
 import typing
 from collections.abc import Callable, Iterator, Sequence
@@ -326,3 +327,38 @@ def file_sha256(path: Path) -> str:
 def fingerprint(value) -> str:
     """A short hash of a JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+# -- a busy hub ----------------------------------------------------------------------------------------------
+
+TRIES = 5  # of a request that the libraries send once only; before the last, 15 seconds have passed
+LONGEST_WAIT = 60.0  # seconds, whatever a hub asks for
+
+
+def patiently(ask: Callable):
+    """What a request to the hub gives. One that the hub was too busy for, or hung up on, is sent again: after
+    as many seconds as it says, or after 1, 2, 4 and 8."""
+    for number in range(TRIES):
+        try:
+            return ask()
+        except Exception as error:
+            wait = wait_of_busy_hub(error)
+            if number == TRIES - 1 or wait is None:
+                raise
+            time.sleep(min(wait or 2.0**number, LONGEST_WAIT))
+
+
+def wait_of_busy_hub(error: BaseException | None) -> float | None:
+    """Seconds that a busy hub says to wait, 0 if it says nothing; None for an error of another kind."""
+    from huggingface_hub.utils import httpx
+
+    while error is not None:
+        answer = getattr(error, "response", None)
+        if answer is not None:
+            said = answer.headers.get("Retry-After", "")
+            busy = answer.status_code == 429 or answer.status_code >= 500
+            return (float(said) if said.isdigit() else 0.0) if busy else None
+        if isinstance(error, httpx.RemoteProtocolError | httpx.ReadError):  # it hung up
+            return 0.0
+        error = error.__cause__ or error.__context__
+    return None

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from common import InputError, one_line, read_json
+from common import InputError, one_line, patiently, read_json
 
 NUMBER = int | float
 HF_SHAPE_FIELDS = {  # fields of config.json that decide the model's shape, with their types
@@ -161,10 +161,13 @@ def model_directory(name: str | Path) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils import httpx
 
+    def fetch(*patterns: str) -> Path:
+        return Path(patiently(lambda: snapshot_download(str(name), allow_patterns=[*patterns])))
+
     try:
-        path = Path(snapshot_download(str(name), allow_patterns=["*.json", "*.jinja", "*.model", "*.txt"]))
+        path = fetch("*.json", "*.jinja", "*.model", "*.txt")
         config_from_hf(read_json(path / "config.json"))  # before gigabytes are downloaded
-        return Path(snapshot_download(str(name), allow_patterns=["*.safetensors"]))
+        return fetch("*.safetensors")
     except InputError:
         raise
     except (OSError, ValueError, httpx.HTTPError) as error:  # the hub's errors are of these kinds

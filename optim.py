@@ -132,7 +132,8 @@ class Muon(torch.optim.Optimizer):
         """All groups' update. A true `skip` masks it: not one bit of weights and state changes."""
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
-            (self.muon_step if group["muon"] else self.adamw_step)(params, group, skip)
+            if params:
+                (self.muon_step if group["muon"] else self.adamw_step)(params, group, skip)
 
     def muon_step(self, params: list[nn.Parameter], group: dict, skip: torch.Tensor | None) -> None:
         for p in params:
@@ -258,24 +259,29 @@ def make_optimizer(
     matrix_lr: float,
     betas: tuple[float, float],
     weight_decay: float,
+    embedding_lr: float = 0.0,
+    head_lr: float = 0.0,
     state: dict | None = None,
 ) -> Muon:
     """Muon (with AdamW for what is no matrix of a block), or AdamW for all (Loshchilov and Hutter 2019).
 
-    There are three groups: the blocks' matrices, the embedding and head, the norms. `lr` is AdamW's peak
-    rate, `matrix_lr` Muon's. Only the blocks' matrices decay: rows of the embedding seldom get a gradient,
-    but would always shrink. With a run's `state` the optimizer goes on from what it holds and takes it out.
+    There are four groups: the blocks' matrices, the embedding, the head, the norms. `lr` is AdamW's peak
+    rate, `matrix_lr` Muon's; the embedding (tied to the head or not) and the head have their own, or 0 for
+    lr. Only the blocks' matrices decay: rows of the embedding seldom get a gradient, but would always shrink.
+    With a run's `state` the optimizer goes on from what it holds and takes it out.
     """
-    matrices, tables, vectors = [], [], []
+    matrices, embedding, head, vectors = [], [], [], []
     for name, p in model.named_parameters():
-        (vectors if p.dim() != 2 else matrices if ".layers." in name else tables).append(p)
+        table = head if name == "lm_head.weight" else embedding
+        (vectors if p.dim() != 2 else matrices if ".layers." in name else table).append(p)
     muon = kind == "muon"
     peak_lr = matrix_lr if muon else lr
-    rest = {"muon": False, "peak_lr": lr, "weight_decay": 0.0}
+    rest = {"muon": False, "weight_decay": 0.0}
     groups = [
         {"params": matrices, "muon": muon, "peak_lr": peak_lr, "weight_decay": weight_decay},
-        {"params": tables, **rest},
-        {"params": vectors, **rest},
+        {"params": embedding, "peak_lr": embedding_lr or lr, **rest},
+        {"params": head, "peak_lr": head_lr or lr, **rest},
+        {"params": vectors, "peak_lr": lr, **rest},
     ]
     optimizer = Muon(groups, momentum=MOMENTUM, betas=betas, ranks=ranks)
     if state:

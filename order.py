@@ -107,7 +107,7 @@ def mixed_order(
 class Source:
     """One part of a mix."""
 
-    name: str  # in reports: the last part of its path, or all of it if two have the same
+    name: str  # in reports: the last part of its path, all of it if two have the same, then with a number
     path: str  # a folder, a file or what else the flag names
     share: int | None  # of every CYCLE samples; None without weights
 
@@ -134,6 +134,7 @@ def parse_sources(
     shares = [None] * len(paths) if lacking else rounded_shares(paths, weights)
     names = [Path(os.path.abspath(path)).name for path in paths]
     names = [name if names.count(name) == 1 else path for name, path in zip(names, paths)]
+    names = [name if names.count(name) == 1 else f"{name} ({i})" for i, name in enumerate(names, 1)]
     return [Source(name, path, share) for name, path, share in zip(names, paths, shares)]
 
 

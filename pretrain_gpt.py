@@ -55,6 +55,8 @@ class Config:
     optimizer: str = "muon"  # muon (for the blocks' matrices, AdamW for the rest) or adamw
     lr: float = 3e-3  # AdamW's peak learning rate
     matrix_lr: float = 0.02  # Muon's peak learning rate
+    embedding_lr: float = 0.0  # the input embedding's peak learning rate; 0 for lr
+    head_lr: float = 0.0  # the output embedding's peak learning rate, unless it is tied; 0 for lr
     warmup_steps: int = 100  # of linear rise to the peak
     decay_fraction: float = 0.4  # share of the steps, at the end, in which the rate falls linearly to zero
     weight_decay: float = 0.1  # on matrices, per unit of learning rate
@@ -212,6 +214,8 @@ def main(config: Config) -> None:
         matrix_lr=config.matrix_lr,
         betas=(config.beta1, config.beta2),
         weight_decay=config.weight_decay,
+        embedding_lr=config.embedding_lr,
+        head_lr=config.head_lr,
         state=learned,
     )
     module = wrap(model, ranks, config.compile)

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from common import InputError, one_line
+from common import InputError, one_line, patiently
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 TXT_PIECE = 20_000  # characters: a longer .txt is cut, at line ends, into documents of about this size
@@ -155,7 +155,7 @@ def hub_stream(source: str, name: str, split: str):
     from huggingface_hub.utils import httpx
 
     try:
-        return load_dataset(source, name or None, split=split, streaming=True)
+        return patiently(lambda: load_dataset(source, name or None, split=split, streaming=True))
     except (OSError, ValueError, RuntimeError, httpx.HTTPError) as error:
         raise InputError(
             f"no file or folder {source}, and no dataset of that name could be had from the hub: "

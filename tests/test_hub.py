@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from collections import Counter
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
@@ -29,6 +30,7 @@ from gpt import GPTModel
 
 pytestmark = pytest.mark.skipif(not find_spec("datasets"), reason="datasets is not installed")
 
+FAULTS = (429, 500, 503, "drop")  # that end after a while
 COMMIT = "c0ffee" * 6 + "c0de"
 ROWS = 600  # two batches of documents, and some
 PARTS = [[text(i) for i in range(k * ROWS, (k + 1) * ROWS)] for k in range(3)]  # a file each
@@ -115,7 +117,8 @@ class Answer(BaseHTTPRequestHandler):
         self.server.log.append(path)
         self.fault = self.server.fault(path)
         if isinstance(self.fault, int):
-            return self.reply(self.fault, error="GatedRepo" if self.fault == 403 else "")
+            wait = {"Retry-After": "7"} if self.fault in (429, 503) else {}
+            return self.reply(self.fault, error="GatedRepo" if self.fault == 403 else "", **wait)
         api = re.fullmatch("/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree)/[^/]+/?(.*))?", path)
         file = re.fullmatch("/(datasets/|)([^/]+/[^/]+)/resolve/[^/]+/(.+)", path)
         kind, name = api.group(1, 2) if api else (file[1] or "models", file[2]) if file else ("", "nothing")
@@ -192,8 +195,9 @@ def hub(tokenizer, tokenizer_dir, tmp_path_factory):
     (data / "cut/train.parquet").write_bytes((data / "texts/all/train-0.parquet").read_bytes()[:-1000])
     (data / "script/script.py").write_text("")
     write_jsonl(data / "chats/train.jsonl", (conversation(i, turns=1 + i % 3) for i in range(120)))
-    for path in list(folder.glob("*/someone/*")):  # a second name for each, for what is not in the cache yet
-        path.with_name(f"new-{path.name}").symlink_to(path)
+    for path in list(folder.glob("*/someone/*")):  # other names for each, for what is not in the cache yet
+        for word in ("new", "late", *(f"late{fault}" for fault in FAULTS)):
+            path.with_name(f"{word}-{path.name}").symlink_to(path)
     with Hub(folder) as server:
         yield server
         server.shutdown()
@@ -289,6 +293,19 @@ def test_max_tokens_stops_before_the_other_files_are_downloaded(hub, environment
     assert {Path(path).name for path in hub.log if path.endswith(".parquet")} == {"train-0.parquet"}
 
 
+def test_processes_divide_the_files_of_a_hub_dataset(hub, run, tokenizer_dir, tmp_path):
+    read = []
+    for part in ("1/2", "2/2"):
+        hub.log.clear()
+        succeeded(run("prepare_data", *flags(preparation(tmp_path / "hub", part=part))))
+        read.append({Path(path).name for path in hub.log if path.endswith(".parquet")})
+        lines = hub.folder / "datasets/someone/lines"
+        prepare_data.main(preparation(tmp_path / "local", lines, tokenizer_dir, part=part))
+    assert read[0] == {"train-0.parquet", "train-2.parquet"}
+    assert read[1] <= {"train-1.parquet", "train-0.parquet"}  # of the first datasets wants the columns
+    assert shards(tmp_path / "hub") == shards(tmp_path / "local")
+
+
 @pytest.mark.parametrize("fault", [500, "drop"])
 def test_a_hub_that_fails_midway_is_told_and_the_same_command_continues_to_the_same_bytes(
     fault, hub, run, local, tmp_path
@@ -300,6 +317,49 @@ def test_a_hub_that_fails_midway_is_told_and_the_same_command_continues_to_the_s
     succeeded(result)
     assert re.search(r"continuing after [1-9]\d* documents", result.stdout)
     assert shards(tmp_path / "data") == local()
+
+
+class Passing:
+    """A fault that ends: each path that matches has it at the first so many requests."""
+
+    def __init__(self, fault, pattern: str, times: int = 2):
+        self.fault, self.pattern, self.times, self.met = fault, pattern, times, Counter()
+
+    def __call__(self, path: str):
+        if not re.search(self.pattern, path) or self.met[path] == self.times:
+            return None
+        self.met[path] += 1
+        return self.fault
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("pattern", [r"\.parquet$", r"/api/", r"tokenizer"])
+def test_a_hub_that_fails_for_a_while_is_asked_again_and_no_document_is_lost_or_doubled(
+    fault, pattern, hub, run, local, tmp_path
+):
+    passing = Passing(fault, pattern)
+    config = preparation(tmp_path / "data", "someone/late-texts", f"someone/late{fault}-tokenizer")
+    with hub.failing(passing):
+        result = run("prepare_data", *flags(config))
+    succeeded(result)
+    assert passing.met and result.waited < 300
+    assert shards(tmp_path / "data") == local()
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_hub_that_fails_for_a_while_gives_models_and_conversations_all_the_same(fault, hub, run, tmp_path):
+    commands = {"chat": chat(f"someone/late{fault}-model")}
+    model = hub.folder / "models/someone/model"
+    commands["sft"] = ["sft_gpt", *flags(sft_config(model, f"someone/late{fault}-chats", tmp_path / "hub"))]
+    for command in commands.values():
+        with hub.failing(Passing(fault, r"/api/|\.(safetensors|jsonl|json)$")):
+            result = run(*command)
+        succeeded(result)
+        assert result.waited < 300
+    sft_gpt.main(sft_config(model, hub.folder / "datasets/someone/chats", tmp_path / "local"))
+    weights = [(tmp_path / name / "step_0000004/model.safetensors").read_bytes() for name in ("hub", "local")]
+    assert weights[0] == weights[1]
+    assert run(*commands["chat"]).stdout == run(*chat(model)).stdout
 
 
 MISTAKES = {

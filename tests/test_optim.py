@@ -88,9 +88,9 @@ def test_every_parameter_is_in_one_group_and_only_the_blocks_matrices_decay(opti
     names = {id(p): name for name, p in model.named_parameters()}
     grouped = [[names[id(p)] for p in group["params"]] for group in groups]
     assert sorted(name for group in grouped for name in group) == sorted(names.values())
-    assert [group["weight_decay"] for group in groups] == [0.1, 0, 0]
+    assert [group["weight_decay"] for group in groups] == [0.1, 0, 0, 0]
     assert all("_proj" in name for name in grouped[0]) and len(grouped[0]) == 14
-    assert grouped[1] == ["model.embed_tokens.weight", "lm_head.weight"]
+    assert grouped[1:3] == [["model.embed_tokens.weight"], ["lm_head.weight"]]
 
 
 def test_adamw_equals_torchs():
@@ -130,7 +130,23 @@ def test_muon_equals_torchs_but_for_its_bf16():
 def test_the_rate_of_every_group_is_its_peak_times_the_scale_and_adamws_is_returned():
     optimizer = make_optimizer(small_model(), "muon", ranks=ALONE, **RATES)
     assert set_learning_rate(optimizer, 0.5) == 1.5e-3
-    assert [group["lr"] for group in optimizer.param_groups] == [0.01, 1.5e-3, 1.5e-3]
+    assert [group["lr"] for group in optimizer.param_groups] == [0.01, 1.5e-3, 1.5e-3, 1.5e-3]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_embedding_and_the_head_may_have_rates_of_their_own(tied):
+    model = small_model(tie_word_embeddings=tied)
+    optimizer = make_optimizer(model, "muon", ranks=ALONE, **RATES, embedding_lr=0.1, head_lr=0.01)
+    assert set_learning_rate(optimizer, 0.5) == 1.5e-3
+    assert [group["lr"] for group in optimizer.param_groups] == [0.01, 0.05, 0.005, 1.5e-3]
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    set_gradients(model, 0)
+    optimizer.step()  # of a tied model no matrix is the head's
+    for name, rate in ("model.embed_tokens.weight", 0.05), ("lm_head.weight", 0.005):
+        if name in before:  # AdamW's first step is the rate, up or down
+            change = (dict(model.named_parameters())[name] - before[name]).abs()
+            torch.testing.assert_close(change, torch.full_like(change, rate), rtol=1e-3, atol=0)
+    assert ("lm_head.weight" in before) == (not tied)
 
 
 def test_muon_alone_equals_its_definition_bit_for_bit():

@@ -340,6 +340,16 @@ def test_rounded_shares_sum_to_the_cycle_and_are_off_by_less_than_one_window_in_
     assert all(abs(s - w / sum(weights) * CYCLE) < 1 for s, w in zip(shares, weights))
 
 
+def test_sources_are_told_apart_also_by_number_where_two_are_parts_of_one_dataset():
+    named = {
+        "data/a:1,b:2": ["a", "b"],
+        "x/a:1,y/a:2": ["x/a", "y/a"],
+        "x/a:1,x/a:2,b:1": ["x/a (1)", "x/a (2)", "b"],  # with a configuration or a split for each
+    }
+    for flag, names in named.items():
+        assert [source.name for source in parse_sources(flag, "data", lambda path: False)] == names
+
+
 def test_a_folder_named_twice_is_refused(folders):
     data_dir = f"{folders[0]}:1,{folders[0].parent}/./{folders[0].name}{os.sep}:2"
     refused("names a folder twice; name it once, with the sum", verified_manifests, data_dir)
