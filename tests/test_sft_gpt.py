@@ -47,7 +47,7 @@ def test_conversations_rendered_with_more_bad_rows_than_a_run_allows_do_not_serv
     config = sft_config(base_run, data, tmp_path / "a", max_steps=1, cache_dir=str(tmp_path / "cache"))
     sft_gpt.main(dataclasses.replace(config, max_bad_rows=0.5))
     strict = dataclasses.replace(config, out_dir=str(tmp_path / "b"), max_bad_rows=0.0)
-    with pytest.raises(InputError, match="1 of .* rows cannot be used"):
+    with pytest.raises(InputError, match=r"1 of .* rows cannot be used"):
         sft_gpt.main(strict)
 
 
