@@ -2,17 +2,24 @@
 
     python chat.py --model=out/chat
     python chat.py --model=out/chat --prompt="What is the capital of France?"
+    python chat.py --model=out/chat --web    # a page on http://127.0.0.1:8000
 
-Ctrl-C stops an answer, Ctrl-D ends the chat. When the context is full the oldest turns are dropped, with a
-line that says so; the system message stays.
+Ctrl-C stops an answer, Ctrl-D ends the chat, /help lists the commands. When the context is full the oldest
+turns are dropped, with a line that says so; the system message stays.
 """
 
+import json
+import os
+import re
 import sys
+import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
 
 from checkpoint import find_model
-from common import InputError, check_choice, check_numbers, run_script
+from common import InputError, check_choice, check_numbers, one_line, run_script
 from distributed import Ranks, usable_device
 from generation import SAMPLING, check_sampling
 from gpt import GPTModel
@@ -21,6 +28,7 @@ from precision import DTYPES, settle_precision
 from sft import prompt_ids
 from sources import half_surrogate
 from tokenization import END, TURN_END, load_tokenizer, vocabulary_size
+from web import ChatServer, serve
 
 
 @dataclass
@@ -33,6 +41,10 @@ class Config:
     top_k: int = SAMPLING["top_k"]  # sample among this many most likely tokens; 0 for all
     top_p: float = SAMPLING["top_p"]  # and among those, the fewest that together have this probability
     seed: int = -1  # of the sampling; -1 for a new one each time
+    speed: bool = False  # tell tokens a second after each answer
+    web: bool = False  # a page for the browser, instead of the terminal
+    port: int = 8000  # of the page; 0 for any that is free
+    web_host: str = "127.0.0.1"  # address that the page is served on; 0.0.0.0 lets other machines in
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: str = "auto"  # of matrix products: float32, bfloat16, or auto for the faster one
     weights: str = "same"  # int8: on a CPU, faster answers from rounded weights; same: as they are
@@ -70,7 +82,8 @@ def drop_oldest(messages: list[dict], tokenizer, room: int) -> tuple[list[dict],
 
 
 def stream(model: GPTModel, tokenizer, messages: list[dict], config: Config) -> Iterator[str]:
-    """The answer's text, piece by piece; a character whose bytes are not all there yet waits for the rest."""
+    """The answer's text, a piece for each token: empty for a special one, and for one that ends amid a
+    character, which the next pieces bring."""
     stops = tokenizer.convert_tokens_to_ids([END, TURN_END])
     ids, shown = [], ""
     for (token,) in model.generate(
@@ -84,26 +97,173 @@ def stream(model: GPTModel, tokenizer, messages: list[dict], config: Config) -> 
     ):
         ids.append(token)
         text = tokenizer.decode(ids, skip_special_tokens=True)
-        if not text.endswith("\ufffd"):
-            yield text[len(shown) :]
-            shown = text
+        text = shown if text.endswith("\ufffd") else text
+        yield text[len(shown) :]
+        shown = text
+
+
+def room_for_prompt(model: GPTModel, config: Config) -> int:
+    """Tokens of the context that an answer leaves to what was said before."""
+    context = model.config.max_position_embeddings
+    return context - min(config.max_new_tokens, context // 2)
+
+
+def events(model: GPTModel, tokenizer, messages: list[dict], config: Config) -> Iterator[dict]:
+    """The answer as web.py sends it: how many old messages were dropped, if any; then each token's text."""
+    messages, dropped = drop_oldest(messages, tokenizer, room_for_prompt(model, config))
+    if dropped:
+        yield {"dropped": dropped}
+    for piece in stream(model, tokenizer, messages, config):
+        yield {"text": piece}
+
+
+# -- the terminal --------------------------------------------------------------------------------------------
+
+COMMANDS = {
+    "/reset": "begin a new conversation; the system message stays",
+    "/system TEXT": "set the system message; without TEXT there is none",
+    "/save FILE": "add the conversation to a .jsonl file, as a row that sft_gpt.py trains on",
+    "/speed": "tell tokens a second after each answer, or no longer",
+    "/help": "this list",
+}
+GREEN, DIM = "1;32", "2"
+
+
+def painted(text: str, colour: str) -> str:
+    """Text in a colour on a terminal; as it is elsewhere, and with NO_COLOR (https://no-color.org)."""
+    wanted = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    return f"\x1b[{colour}m{text}\x1b[0m" if wanted else text
+
+
+def tell(text: str) -> None:
+    """Print what comes from this script, not from the model."""
+    print(painted(f"[{text}]", DIM))
 
 
 def respond(model: GPTModel, tokenizer, messages: list[dict], config: Config) -> list[dict]:
     """Print the answer to a conversation as it comes; returns the messages kept, with the answer."""
-    context = model.config.max_position_embeddings
-    messages, dropped = drop_oldest(messages, tokenizer, context - min(config.max_new_tokens, context // 2))
+    messages, dropped = drop_oldest(messages, tokenizer, room_for_prompt(model, config))
     if dropped:
-        print(f"[the context of {context} tokens is full: the {dropped} oldest messages were dropped]")
-    answer = ""
+        context = model.config.max_position_embeddings
+        tell(f"the context of {context} tokens is full: the {dropped} oldest messages were dropped")
+    answer, times = "", [time.monotonic()]
     try:
         for piece in stream(model, tokenizer, messages, config):
             answer += piece
+            times.append(time.monotonic())
             print(piece, end="", flush=True)
     except KeyboardInterrupt:
         print(" [stopped]", end="")
     print()
+    if config.speed and len(times) > 2:
+        began, first, *_, last = times
+        speed = (len(times) - 2) / (last - first)
+        tell(f"{len(times) - 1} tokens: the first after {first - began:.2f} s, then {speed:.1f} tokens/s")
     return [*messages, {"role": "assistant", "content": answer}]
+
+
+def system_turn(text: str) -> list[dict]:
+    """The beginning of a conversation."""
+    return [{"role": "system", "content": text}] if text else []
+
+
+def save(messages: list[dict], name: str) -> str:
+    """Add a conversation to a file of conversations; returns what to tell. Raises InputError if it cannot."""
+    path = Path(name).expanduser()
+    if path.suffix != ".jsonl":
+        raise InputError(f"/save {name}: expected a file whose name ends in .jsonl, as chats.jsonl")
+    if not any(message["role"] == "assistant" for message in messages):
+        raise InputError("there is no answer yet, so nothing was saved")
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise InputError(f"{path} cannot be written ({one_line(error)}); choose another file") from error
+    return f"added {len(messages)} messages to {path}; sft_gpt.py --data={path} trains on them"
+
+
+def command(line: str, messages: list[dict], config: Config) -> tuple[list[dict], Config, str]:
+    """Obey a line that begins with /: the messages and settings after it, and what to tell.
+
+    Raises InputError for an unknown one and for one that cannot be obeyed.
+    """
+    name, _, rest = line.partition(" ")
+    rest = rest.strip()
+    if name == "/reset":
+        return system_turn(config.system), config, "a new conversation"
+    if name == "/system":
+        turns = [message for message in messages if message["role"] != "system"]
+        told = "the system message is set" if rest else "there is no system message"
+        return system_turn(rest) + turns, replace(config, system=rest), told
+    if name == "/save":
+        return messages, config, save(messages, rest)
+    if name == "/speed":
+        config = replace(config, speed=not config.speed)
+        return messages, config, f"tokens a second are {'told' if config.speed else 'not told'}"
+    if name == "/help":
+        lines = [f"{usage:14}{what}" for usage, what in COMMANDS.items()]
+        lines += ['"""           begins and ends a message of several lines; a paste may have them, too']
+        return messages, config, "\n ".join(lines)
+    raise InputError(f"{name} is no command; /help lists them, and a space before the / makes it a message")
+
+
+def line_editing() -> bool:
+    """Let arrow keys edit and recall lines, and a paste of several lines be one message, by readline. False
+    for a Python without it, and where input or output is no terminal."""
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        return False
+    try:
+        import readline
+    except ImportError:
+        return False
+    readline.parse_and_bind("set enable-bracketed-paste on")  # Python turns it off
+    return True
+
+
+def read_message(prompt: str) -> str:
+    """The next message or command: a line, a paste, or all that stands between two times three quotes.
+
+    Raises EOFError at the end of the input.
+    """
+    text = input(prompt)
+    if not text.startswith('"""'):
+        return text
+    text = text[3:]
+    while not text.rstrip().endswith('"""'):
+        text += "\n" + input(". ")
+    return text.rstrip().removesuffix('"""').strip("\n")
+
+
+def chat(model: GPTModel, tokenizer, config: Config) -> None:
+    """Answer the prompt, or one message after another until the input ends."""
+    messages = system_turn(config.system)
+    if config.prompt:
+        respond(model, tokenizer, [*messages, {"role": "user", "content": config.prompt}], config)
+        return
+    print(f"{config.model}: {model.num_parameters():,} parameters. Ctrl-C stops an answer, Ctrl-D the chat.")
+    sys.stdin.reconfigure(errors="surrogateescape")  # one line of other bytes ends no conversation
+    prompt = painted("> ", GREEN)
+    if line_editing():  # readline has to know what takes no room on the line
+        prompt = re.sub("(\x1b[^m]*m)", "\x01\\1\x02", prompt)
+    while True:
+        try:
+            text = read_message(prompt)
+            check_text(text)
+            if text.startswith("/") and "\n" not in text:
+                messages, config, told = command(text, messages, config)
+                tell(told)
+            elif text.strip():
+                messages = respond(model, tokenizer, [*messages, {"role": "user", "content": text}], config)
+        except KeyboardInterrupt:
+            print()
+        except EOFError:
+            print()
+            return
+        except InputError as error:
+            print(f"[{error}]", file=sys.stderr)
+
+
+# -- start ---------------------------------------------------------------------------------------------------
 
 
 def main(config: Config) -> None:
@@ -113,6 +273,8 @@ def main(config: Config) -> None:
         check_text(text)
     check_choice("dtype", config.dtype, DTYPES)
     check_choice("weights", config.weights, ("same", "int8"))
+    if config.web and config.prompt:
+        raise InputError("--web and --prompt exclude each other; type the prompt into the page")
     ranks = Ranks(0, 1, usable_device(config.device))
     if config.weights == "int8" and ranks.device.type != "cpu":
         raise InputError(f"--weights=int8 is for CPUs, the device is {ranks.device}; leave it out")
@@ -120,34 +282,12 @@ def main(config: Config) -> None:
     model, tokenizer = load(config.model, ranks.device)
     model.int8_decoding = config.weights == "int8"
     with ranks.autocast():
-        chat(model, tokenizer, config)
-
-
-def chat(model: GPTModel, tokenizer, config: Config) -> None:
-    """Answer the prompt, or one message after another until the input ends."""
-    messages = [{"role": "system", "content": config.system}] if config.system else []
-    if config.prompt:
-        respond(model, tokenizer, [*messages, {"role": "user", "content": config.prompt}], config)
-        return
-    print(f"{config.model}: {model.num_parameters():,} parameters. Ctrl-C stops an answer, Ctrl-D the chat.")
-    sys.stdin.reconfigure(errors="surrogateescape")  # one line of other bytes ends no conversation
-    while True:
-        try:
-            question = input("> ")
-        except KeyboardInterrupt:
-            print()
-            continue
-        except EOFError:
-            print()
-            return
-        if question.strip():
-            try:
-                check_text(question)
-                messages = respond(
-                    model, tokenizer, [*messages, {"role": "user", "content": question}], config
-                )
-            except InputError as error:
-                print(f"[{error}]", file=sys.stderr)
+        if config.web:
+            about = {"model": config.model, "system": config.system, "speed": config.speed}
+            answer = partial(events, model, tokenizer, config=config)
+            serve(ChatServer(answer, about=about, host=config.web_host, port=config.port))
+        else:
+            chat(model, tokenizer, config)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from dpo import PreferenceModel, micro_batches, pairs_in, prepare_pairs, read_re
 from metrics import flops_per_token, mean_context
 from optim import make_optimizer, schedule, set_learning_rate
 from order import batch_order
+from report import report_end
 from resume import lock_and_resume, starting_point
 from sft import SFTDataset, preparation_notes, row_length
 from sources import source_rows
@@ -285,6 +286,8 @@ def main(config: Config) -> None:
         raise SystemExit(RESUMABLE)
     if ranks.is_main and (Path(config.out_dir) / "answers.jsonl").exists():
         print(side_by_side(config.out_dir))
+    if ranks.is_main:
+        report_end(config.out_dir)
     ranks.print(f"\nTalk to it: python chat.py --model={config.out_dir}")
 
 

@@ -1,4 +1,5 @@
-"""A run's numbers: `metrics.jsonl` always, `loss.png`, wandb if wanted, a progress bar on a terminal.
+"""A run's numbers: `metrics.jsonl` always, `loss.png`, wandb if wanted, a progress bar on a terminal. What
+report.py needs besides: `run.json`, the run's settings, and `samples.jsonl`, what pretraining writes.
 
 How fast a run is: FLOPs of a token, what a device reaches at best, the most memory it has held, and a profile
 of a few steps.
@@ -10,6 +11,7 @@ V vocabulary, T tokens that attention reaches over.
 import json
 import math
 import re
+import shlex
 import sys
 import time
 from array import array
@@ -22,20 +24,21 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import make_folder, read_records, replace_file, write_records
+from common import make_folder, read_records, replace_file, write_json, write_records
 from distributed import Ranks
 from gpt import GPTConfig
 
 WANDB = ("auto", "online", "offline", "off")
+CURVES = ("loss", "val_loss", "val_bpb", "lr", "tokens_per_second")  # kept in memory, for loss.png
 
 
 class Metrics:
     """Records, prints and plots a run's numbers on rank 0.
 
     Steps count finished optimizer steps, of step_tokens tokens each or on average. A loss is in `unit`.
-    `state` is that of the checkpoint that the run goes on from, if any. `settings` are what wandb shows of
-    the run. flops_per_token is what training takes, and peak_flops what a rank's device reaches at best in a
-    second; without them no share of the peak (mfu) is told.
+    `state` is that of the checkpoint that the run goes on from, if any. `settings` are what wandb and the
+    report show of the run. flops_per_token is what training takes, and peak_flops what a rank's device
+    reaches at best in a second; without them no share of the peak (mfu) is told.
     """
 
     def __init__(
@@ -62,9 +65,11 @@ class Metrics:
         self.path = Path(out_dir) / "metrics.jsonl"
         running = ranks.is_main and start < max_steps
         # None shows the bar on a terminal only
-        self.bar = tqdm(total=max_steps, initial=start, unit="step", disable=None if running else True)
+        self.bar = tqdm(
+            total=max_steps, initial=start, unit="step", disable=None if running else True, dynamic_ncols=True
+        )
         self.row, self.row_at, self.run = {}, 0, None  # the last row, and where in the file it begins
-        self.points = {name: (array("q"), array("d")) for name in ("loss", "val_loss", "val_bpb")}
+        self.points = {name: (array("q"), array("d")) for name in CURVES}
         self.wandb_id = state["wandb_id"] if state else None  # kept while wandb is off
         self.seconds, self.steps, self.tokens = 0.0, 0, 0  # since the last report
         if ranks.is_main:  # rows of later steps are made again
@@ -79,6 +84,7 @@ class Metrics:
         if running and self.wandb_id is None and note.exists():
             self.wandb_id = note.read_text()
         if running:
+            self.note_run(settings or {})
             self.run = start_wandb(wandb, out_dir, run_id=self.wandb_id, settings=settings or {})
             if self.run:
                 self.wandb_id = self.run.id
@@ -86,6 +92,20 @@ class Metrics:
         if state:
             done = start >= max_steps
             ranks.print(f"{state['path']} is finished" if done else f"continuing from {state['path']}")
+
+    def note_run(self, settings: dict) -> None:
+        """Write run.json: how the run was started, and on what."""
+        device = self.ranks.device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+        facts = {
+            "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "devices": f"{self.ranks.world} x {name}, {self.ranks.precision}",
+            "unit": self.unit,
+            "max_steps": self.max_steps,
+            "step_tokens": self.step_tokens,
+            "settings": settings,
+        }
+        write_json(self.path.with_name("run.json"), facts)
 
     def has(self, step: int, name: str) -> bool:
         """Whether a loss was recorded under a step. All ranks ask together and get the same answer."""
@@ -135,17 +155,18 @@ class Metrics:
         self.bar.update(step - self.bar.n)
         if "skipped" in values:
             self.log(step, **values)
-            self.print([f"step {step:6d}/{self.max_steps}  skipped: {values['skipped']}"])
+            self.print([f"{self.place(step)}skipped: {values['skipped']}"])
         if step % self.log_every and step != self.max_steps:
             return
         left = tqdm.format_interval(self.seconds / self.steps * (self.max_steps - step))
         costs, told = self.costs(speed)
+        costs["seconds"] = round(self.seconds, 3)
         self.log(step, tokens=step * self.step_tokens, **values, tokens_per_second=round(speed), **costs)
         slow = self.ranks.slow_one()
         self.print(
             [
-                f"step {step:6d}/{self.max_steps}  loss {values['loss']:7.4f}  lr {values['lr']:.2e}  "
-                f"grad norm {values['grad_norm']:6.3f}  {speed:9,.0f} tok/s  {told}{left} left",
+                f"{self.place(step)}loss {values['loss']:7.4f} {self.unit}  lr {values['lr']:.2e}  "
+                f"grad norm {values['grad_norm']:7.3f}  {speed:9,.0f} tok/s  {told}{left:>8} left",
                 *([slow] if slow else []),
             ]
         )
@@ -161,15 +182,28 @@ class Metrics:
         memory = peak_memory(self.ranks.device)
         if memory is not None:
             costs["memory_gb"] = round(memory, 3)
-            told += f"{memory:.1f} GB  "
+            told += f"{memory:6.1f} GB  "
         return costs, told
+
+    def place(self, step: int) -> str:
+        """The beginning of a step's lines; as wide for all steps."""
+        return f"step {step:{max(6, len(str(self.max_steps)))}d}/{self.max_steps}  "
 
     def validated(self, step: int, val_loss: float, **values: float) -> None:
         """Record and print a validation, and draw the curves."""
         self.log(step, val_loss=val_loss, **values)
-        rest = "".join(f"  {name} {value:.4f}" for name, value in values.items())
-        self.print([f"step {step:6d}/{self.max_steps}  val_loss {val_loss:.4f} {self.unit}{rest}"])
+        units = {"val_bpb": " bits/byte"}
+        rest = "".join(f"  {name} {value:.4f}{units.get(name, '')}" for name, value in values.items())
+        self.print([f"{self.place(step)}val_loss {val_loss:.4f} {self.unit}{rest}"])
         self.plot()
+
+    def samples(self, step: int, texts: Sequence[str]) -> None:
+        """Record and print what the model wrote."""
+        if self.ranks.is_main:
+            path = self.path.with_name("samples.jsonl")
+            earlier = [row for row in read_records(path) if row["step"] < step]
+            write_records(path, earlier + [{"step": step, "text": text} for text in texts])
+        self.print([f"  | {text}" for text in texts])
 
     def last_losses(self) -> list[str]:
         """The last of each loss, with its step and unit, for the model card."""
@@ -177,28 +211,36 @@ class Metrics:
         return [
             f"step {steps[-1]}, {name.replace('_', ' ')}: {values[-1]:.4f} {units[name]}"
             for name, (steps, values) in self.points.items()
-            if steps
+            if steps and name in units
         ]
 
     def plot(self) -> None:
-        """Draw loss.png from all rows so far, at most some thousand points of each curve."""
+        """Draw loss.png from all rows so far: losses, learning rate and speed, at most some thousand points
+        of each curve."""
         if not self.ranks.is_main:
             return
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(7, 4.5), layout="constrained")
-        axes = figure.subplots()
-        for name, label, style in (
-            ("loss", "training", {"alpha": 0.6, "linewidth": 1}),
-            ("val_loss", "validation", {"marker": "o", "markersize": 3}),
+        figure = Figure(figsize=(7, 6.5), layout="constrained")
+        losses, rate, speed = figure.subplots(3, sharex=True, height_ratios=(3, 1, 1))
+        for axes, name, label, style in (
+            (losses, "loss", "training", {"alpha": 0.6, "linewidth": 1}),
+            (losses, "val_loss", "validation", {"marker": "o", "markersize": 3}),
+            (rate, "lr", None, {"color": "C2"}),
+            (speed, "tokens_per_second", None, {"color": "C3", "linewidth": 1}),
         ):
             steps, values = self.points[name]
             stride = 1 + len(steps) // 2000
             if steps:
                 axes.plot(steps[::stride], values[::stride], label=label, **style)
-        axes.set(xlabel="optimizer step", ylabel=f"loss ({self.unit})", title=self.path.parent.name)
-        axes.grid(alpha=0.3)
-        axes.legend()
+        losses.set(ylabel=f"loss ({self.unit})", title=self.path.parent.name)
+        losses.legend()
+        rate.set(ylabel="learning rate", ylim=(0, None))
+        speed.set(ylabel="tokens/s", xlabel="optimizer step", ylim=(0, None))
+        speed.yaxis.set_major_formatter("{x:,.0f}")
+        for axes in (losses, rate, speed):
+            axes.grid(alpha=0.3)
+        figure.align_ylabels()
         picture = BytesIO()
         figure.savefig(picture, format="png", dpi=120)
         replace_file(self.path.with_name("loss.png"), picture.getvalue())

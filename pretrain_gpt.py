@@ -24,6 +24,7 @@ from gpt import GPTConfig, GPTModel
 from metrics import flops_per_token
 from optim import make_optimizer, schedule, set_learning_rate
 from order import parse_sources, validation_numbers
+from report import report_end
 from resume import lock_and_resume, new_phase, phase_start
 from sharding import shard_model
 from tokenization import load_tokenizer, tokenizer_fingerprint, vocabulary_size
@@ -265,7 +266,7 @@ def main(config: Config) -> None:
             if config.samples and (ranks.is_main or ranks.sharded):
                 with ranks.autocast():
                     texts = sample_text(model, tokenizer, config.seed)
-                metrics.print([f"  | {text}" for text in texts])
+                metrics.samples(step, texts)
 
         # Once in a while: a checkpoint, written beside the next steps. If that went wrong, the run ends here.
         checkpoints.raise_errors()
@@ -322,6 +323,8 @@ def main(config: Config) -> None:
     if stopped:
         ranks.print(f"stopped by a signal; the same command continues from {config.out_dir}'s checkpoint")
         raise SystemExit(RESUMABLE)
+    if ranks.is_main:
+        report_end(config.out_dir)
 
 
 if __name__ == "__main__":

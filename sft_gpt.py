@@ -35,6 +35,7 @@ from order import (
     validation_numbers,
 )
 from packing import MixedLoader, PackedLoader
+from report import report_end
 from resume import lock_and_resume, starting_point
 from sft import OVERLONG, SFTDataset, preparation_notes, prepare_conversations, row_length
 from sources import column_of, source_rows
@@ -379,6 +380,8 @@ def main(config: Config) -> None:
         raise SystemExit(RESUMABLE)
     if ranks.is_main and (Path(config.out_dir) / "answers.jsonl").exists():
         print(side_by_side(config.out_dir))
+    if ranks.is_main:
+        report_end(config.out_dir)
     ranks.print(f"\nTalk to it: python chat.py --model={config.out_dir}")
 
 

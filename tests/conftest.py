@@ -246,7 +246,7 @@ def differing(a: bytes, b: bytes) -> int:
     return max(len(a), len(b)) - int(same.sum())
 
 
-SPEEDS = ("tokens_per_second", "mfu", "memory_gb", "save_seconds")
+SPEEDS = ("tokens_per_second", "mfu", "memory_gb", "save_seconds", "seconds")
 
 
 def result_of(out_dir: Path) -> dict[str, bytes]:

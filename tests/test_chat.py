@@ -1,15 +1,23 @@
 """Talking to a model."""
 
+import itertools
 import json
+import os
+import pty
+import select
 import shutil
+import signal
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from conftest import refused, run, small_model
+from conftest import ROOT, refused, run, small_model
 
 import chat
 import common
-from common import InputError
+import sft_gpt
+from common import InputError, read_records
 from gpt import GPTModel
 
 
@@ -160,3 +168,168 @@ def test_a_line_that_is_no_utf_8_is_told_and_the_conversation_goes_on(base_run):
     )
     assert result.returncode == 0 and result.stdout.count("> ") == 3, result.stderr
     assert "['caf\\udce9' is no UTF-8 text" in result.stderr
+
+
+# -- commands ------------------------------------------------------------------------------------------------
+
+
+def test_reset_keeps_the_system_message_and_system_changes_it():
+    config = chat.Config(system="be short")
+    messages = [*chat.system_turn("be short"), *turns("hello", "hi")]
+    assert chat.command("/reset", messages, config)[0] == chat.system_turn("be short")
+    messages, config, _ = chat.command("/system be long ", messages, config)
+    assert messages == [{"role": "system", "content": "be long"}, *turns("hello", "hi")]
+    assert chat.command("/reset", messages, config)[0] == chat.system_turn("be long")
+    messages, config, _ = chat.command("/system", messages, config)
+    assert messages == turns("hello", "hi") and chat.command("/reset", messages, config)[0] == []
+
+
+def test_saved_conversations_are_rows_that_fine_tuning_reads(tmp_path):
+    path, config = tmp_path / "mine.jsonl", chat.Config()
+    for messages in (turns("hello", "hi"), turns("naïve\nlines", "<b>漢字</b>")):
+        assert f"--data={path}" in chat.command(f"/save {path}", messages, config)[2]
+    rows = sft_gpt.conversations(sft_gpt.Config(data=str(path)))
+    assert [row for row, _ in rows] == [turns("hello", "hi"), turns("naïve\nlines", "<b>漢字</b>")]
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("/save", r"/save : expected a file whose name ends in \.jsonl"),
+        ("/save chat.py", r"/save chat\.py: expected a file whose name ends in \.jsonl"),
+        ("/save nowhere/mine.jsonl", r"nowhere/mine\.jsonl cannot be written"),
+        ("/etc/passwd is what?", r"/etc/passwd is no command; /help lists them"),
+    ],
+)
+def test_a_command_that_cannot_be_obeyed_is_told(line, words):
+    refused(words, chat.command, line, turns("hello", "hi"), chat.Config())
+
+
+def test_a_conversation_without_an_answer_is_not_saved(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    refused("there is no answer yet", chat.command, f"/save {path}", turns("hello"), chat.Config())
+    assert not path.exists()
+
+
+def test_help_names_every_command():
+    told = chat.command("/help", [], chat.Config())[2]
+    for usage in chat.COMMANDS:
+        assert usage in told
+        name, _, rest = usage.partition(" ")
+        try:
+            chat.command(name, [], chat.Config())
+        except InputError as error:
+            assert "is no command" not in str(error), rest
+
+
+def test_tokens_a_second_are_told_on_request(talker, capsys, monkeypatch):
+    """By a clock that ticks once a look: the first token after 1 s, then one a second."""
+    ticks = itertools.count()
+    monkeypatch.setattr(chat.time, "monotonic", lambda: next(ticks))
+    monkeypatch.setattr(chat, "stream", lambda *_: iter(["a", "", "b"]))
+    _, config, _ = chat.command("/speed", [], chat.Config())
+    chat.respond(*talker, turns("hello"), config)
+    assert capsys.readouterr().out == "ab\n[3 tokens: the first after 1.00 s, then 1.0 tokens/s]\n"
+    _, config, _ = chat.command("/speed", [], config)
+    chat.respond(*talker, turns("hello"), config)
+    assert capsys.readouterr().out == "ab\n"
+
+
+def test_a_piece_is_streamed_for_each_token_and_no_half_character_is_shown(talker):
+    _, tokenizer = talker
+    ids = tokenizer("é漢", add_special_tokens=False).input_ids  # more tokens than characters
+    assert len(ids) > 2
+    rows = SimpleNamespace(generate=lambda *_, **__: ([i] for i in [*ids, 2]))
+    pieces = list(chat.stream(rows, tokenizer, turns("hello"), chat.Config()))
+    assert len(pieces) == len(ids) + 1 and pieces[-1] == ""
+    assert [piece for piece in pieces if piece] == ["é", "漢"]
+
+
+@pytest.fixture(scope="session")
+def roomy(tokenizer, tmp_path_factory):
+    """A model with random weights and room for many turns."""
+    folder = tmp_path_factory.mktemp("roomy")
+    small_model(max_position_embeddings=512).save_pretrained(folder, tokenizer)
+    return folder
+
+
+def test_commands_in_a_conversation_and_no_colours_in_a_pipe(roomy, tmp_path):
+    lines = [
+        "/system be short",
+        '"""the river',
+        'and the stone"""',
+        "/speed",
+        "the bridge",
+        f"/save {tmp_path}/mine.jsonl",
+        "/nonsense",
+        " /etc is what?",
+        "/reset",
+        f"/save {tmp_path}/none.jsonl",
+    ]
+    flags = [f"--model={roomy}", "--max_new_tokens=4", "--temperature=0"]
+    result = run("chat.py", *flags, input="\n".join(lines) + "\n")
+    assert result.returncode == 0 and "\x1b" not in result.stdout + result.stderr
+    (row,) = read_records(tmp_path / "mine.jsonl")
+    assert [message["role"] for message in row["messages"]] == ["system"] + ["user", "assistant"] * 2
+    asked = [message["content"] for message in row["messages"] if message["role"] != "assistant"]
+    assert asked == ["be short", "the river\nand the stone", "the bridge"]
+    assert "[/nonsense is no command" in result.stderr and "there is no answer yet" in result.stderr
+    assert "[the system message is set]" in result.stdout and result.stdout.count(" tokens/s]") in (1, 2)
+
+
+class Terminal:
+    """chat.py on a terminal of its own, as a person uses it."""
+
+    def __init__(self, *arguments: str, **environment: str):
+        self.pid, self.fd = pty.fork()
+        if self.pid == 0:
+            variables = {k: v for k, v in os.environ.items() if k != "NO_COLOR"}
+            variables |= {"TERM": "xterm", **environment}
+            os.execve(sys.executable, [sys.executable, str(ROOT / "chat.py"), *arguments], variables)
+        self.shown = ""
+
+    def until(self, text: str) -> str:
+        """What is shown up to the text, which is taken."""
+        while text not in self.shown:
+            assert select.select([self.fd], [], [], 120)[0], self.shown
+            self.shown += os.read(self.fd, 4096).decode()
+        before, _, self.shown = self.shown.partition(text)
+        return before
+
+    def type(self, text: str) -> None:
+        os.write(self.fd, text.encode())
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+        os.close(self.fd)
+
+
+@pytest.mark.parametrize("environment", [{}, {"NO_COLOR": "1"}, {"TERM": "dumb"}])
+def test_on_a_terminal_there_are_colours_unless_they_are_unwanted(environment, roomy):
+    with Terminal(f"--model={roomy}", "--max_new_tokens=2", **environment) as terminal:
+        terminal.until("Ctrl-D the chat.")
+        assert ("\x1b[1;32m" in terminal.until("> ")) == (not environment)
+        terminal.type("/speed\r")
+        assert terminal.until("tokens a second are told]").endswith("[" if environment else "\x1b[2m[")
+
+
+def test_a_paste_is_one_message_and_the_arrow_brings_it_back(roomy, tmp_path):
+    pytest.importorskip("readline")
+    path = tmp_path / "mine.jsonl"
+    with Terminal(f"--model={roomy}", "--max_new_tokens=2", NO_COLOR="1") as terminal:
+        terminal.until("> ")
+        terminal.type("\x1b[200~first line\nsecond line\x1b[201~\r")
+        terminal.until("second line")
+        terminal.until("> ")
+        terminal.type("\x1b[A\r")  # the same again
+        terminal.until("second line")
+        terminal.until("> ")
+        terminal.type(f"/save {path}\r")
+        terminal.until("[added 4 messages")
+    (row,) = read_records(path)
+    asked = [message["content"] for message in row["messages"] if message["role"] == "user"]
+    assert asked == ["first line\nsecond line"] * 2

@@ -1,6 +1,7 @@
 """What a run records."""
 
 import gzip
+import io
 import json
 import re
 from types import SimpleNamespace
@@ -9,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import ALONE, random_ids, small_model
+from matplotlib.figure import Figure
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import metrics
-from common import read_records
+from common import read_json, read_records
 from distributed import Ranks
 from gpt import GPTConfig
 from metrics import (
@@ -186,6 +188,7 @@ def test_a_step_that_tells_its_tokens_is_counted_with_these(tmp_path):
 def test_a_gpus_memory_and_a_slow_rank_are_told_where_there_are_any(tmp_path, capsys, monkeypatch):
     ranks = Ranks(0, 1, torch.device("cuda:0"))
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 12_345_678_901)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
     monkeypatch.setattr(ranks, "slow_one", lambda: "rank 3 on node7 is slow")
     log = Metrics(tmp_path, start=0, max_steps=9, step_tokens=256, log_every=2, ranks=ranks)
     log.step(1, NUMBERS, seconds=1.0)
@@ -195,6 +198,102 @@ def test_a_gpus_memory_and_a_slow_rank_are_told_where_there_are_any(tmp_path, ca
     first, second, *_ = capsys.readouterr().out.splitlines()
     assert "  12.3 GB  " in first and second == "rank 3 on node7 is slow"
     assert read_records(log.path)[0]["memory_gb"] == 12.346
+    assert read_json(tmp_path / "run.json")["devices"].startswith("1 x NVIDIA H200, ")
+
+
+def test_each_line_of_a_run_has_its_units_and_the_time_left_in_the_same_columns(tmp_path, capsys):
+    log = recorder(tmp_path, flops_per_token=1e6, peak_flops=1e9)
+    for step, loss, norm, seconds in ((1, 10.5, 120.25, 4.0), (2, 2.0, 0.5, 0.001), (9, 3.0, 1.0, 1000.0)):
+        log.step(step, {**NUMBERS, "loss": loss, "grad_norm": norm}, seconds=seconds)
+    log.close()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == (
+        "step      1/9  loss 10.5000 nats/token  lr 1.00e-01  grad norm 120.250         64 tok/s   6.4% mfu"
+        "     00:32 left"
+    )
+    words = ("/9", "nats/token", "lr", "grad norm", "tok/s", "left")
+    places = {tuple(line.replace("25600.0%", "%").index(word) for word in words[:4]) for line in lines}
+    assert len(lines) == 3 and len(places) == 1
+    assert len({line.index("tok/s") for line in lines}) == 1
+
+
+class Stream(io.StringIO):
+    """A place to print to, which may be a terminal."""
+
+    def __init__(self, terminal: bool):
+        super().__init__()
+        self.terminal = terminal
+
+    def isatty(self) -> bool:
+        return self.terminal
+
+
+@pytest.mark.parametrize(
+    ("terminal", "rank", "start", "shown"),
+    [(True, 0, 0, True), (False, 0, 0, False), (True, 1, 0, False), (True, 0, 9, False)],
+)
+def test_a_bar_is_shown_on_rank_0s_terminal_only_and_lines_stay_whole(
+    terminal, rank, start, shown, tmp_path, monkeypatch, capsys
+):
+    stream = Stream(terminal)
+    monkeypatch.setattr(metrics.sys, "stderr", stream)
+    ranks = Ranks(rank, 2, torch.device("cpu"))
+    monkeypatch.setattr(ranks, "each", lambda value: [value, value])
+    log = Metrics(tmp_path, start=start, max_steps=9, step_tokens=256, log_every=1, ranks=ranks)
+    log.step(start + 1, NUMBERS, seconds=1.0)
+    log.close()
+    assert bool(stream.getvalue()) == shown and ("/9" in stream.getvalue()) == shown
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.startswith(f"step {start + 1:6d}/9  loss  2.0000") for line in lines] == [True] * (rank == 0)
+
+
+def test_the_picture_has_losses_learning_rate_and_speed(tmp_path, monkeypatch):
+    figures, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: figures.append(self) or save(self, *a, **k))
+    log = recorder(tmp_path)
+    log.validated(0, 3.0)
+    for step in (1, 2):
+        log.step(step, {**NUMBERS, "loss": 3.0 - step / 2, "lr": step / 10}, seconds=1.0)
+    log.validated(2, 2.5, val_bpb=1.0)
+    log.close()
+    drawn = [[line.get_xydata().tolist() for line in axes.lines] for axes in figures[-1].axes]
+    losses = [[[1, 2.5], [2, 2.0]], [[0, 3.0], [2, 2.5]]]
+    assert drawn == [losses, [[[1, 0.1], [2, 0.2]]], [[[1, 256], [2, 256]]]]
+    labels = [axes.get_ylabel() for axes in figures[-1].axes]
+    assert labels == ["loss (nats/token)", "learning rate", "tokens/s"]
+
+
+def test_what_a_model_wrote_is_kept_once_for_each_step(tmp_path, capsys):
+    log = recorder(tmp_path)
+    log.samples(0, ["a", "b"])
+    log.samples(3, ["c", "d"])
+    log.close()
+    again = recorder(tmp_path, start=2)
+    again.samples(3, ["e", "f"])
+    again.close()
+    rows = [(row["step"], row["text"]) for row in read_records(tmp_path / "samples.jsonl")]
+    assert rows == [(0, "a"), (0, "b"), (3, "e"), (3, "f")]
+    assert capsys.readouterr().out.splitlines()[-2:] == ["  | e", "  | f"]
+
+
+def test_a_run_notes_how_it_was_started_and_a_finished_one_keeps_its_note(tmp_path, monkeypatch):
+    monkeypatch.setattr(metrics.sys, "argv", ["/somewhere/sft_gpt.py", "--data=my chats.jsonl"])
+    recorder(tmp_path, settings={"lr": 0.1}).close()
+    facts = read_json(tmp_path / "run.json")
+    assert facts["command"] == "sft_gpt.py '--data=my chats.jsonl'" and facts["settings"] == {"lr": 0.1}
+    assert (facts["max_steps"], facts["step_tokens"], facts["unit"]) == (9, 256, "nats/token")
+    assert facts["devices"] == "1 x cpu, float32"
+    monkeypatch.setattr(metrics.sys, "argv", ["sft_gpt.py"])
+    recorder(tmp_path, start=9).close()
+    assert read_json(tmp_path / "run.json") == facts
+
+
+def test_the_seconds_of_all_steps_are_recorded(tmp_path):
+    log = Metrics(tmp_path, start=0, max_steps=5, step_tokens=256, log_every=2, ranks=ALONE)
+    for step in range(1, 6):
+        log.step(step, NUMBERS, seconds=float(step))
+    log.close()
+    assert [row["seconds"] for row in read_records(log.path)] == [3.0, 7.0, 5.0]
 
 
 def test_a_run_that_died_before_its_first_checkpoint_goes_on_in_its_wandb_run(tmp_path, monkeypatch):
