@@ -221,33 +221,38 @@ def prepare_conversations(
     max_bad_rows: float = 1.0,
 ) -> dict:
     """Render (messages, where they were found) into the datasets of write_examples, cut by cut_to_length."""
+
+    def examples(start: int) -> Iterator[Example]:
+        rest = itertools.islice(conversations, start, None)
+        return examples_of(rest, tokenizer, max_length=max_length, overlong=overlong)
+
+    return write_examples(folder, examples, val_fraction, max_bad_rows)
+
+
+def examples_of(conversations: Iterable, tokenizer, *, max_length: int, overlong: str) -> Iterator[Example]:
+    """What (messages, where they were found) are trained as."""
     turns = tokenizer.convert_tokens_to_ids([TURN_START, TURN_END])
     too_long = f"longer than {max_length} tokens"
     if overlong != "drop":
         too_long = f"no answer begins within {max_length} tokens"
-
-    def examples(start: int) -> Iterator[Example]:
-        for rows in batched(itertools.islice(conversations, start, None)):
-            reasons = [why_unusable(messages) for messages, _ in rows]
-            usable = [messages for (messages, _), reason in zip(rows, reasons) if reason is None]
-            rendered = iter(render_batch(usable, tokenizer))
-            for (messages, where), reason in zip(rows, reasons):
-                if reason:
-                    yield Example(where, reason, unusable=True)
-                    continue
-                ids, labels = next(rendered)
-                prefix = ids.index(turns[0], 1) if messages[0]["role"] == "system" else 0
-                pieces = cut_to_length(ids, labels, max_length, overlong=overlong, prefix=prefix, turns=turns)
-                reason = None if pieces else too_long
-                yield Example(
-                    where,
-                    reason,
-                    question=first_question(messages),
-                    pieces=pieces,
-                    answer_tokens=trained_tokens(labels),
-                )
-
-    return write_examples(folder, examples, val_fraction, max_bad_rows)
+    for rows in batched(conversations):
+        reasons = [why_unusable(messages) for messages, _ in rows]
+        usable = [messages for (messages, _), reason in zip(rows, reasons) if reason is None]
+        rendered = iter(render_batch(usable, tokenizer))
+        for (messages, where), reason in zip(rows, reasons):
+            if reason:
+                yield Example(where, reason, unusable=True)
+                continue
+            ids, labels = next(rendered)
+            prefix = ids.index(turns[0], 1) if messages[0]["role"] == "system" else 0
+            pieces = cut_to_length(ids, labels, max_length, overlong=overlong, prefix=prefix, turns=turns)
+            yield Example(
+                where,
+                None if pieces else too_long,
+                question=first_question(messages),
+                pieces=pieces,
+                answer_tokens=trained_tokens(labels),
+            )
 
 
 def batched(rows: Iterable, size: int = 1000) -> Iterator[list]:

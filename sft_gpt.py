@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from checkpoint import open_model, told_name, too_many_bad_steps
-from common import RESUMABLE, InputError, cache_folder, check_choice, fingerprint, run_script
+from common import RESUMABLE, InputError, cache_folder, check_choice, file_sha256, fingerprint, run_script
 from distributed import Ranks, join_ranks, wrap
 from gpt import has_varlen
 from metrics import flops_per_token, mean_context
@@ -147,7 +147,7 @@ def step_noise(config: Config, step: int, T: int, C: int) -> Callable | None:
 def told_data(data: str) -> str:
     """What a model was tuned on, for somebody who finds its card."""
     if data == "embedded":
-        return "short conversations about Wikipedia's summaries, the World Factbook and small talk"
+        return "short conversations on facts of Wikipedia's summaries and the World Factbook, and small talk"
     return "the conversations of " + told_name(data, "https://huggingface.co/datasets/")
 
 
@@ -170,8 +170,12 @@ def source_configs(config: Config, sources: Sequence[Source]) -> list[Config]:
 def prepare(config: Config, tokenizer, *, T: int, files: str, ranks: Ranks) -> tuple[Path, dict]:
     """The folder of a source's rendered conversations and its report. `files` is a hash of its files, or its
     name. Rank 0 renders what is not in the cache."""
+    if config.data == "embedded":  # what it says belongs to this project
+        files = fingerprint(
+            [file_sha256(Path(__file__).parent / f"embedded.{kind}") for kind in ("py", "yaml")]
+        )
     source = [files, config.data_config, config.data_split, config.column]
-    settings = [config.val_fraction, T, config.overlong]
+    settings = [config.val_fraction, T, config.overlong, config.max_bad_rows]
     key = fingerprint([source, settings, tokenizer_fingerprint(tokenizer)])
     folder = cache_folder(config.cache_dir) / f"data-{key}"
     report = ranks.from_main(

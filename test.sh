@@ -15,7 +15,7 @@ if [ -z "${PYTHON:-}" ]; then
     bash quickstart.sh setup
     "$VENV/bin/pip" install --quiet pytest==9.2.0 hypothesis==6.170.15 ruff==0.17.6 \
         gguf==0.19.0 accelerate==1.15.0 trl==1.16.0 "lm-eval[hf]==0.4.13" "transformers[serving]<6" \
-        -r requirements.txt
+        datatrove==0.10.1 orjson==3.13.0 -r requirements.txt
     "$VENV/bin/ruff" check .
     "$VENV/bin/ruff" format --check .
     PYTHON=$VENV/bin/python

@@ -291,7 +291,7 @@ FIXED_QUESTIONS = (  # every evaluation asks them
     "Hello!",
     "What is water?",
     "What is the capital of France?",
-    "Who was Albert Einstein?",
+    "Who are you?",
     "Tell me about the Moon.",
     "What is mathematics?",
 )

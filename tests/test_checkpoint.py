@@ -210,7 +210,7 @@ def test_cards_tell_a_stranger_what_a_model_was_made_from(base_run, tmp_path):
     ]
     assert told == [
         "English summaries of Wikipedia, State of the Union addresses and the World Factbook",
-        "short conversations about Wikipedia's summaries, the World Factbook and small talk",
+        "short conversations on facts of Wikipedia's summaries and the World Factbook, and small talk",
         "[a/b](https://huggingface.co/datasets/a/b) (sample)",
         "text files: a.txt, b.txt",
         "token shards without a manifest",

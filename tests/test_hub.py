@@ -332,6 +332,7 @@ class Passing:
         return self.fault
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("pattern", [r"\.parquet$", r"/api/", r"tokenizer"])
 def test_a_hub_that_fails_for_a_while_is_asked_again_and_no_document_is_lost_or_doubled(
@@ -346,6 +347,7 @@ def test_a_hub_that_fails_for_a_while_is_asked_again_and_no_document_is_lost_or_
     assert shards(tmp_path / "data") == local()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_hub_that_fails_for_a_while_gives_models_and_conversations_all_the_same(fault, hub, run, tmp_path):
     commands = {"chat": chat(f"someone/late{fault}-model")}

@@ -18,8 +18,8 @@ from conftest import ROOT, conversation, flags, losses, pretrain_config, text
 from test_hub import Hub
 
 import distributed
-from checkpoint import list_checkpoints
-from common import InputError
+from checkpoint import list_checkpoints, step_of
+from common import InputError, read_records
 
 CLEAN = {
     k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SBATCH", "NNODES", "MASTER", "VENV"))
@@ -322,44 +322,65 @@ def slurm(tmp_path_factory):
         os.kill(int((folder / f"{name}.pid").read_text()), signal.SIGTERM)
 
 
+class Job:
+    """A run of pretrain_full.sh on both nodes of a Slurm."""
+
+    def __init__(self, slurm, config, folder: Path):
+        places = {"VENV": sys.prefix, "NPROC": "1", "MASTER_ADDR": "127.0.0.1"}
+        places["PREFLIGHT_FLAGS"] = "--slow_factor=1e9"
+        self.slurm, self.log = slurm, folder / "log"
+        submission = ["sbatch", "--parsable", "-N2", f"--output={self.log}", f"--chdir={folder}"]
+        script = str(ROOT / "pretrain_full.sh")
+        self.number = slurm(*submission, script, *flags(config), **places).strip()
+
+    def state(self) -> str:
+        jobs = f"--jobs={self.number}"
+        return self.slurm("squeue", "--noheader", "--states=all", jobs, "--format=%T").strip()
+
+    def told(self) -> str:
+        return self.log.read_text() if self.log.exists() else ""
+
+    def wait_for(self, condition, wrong=("FAILED", "COMPLETED")) -> None:
+        end = time.monotonic() + 240
+        while not condition():
+            assert time.monotonic() < end and self.state() not in wrong, self.told()[-5000:]
+            time.sleep(0.1)
+
+
 @pytest.mark.slow
-def test_a_slurm_job_warned_by_signal_is_requeued_and_ends_with_the_losses_of_an_undisturbed_one(
-    slurm, data_dir, tmp_path
+@pytest.mark.parametrize(
+    "signals",
+    [
+        pytest.param(["--batch", "--signal=USR1"], id="warned of its end"),
+        pytest.param(["--signal=TERM"], id="its steps terminated, as at a preemption"),
+    ],
+)
+def test_a_slurm_job_that_gets_a_signal_is_requeued_and_ends_with_the_losses_of_an_undisturbed_one(
+    signals, slurm, data_dir, tmp_path
 ):
     alone = conftest.run(
         "pretrain_gpt.py", *flags(pretrain_config(data_dir, tmp_path / "a", **LONG)), ranks=2
     )
     assert alone.returncode == 0, alone.stderr
-    config, log = pretrain_config(data_dir, tmp_path / "b", **LONG), tmp_path / "log"
-    places = {
-        "VENV": sys.prefix,
-        "NPROC": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "PREFLIGHT_FLAGS": "--slow_factor=1e9",
-    }
-    submission = ["sbatch", "--parsable", "-N2", f"--output={log}", f"--chdir={tmp_path}"]
-    job = slurm(*submission, str(ROOT / "pretrain_full.sh"), *flags(config), **places).strip()
-
-    def state() -> str:
-        return slurm("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T").strip()
-
-    def told() -> str:
-        return log.read_text() if log.exists() else ""
-
-    def wait_for(condition) -> None:
-        end = time.monotonic() + 240
-        while not condition():
-            assert time.monotonic() < end and state() not in ("FAILED", "COMPLETED"), told()[-5000:]
-            time.sleep(0.1)
-
-    wait_for(lambda: list_checkpoints(tmp_path / "b"))
-    slurm("scancel", "--batch", "--signal=USR1", job)
-    wait_for(lambda: state() == "PENDING")
+    job = Job(slurm, pretrain_config(data_dir, tmp_path / "b", **LONG), tmp_path)
+    job.wait_for(lambda: list_checkpoints(tmp_path / "b"))
+    slurm("scancel", *signals, job.number)
+    job.wait_for(lambda: job.state() == "PENDING")
     assert (tmp_path / "b/.resumable").exists() and len(losses(tmp_path / "b")) < LONG["max_steps"]
-    slurm("scontrol", "update", f"JobId={job}", "StartTime=now")  # else Slurm waits two minutes
-    end = time.monotonic() + 240
-    while state() != "COMPLETED":
-        assert time.monotonic() < end and state() != "FAILED", told()[-5000:]
-        time.sleep(0.1)
-    assert "continuing from" in told() and losses(tmp_path / "b") == losses(tmp_path / "a")
+    slurm("scontrol", "update", f"JobId={job.number}", "StartTime=now")  # else Slurm waits two minutes
+    job.wait_for(lambda: job.state() == "COMPLETED", wrong=("FAILED",))
+    assert "continuing from" in job.told() and losses(tmp_path / "b") == losses(tmp_path / "a")
     assert len(list((tmp_path / "b/logs").rglob("stdout.log"))) == 4  # two ranks, started twice
+
+
+@pytest.mark.slow
+def test_a_slurm_job_that_somebody_cancels_saves_its_last_step_and_is_not_requeued(slurm, data_dir, tmp_path):
+    config = pretrain_config(data_dir, tmp_path / "b", **LONG)
+    job = Job(slurm, config, tmp_path)
+    job.wait_for(lambda: list_checkpoints(tmp_path / "b"))
+    slurm("scancel", job.number)
+    job.wait_for(lambda: job.state() == "CANCELLED")
+    assert slurm("squeue", "--noheader", f"--jobs={job.number}").strip() == ""  # it is in no queue
+    assert (tmp_path / "b/.resumable").exists() and "stopped by a signal" in job.told()
+    steps = read_records(tmp_path / "b" / "metrics.jsonl")[-1]["step"]
+    assert step_of(list_checkpoints(tmp_path / "b")[-1]) == steps < LONG["max_steps"]

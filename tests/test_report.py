@@ -83,7 +83,7 @@ def test_a_pretraining_run_shows_what_it_wrote_and_how_it_is_fine_tuned(data_dir
     for row in rows[:3] + rows[6:]:
         assert row["text"].startswith(pretrain_gpt.PROMPTS) and report.shortened(row["text"]) in seen.texts
     assert f"python sft_gpt.py --model={out_dir} --out_dir=out/chat" in seen.texts
-    assert not any("chat.py" in text for text in seen.texts)  # it is no chat model yet
+    assert not any("python chat.py" in text for text in seen.texts)  # it is no chat model yet
 
 
 def small_run(folder, *, facts=True, **changes):

@@ -39,6 +39,18 @@ def test_a_second_run_finds_the_rendered_conversations_wherever_its_folder_and_t
     assert not list(tmp_path.glob("[ab]/data-*"))
 
 
+def test_conversations_rendered_with_more_bad_rows_than_a_run_allows_do_not_serve_it(
+    base_run, chats, tmp_path
+):
+    data = tmp_path / "data.jsonl"
+    data.write_text(chats.read_text() + '{"messages": null}\n')
+    config = sft_config(base_run, data, tmp_path / "a", max_steps=1, cache_dir=str(tmp_path / "cache"))
+    sft_gpt.main(dataclasses.replace(config, max_bad_rows=0.5))
+    strict = dataclasses.replace(config, out_dir=str(tmp_path / "b"), max_bad_rows=0.0)
+    with pytest.raises(InputError, match=r"1 of .* rows cannot be used"):
+        sft_gpt.main(strict)
+
+
 def render(folder, chats, tokenizer_dir, entered) -> None:
     def slow():
         entered.set()

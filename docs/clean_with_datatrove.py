@@ -1,0 +1,50 @@
+"""A recipe: a corpus cleaned by datatrove, here or on Slurm, and then made into our token shards.
+
+    pip install datatrove orjson
+    python docs/clean_with_datatrove.py crawl/ clean/ --tasks=64                      # on this machine
+    python docs/clean_with_datatrove.py crawl/ clean/ --tasks=64 --partition=cpu      # a Slurm array
+    sbatch --array=1-64 --wrap="python prepare_data.py --source=clean/ --out_dir=data/clean"
+
+Each task reads its share of the .jsonl, .jsonl.gz or .jsonl.zst files, and writes one file. What datatrove's
+other blocks filter, extract or deduplicate goes into `steps`. A finished task is not run again.
+"""
+
+import argparse
+
+from datatrove.executor import LocalPipelineExecutor, SlurmPipelineExecutor
+from datatrove.pipeline.filters import LambdaFilter
+from datatrove.pipeline.readers import JsonlReader
+from datatrove.pipeline.writers import JsonlWriter
+
+
+def steps(source: str, out: str, least_words: int) -> list:
+    """What each task does with each document."""
+    return [
+        JsonlReader(source, glob_pattern="*.jsonl*"),
+        LambdaFilter(lambda document: len(document.text.split()) >= least_words),
+        JsonlWriter(out, output_filename="${rank}.jsonl.gz"),
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Clean a corpus with datatrove.")
+    parser.add_argument("source", help="a folder of .jsonl files, compressed or not, with a field text")
+    parser.add_argument("out", help="a folder for the clean files")
+    parser.add_argument("--tasks", type=int, default=8, help="shares of the files")
+    parser.add_argument("--least_words", type=int, default=50, help="shorter documents are left out")
+    parser.add_argument("--partition", default="", help="of Slurm; empty to work on this machine")
+    parser.add_argument("--time", default="4:00:00", help="that Slurm gives a task")
+    options = parser.parse_args()
+    work, places = (
+        steps(options.source, options.out, options.least_words),
+        {"logging_dir": f"{options.out}.logs"},
+    )
+    if options.partition:
+        slurm = {"partition": options.partition, "time": options.time, "job_name": "clean"}
+        SlurmPipelineExecutor(work, tasks=options.tasks, **slurm, **places).run()
+    else:
+        LocalPipelineExecutor(work, tasks=options.tasks, **places).run()
+
+
+if __name__ == "__main__":
+    main()
