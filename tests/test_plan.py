@@ -196,8 +196,8 @@ class TestPlan:
     def test_fsdp2_sends_the_bytes_counted_by_hand_among_8_64_and_512(self, shard):
         """FSDP2 splits a matrix by rows, and pads it to as many for each rank."""
         gpus = "8,64,512" if shard == "full" else "64,512"
-        for plan in planned(f"--gpus={gpus}", f"--shard={shard}", f"--batch_tokens={1024 * T}"):
-            world = plan["gpus"]
+        for made in planned(f"--gpus={gpus}", f"--shard={shard}", f"--batch_tokens={1024 * T}"):
+            world = made["gpus"]
             among = world if shard == "full" else 8  # of a machine
             copies = world // among
 
@@ -208,10 +208,10 @@ class TestPlan:
             block = 4 * padded(C, C) + 2 * padded(F, C) + padded(C, F) + 2 * padded(C, 1) + 2 * padded(32, 1)
             gathered = 2 * (root + 2 * L * block) * (among - 1) / among  # bf16; blocks in both passes
             reduced = 4 * (root + L * block) * (among - 1) / among  # fp32
-            sent = {(m["phase"], m["operation"], m["ranks"]): m["bytes"] for m in plan["messages"]}
+            sent = {(m["phase"], m["operation"], m["ranks"]): m["bytes"] for m in made["messages"]}
             assert sent.pop(("update", "alltoall_base", among)) > 0
             expected = {
-                ("passes", "allgather_base", among): plan["micro_batches"] * gathered,
+                ("passes", "allgather_base", among): made["micro_batches"] * gathered,
                 ("passes", "reduce_scatter_base", among): reduced,
             }
             if copies > 1:  # between machines the sums of the parts
