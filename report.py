@@ -58,9 +58,14 @@ class Run:
     def settings(self) -> dict:
         return self.facts.get("settings", {})
 
+    @property
+    def unit(self) -> str:
+        """Of its losses."""
+        return self.facts.get("unit", "nats/token")
+
     def curve(self, name: str) -> list[tuple[float, float]]:
-        """(step, value) wherever a value was logged and finite."""
-        return [(row["step"], row[name]) for row in self.rows if row.get(name) is not None]
+        """(step, value) wherever a number was logged and finite."""
+        return [(row["step"], row[name]) for row in self.rows if isinstance(row.get(name), int | float)]
 
     def evaluations(self) -> dict[str, list[tuple[float, float]]]:
         """The curve of each number that is not a step's own, in the order of first appearance."""
@@ -207,7 +212,7 @@ def charts(runs: Sequence[Run]) -> Iterator[str]:
             several.append(Series(f"{head} {label}".strip(), points, f"run{i}", marked))
         return several
 
-    unit = runs[0].facts.get("unit", "nats/token")
+    unit = " or ".join(dict.fromkeys(run.unit for run in runs))
     losses = series("loss", "training") + series("val_loss", "validation", marked=True)
     yield chart(f"loss, {unit}, by {axis}", losses, from_zero=False)
     yield chart(f"learning rate, by {axis}", series("lr", ""), from_zero=True)
@@ -233,18 +238,16 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, kind: str = "")
 def summary(run: Run) -> dict[str, str]:
     """What matters of a run, in short texts."""
     last, steps = run.rows[-1]["step"], run.facts.get("max_steps")
-    unit, told = run.facts.get("unit", "nats/token"), {}
-    told["steps"] = f"{last:,} of {steps:,}" if steps else f"{last:,}"
-    for name, title, of in (
-        ("tokens", "tokens", ""),
-        ("loss", "training loss", unit),
-        ("val_loss", "validation loss", unit),
+    told = {"steps": f"{last:,} of {steps:,}" if steps else f"{last:,}"}
+    if tokens := run.curve("tokens"):
+        told["tokens"] = short(tokens[-1][1])
+    for name, title, unit in (
+        ("loss", "training loss", run.unit),
+        ("val_loss", "validation loss", run.unit),
         ("val_bpb", "validation by bytes", "bits/byte"),
     ):
         if curve := run.curve(name):
-            first, final = curve[0][1], curve[-1][1]
-            shown = short(final) if name == "tokens" else f"{first:.3f} → {final:.3f} {of}"
-            told[title] = shown
+            told[title] = f"{curve[0][1]:.3f} → {curve[-1][1]:.3f} {unit}"
     if seconds := run.curve("seconds"):
         told["time of all steps"] = duration(sum(value for _, value in seconds))
     if speeds := sorted(value for _, value in run.curve("tokens_per_second")):

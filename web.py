@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from queue import Queue
+from queue import Empty, Queue
 from urllib.parse import urlsplit
 
 from common import InputError, one_line
@@ -70,7 +70,13 @@ def serve(server: ChatServer) -> None:
     print(f"{server.about['model']} answers on {server.url}; Ctrl-C ends it", flush=True)
     try:
         while True:
-            server.waiting.get().send_answer()
+            try:
+                handler = server.waiting.get(
+                    timeout=0.5
+                )  # a Ctrl-C just before a wait does not end that wait
+            except Empty:
+                continue
+            handler.send_answer()
             server.waiting.task_done()
     except KeyboardInterrupt:
         print()

@@ -291,7 +291,7 @@ class Terminal:
     def until(self, text: str) -> str:
         """What is shown up to the text, which is taken."""
         while text not in self.shown:
-            assert select.select([self.fd], [], [], 120)[0], self.shown
+            assert select.select([self.fd], [], [], 300)[0], self.shown
             self.shown += os.read(self.fd, 4096).decode()
         before, _, self.shown = self.shown.partition(text)
         return before

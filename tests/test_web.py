@@ -178,11 +178,11 @@ def test_a_model_answers_over_http_and_ctrl_c_ends_the_server(base_run):
         line = process.stdout.readline()
         found = re.fullmatch(r".* answers on http://127\.0\.0\.1:(\d+); Ctrl-C ends it\n", line)
         assert found, line + process.stderr.read()
-        connection = http.client.HTTPConnection("127.0.0.1", int(found[1]), timeout=60)
+        connection = http.client.HTTPConnection("127.0.0.1", int(found[1]), timeout=300)
         connection.request("POST", "/answer", json.dumps({"messages": QUESTION}))
         events = [json.loads(row) for row in connection.getresponse()]
         process.send_signal(2)
-        out, errors = process.communicate(timeout=60)
+        out, errors = process.communicate(timeout=300)
     finally:
         process.kill()
     assert process.returncode == 0 and not errors and not out.strip()
