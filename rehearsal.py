@@ -9,6 +9,7 @@ B windows in a micro-batch, T tokens in a window.
 
 import itertools
 import os
+import warnings
 import weakref
 from collections import Counter, defaultdict
 from contextlib import nullcontext
@@ -155,6 +156,7 @@ def pretend_ranks(world: int, per_machine: int) -> None:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     os.environ["LOCAL_WORLD_SIZE"] = str(min(world, per_machine))
+    warnings.filterwarnings("ignore", message=".*returned a view tensor")  # a real product is none
     dist.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
 
     def mesh(*args, **kwargs):

@@ -192,6 +192,33 @@ class TestPlan:
         assert done.returncode == 1 and made["shard"] == "full" and 1 <= largest < 512
         assert f"use --micro_batch_size={largest}" in made["problems"][0]
 
+    @pytest.mark.parametrize("shard", ["full", "hybrid"])
+    def test_fsdp2_sends_the_bytes_counted_by_hand_among_8_64_and_512(self, shard):
+        """FSDP2 splits a matrix by rows, and pads it to as many for each rank."""
+        gpus = "8,64,512" if shard == "full" else "64,512"
+        for made in planned(f"--gpus={gpus}", f"--shard={shard}", f"--batch_tokens={1024 * T}"):
+            world = made["gpus"]
+            among = world if shard == "full" else 8  # of a machine
+            copies = world // among
+
+            def padded(rows: int, columns: int, among=among) -> int:
+                return -(-rows // among) * among * columns
+
+            root = 2 * padded(V, C) + padded(C, 1)
+            block = 4 * padded(C, C) + 2 * padded(F, C) + padded(C, F) + 2 * padded(C, 1) + 2 * padded(32, 1)
+            gathered = 2 * (root + 2 * L * block) * (among - 1) / among  # bf16; blocks in both passes
+            reduced = 4 * (root + L * block) * (among - 1) / among  # fp32
+            sent = {(m["phase"], m["operation"], m["ranks"]): m["bytes"] for m in made["messages"]}
+            assert sent.pop(("update", "alltoall_base", among)) > 0
+            expected = {
+                ("passes", "allgather_base", among): made["micro_batches"] * gathered,
+                ("passes", "reduce_scatter_base", among): reduced,
+            }
+            if copies > 1:  # between machines the sums of the parts
+                between = 2 * 4 * (root + L * block) / among * (copies - 1) / copies
+                expected["passes", "allreduce", copies] = between
+            assert sent == expected, (shard, world)
+
     def test_an_unknown_gpu_is_told_in_one_sentence(self):
         done = run(ROOT / "plan.py", "--gpu=voodoo")
         assert done.returncode == 1 and done.stderr.startswith("error: --gpu=voodoo is unknown; choose h100,")
