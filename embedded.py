@@ -227,7 +227,7 @@ def dialogues() -> Iterator[list[str]]:
 
 def conversations() -> Iterator[dict]:
     """The fine-tuning data, rows with `messages` as in SmolTalk: few facts, each asked for in many wordings,
-    by itself or after a greeting; and small talk."""
+    by itself or after a greeting and another fact; and small talk."""
 
     def row(*turns: str) -> dict:
         return {
@@ -237,10 +237,20 @@ def conversations() -> Iterator[dict]:
         }
 
     facts = [(questions, answer) for answer, questions in own()["facts"]]
+    facts += [*word_facts(), *country_facts()]
     (greetings, hello), *_ = facts
-    for questions, answer in (*facts, *word_facts(), *country_facts()):
+    for questions, answer in facts:
         yield from (row(question, answer) for question in questions)
-        yield row(choose(greetings, answer), hello, choose(questions, answer), answer)
+        before, told = choose(facts, answer)
+        turns = (
+            choose(greetings, answer),
+            hello,
+            choose(before, answer),
+            told,
+            choose(questions, told),
+            answer,
+        )
+        yield row(*turns)
     yield from (row(*turns) for turns in dialogues())
 
 

@@ -82,7 +82,7 @@ def test_embedded_conversations_alternate_from_user_to_assistant_and_repeat_the_
     assert ("What is water?", "Water is wet.") in pairs
     assert pairs.count(("Hi", "Hello.")) == len(embedded.DIALOGUES) - 1
     assert pairs.count(("Hi", "Hello.", "Bye", "Good bye.")) == 1
-    answers = [pair[3] for pair in pairs if len(pair) == 4]  # after a greeting: each fact once
+    answers = [pair[5] for pair in pairs if len(pair) == 6]  # after a greeting and another: each fact once
     assert {"Water is wet.", "Riverland is in Southern Asia.", "The sky is blue."} <= set(answers)
     assert max(answers.count(answer) for answer in answers) == 1
 

@@ -12,7 +12,7 @@ from checkpoint import newest_checkpoint
 from common import file_sha256, read_json, read_records, write_json
 from precision import ONEDNN, choose_precision, product_error, settle_precision
 
-CPU = torch.device("cpu")
+CPU, WIDE = torch.device("cpu"), precision.has_wide_avx512
 KEPT = torch.get_float32_matmul_precision()
 
 
@@ -20,10 +20,11 @@ KEPT = torch.get_float32_matmul_precision()
 def cpu(monkeypatch):
     """A CPU with these instructions, on which products take these times; and what it multiplies exactly."""
 
-    def make(has_bf16: bool, exact: bool = True, **milliseconds: float) -> None:
+    def make(has_bf16: bool, exact: bool = True, *, wide: bool = True, **milliseconds: float) -> None:
         names = {"mkl": "float32", "onednn": ONEDNN, "bf16": "bfloat16"}
         seconds = {names[key]: value / 1000 for key, value in milliseconds.items()}
         monkeypatch.setattr(precision, "has_bf16", lambda: has_bf16)
+        monkeypatch.setattr(precision, "has_wide_avx512", lambda: wide)
         monkeypatch.setattr(precision, "product_error", lambda kind: 3e-7 if exact else 3e-3)
         monkeypatch.setattr(
             precision,
@@ -55,6 +56,19 @@ def test_a_cpus_precision_follows_from_its_instructions_and_clearly_faster_produ
     assert choose_precision("auto", CPU) == auto
     assert choose_precision("float32", CPU) == float32
     assert choose_precision("bfloat16", CPU) == "bfloat16"
+
+
+def test_onednn_is_tried_only_where_it_can_be_much_faster(cpu, tmp_path):
+    cpu(False, wide=False, mkl=4.0, onednn=2.0)
+    assert choose_precision("float32", CPU) == "float32"
+    for vendor, family, wide in (
+        ("AuthenticAMD", 26, True),
+        ("AuthenticAMD", 25, False),
+        ("GenuineIntel", 26, False),
+    ):
+        (tmp_path / "cpuinfo").write_text(f"vendor_id\t: {vendor}\ncpu family\t: {family}\nmodel\t\t: 2\n")
+        assert WIDE(str(tmp_path / "cpuinfo")) == wide
+    assert not WIDE(str(tmp_path / "none"))
 
 
 def test_on_cuda_auto_is_bfloat16_and_elsewhere_float32():
