@@ -72,7 +72,7 @@ def has_bf16() -> bool:
 
 
 def has_wide_avx512(cpuinfo: str = "/proc/cpuinfo") -> bool:
-    """Whether this is a CPU of AMD's family 26 (Zen 5) or later, which computes 512 bits at once. On the others
+    """Whether this is a CPU of AMD's family 26 (Zen 5) or later, which computes 512 bits at once. On others
     oneDNN is at most a tenth faster, and noise could decide."""
     try:
         told = Path(cpuinfo).read_text()
