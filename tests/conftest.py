@@ -6,10 +6,12 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import struct
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -231,6 +233,35 @@ def run(script: str, *arguments: str, ranks: int = 1, **options) -> subprocess.C
         timeout=300,
         **options,
     )
+
+
+def descendants(pid: int) -> list[int]:
+    """A process's children and theirs, those with sessions of their own included."""
+    try:
+        children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except (FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
+        return []
+    return children + [below for child in children for below in descendants(child)]
+
+
+def is_alive(pid: int) -> bool:
+    stat = Path(f"/proc/{pid}/stat")
+    try:
+        return stat.read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def kill_tree(process: subprocess.Popen) -> None:
+    """Kill a launcher and its ranks, and return when all of them are gone. Killing the launcher's process
+    group would leave its ranks running: torchrun gives each of them a session of its own."""
+    os.kill(process.pid, signal.SIGSTOP)  # it starts no more of them
+    ranks = descendants(process.pid)
+    for pid in [process.pid, *ranks]:
+        os.kill(pid, signal.SIGKILL)
+    process.wait()
+    while any(map(is_alive, ranks)):
+        time.sleep(0.01)
 
 
 # -- faults --------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import conftest
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import ROOT, conversation, flags, losses, pretrain_config, text
+from conftest import ROOT, conversation, flags, kill_tree, losses, pretrain_config, text
 from test_hub import Hub
 
 import distributed
@@ -164,14 +164,6 @@ def start_node(rank: int, port: int, config, log, **environment: str) -> subproc
         stderr=log,
         start_new_session=True,
     )
-
-
-def kill_tree(process: subprocess.Popen) -> None:
-    """Kill a launcher and its ranks, which have sessions of their own."""
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    for pid in [process.pid, *map(int, children)]:
-        os.kill(pid, signal.SIGKILL)
-    process.wait()
 
 
 def wait_until(condition, jobs, log: Path, seconds: float = 240) -> None:

@@ -2,10 +2,8 @@
 
 import json
 import multiprocessing
-import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -15,6 +13,7 @@ from conftest import (
     ROOT,
     TEXTS,
     contents,
+    kill_tree,
     prepare,
     prepare_config,
     read_documents,
@@ -135,12 +134,12 @@ def test_torchrun_divides_the_files_and_killed_ranks_go_on(crawl, tokenizer_dir,
     job = subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
          str(ROOT / "prepare_data.py"), *flags],
-        stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True,
+        stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
     )  # fmt: skip
     while job.poll() is None and not (tmp_path / "out" / "parts").exists():
         time.sleep(0.01)
-    os.killpg(job.pid, signal.SIGKILL)
-    job.wait()
+    if job.poll() is None:
+        kill_tree(job)
     done = run("prepare_data.py", *flags, ranks=2)
     assert done.returncode == 0, done.stderr
     assert data_of(tmp_path / "out") == data_of(undisturbed)
