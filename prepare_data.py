@@ -40,7 +40,7 @@ from common import (
     write_json,
 )
 from data import ShardWriter, damaged_shards, read_manifest
-from sources import BadRows, hash_fraction, source_files, source_rows, text_of
+from sources import BadRows, hash_fraction, rows_by_file, source_files, text_of
 from tokenization import (
     END,
     MOST_IDS,
@@ -89,27 +89,55 @@ def share_of(part: str) -> tuple[int, int]:
     return int(found[1]) - 1, int(found[2])
 
 
-def documents(config: Config, bad_rows: BadRows | None = None) -> Iterator[str]:
-    """The source's texts, in an order that never changes. Empty ones are left out, unusable rows counted."""
-    bad_rows = bad_rows or BadRows(config.max_bad_rows)
+@dataclass(frozen=True)
+class File:
+    """One of the source's files, as it is read."""
+
+    number: int = 0  # in the order of reading
+    bad_rows: tuple[int, int, str] = (0, 0, "")  # BadRows.counts() where it begins
+
+
+@dataclass(frozen=True)
+class Place:
+    """How far a source has been read, so that a stopped preparation opens no file before that again."""
+
+    documents: int = 0  # that the shards hold
+    documents_in_file: int = 0  # of these
+    file: File = File()
+
+    def after(self, file: File) -> "Place":
+        """The place behind one more document, which is of this file."""
+        return Place(self.documents + 1, self.documents_in_file + 1 if file == self.file else 1, file)
+
+
+def documents(
+    config: Config, bad_rows: BadRows | None = None, start: File = File()
+) -> Iterator[tuple[File, str]]:
+    """The source's texts from a file on, each with its file, in an order that never changes. Empty ones are
+    left out, unusable rows counted."""
     if config.source == "embedded":
         import embedded
 
-        yield from embedded.documents()
+        yield from ((start, text) for text in embedded.documents())
         return
-    for row, where in source_rows(config.source, config.config, config.split, share_of(config.part)):
-        try:
-            text = text_of(row, config.column)
-        except ValueError as error:
-            bad_rows.skip(where, str(error))
-            continue
-        bad_rows.good()
-        if text.strip():
-            yield text
+    bad_rows = bad_rows or BadRows(config.max_bad_rows)
+    bad_rows.rows, bad_rows.bad, bad_rows.first = start.bad_rows
+    share, source = share_of(config.part), (config.source, config.config, config.split)
+    for number, rows in enumerate(rows_by_file(*source, share=share, start=start.number), start.number):
+        file = File(number, bad_rows.counts())
+        for row, where in rows:
+            try:
+                text = text_of(row, config.column)
+            except ValueError as error:
+                bad_rows.skip(where, str(error))
+                continue
+            bad_rows.good()
+            if text.strip():
+                yield file, text
     bad_rows.check()
 
 
-def read_ahead(texts: Iterator[str]) -> Iterator[list[str]]:
+def read_ahead(texts: Iterator) -> Iterator[list]:
     """Batches of texts, the next one read while the last is being worked on."""
     with ThreadPoolExecutor(1) as thread:
 
@@ -129,7 +157,7 @@ def make_tokenizer(config: Config):
 
     def beginning():
         read = 0
-        for text in documents(replace(config, part="")):
+        for _, text in documents(replace(config, part="")):
             yield text
             read += len(text)
             if read >= TOKENIZER_BYTES:
@@ -231,7 +259,7 @@ def mend(config: Config, settings: dict) -> None:
         return
     again.mkdir(exist_ok=True)
     if not (again / "progress.json").exists():
-        save_progress(again, settings, 0, {})
+        save_progress(again, settings, Place(), {})
     write_shards(replace(config, out_dir=str(again)), tokenizer, settings)
     expected = {shard["file"]: shard["sha256"] for shard in manifest["shards"]}
     for name in damaged:
@@ -255,33 +283,33 @@ def write_shards(config: Config, tokenizer, settings: dict) -> dict[str, ShardWr
         split: ShardWriter(out_dir, split, version=version, shard_tokens=config.shard_tokens)
         for split in ("train", "val")
     }
-    progress, bad_rows = read_progress(out_dir), BadRows(config.max_bad_rows)
-    done = progress["documents"]
+    (place, positions), bad_rows = read_progress(out_dir), BadRows(config.max_bad_rows)
     for split, writer in writers.items():
-        writer.seek(progress["positions"].get(split, writer.position()))
-    if done:
-        print(f"continuing after {done:,} documents", flush=True)
+        writer.seek(positions.get(split, writer.position()))
+    if place.documents:
+        print(f"continuing after {place.documents:,} documents", flush=True)
+    rest = itertools.islice(documents(config, bad_rows, place.file), place.documents_in_file, None)
 
     def tokens() -> int:
         return sum(writer.totals["tokens"] for writer in writers.values())
 
     saved, total = tokens(), config.max_tokens or None
     with tqdm(total=total, initial=saved, unit="tok", unit_scale=True, disable=None) as bar:
-        for texts in read_ahead(itertools.islice(documents(config, bad_rows), done, None)):
-            for text, ids in zip(texts, encode(tokenizer, texts)):
+        for batch in read_ahead(rest):
+            for (file, text), ids in zip(batch, encode(tokenizer, [text for _, text in batch])):
                 if config.max_tokens and tokens() >= config.max_tokens:
                     break
                 split = "val" if hash_fraction(text) < config.val_fraction else "train"
                 writers[split].append(np.array([end, *ids]), len(text.encode()))
-                done += 1
+                place = place.after(file)
             else:  # more may be wanted
                 bar.update(tokens() - bar.n)
                 if tokens() - saved >= SAVE_EVERY:
-                    save_progress(out_dir, settings, done, writers)
+                    save_progress(out_dir, settings, place, writers)
                     saved = tokens()
                 continue
             break
-    if done == 0 and not config.part:  # a file among others may be empty
+    if not place.documents and not config.part:  # a file among others may be empty
         raise InputError(f"{config.source} holds no text; nothing was prepared")
     for writer in writers.values():
         writer.finish()
@@ -291,25 +319,30 @@ def write_shards(config: Config, tokenizer, settings: dict) -> dict[str, ShardWr
     return writers
 
 
-def read_progress(out_dir: Path) -> dict:
-    """What save_progress wrote; InputError if it is something else."""
+def read_progress(out_dir: Path) -> tuple[Place, dict]:
+    """What save_progress wrote, a place and each split's position; InputError if it is something else."""
     progress = read_json(out_dir / "progress.json")
-    kinds = {"documents": int, "positions": dict}
+    kinds = {"documents": int, "documents_in_file": int, "file": int, "bad_rows": list, "positions": dict}
+    if not {"documents_in_file", "file", "bad_rows"} & set(progress):  # an older note knows of no files
+        progress |= {"documents_in_file": progress.get("documents"), "file": 0, "bad_rows": [0, 0, ""]}
     for name, kind in kinds.items():
         if not isinstance(progress.get(name), kind):
             raise InputError(
                 f"{out_dir / 'progress.json'} has no {name} as prepare_data.py writes it; delete the folder "
                 f"{out_dir} to prepare anew, or choose another --out_dir"
             )
-    return progress
+    file = File(progress["file"], tuple(progress["bad_rows"]))
+    return Place(progress["documents"], progress["documents_in_file"], file), progress["positions"]
 
 
-def save_progress(out_dir: Path, settings: dict, done: int, writers: dict[str, ShardWriter]) -> None:
-    """Note, once their bytes are on disk, how many documents the shards hold and where each writer stands."""
+def save_progress(out_dir: Path, settings: dict, place: Place, writers: dict[str, ShardWriter]) -> None:
+    """Note, once their bytes are on disk, what of the source the shards hold and where each writer stands."""
     for writer in writers.values():
         writer.flush()
     positions = {split: writer.position() for split, writer in writers.items()}
-    write_json(out_dir / "progress.json", {"settings": settings, "documents": done, "positions": positions})
+    done = {"documents": place.documents, "documents_in_file": place.documents_in_file}
+    done |= {"file": place.file.number, "bad_rows": place.file.bad_rows, "positions": positions}
+    write_json(out_dir / "progress.json", {"settings": settings} | done)
 
 
 def check_settings(config: Config) -> None:
@@ -334,11 +367,11 @@ def prepare(config: Config, settings: dict) -> None:
     # The tokenizer, new or that of the part that is done.
     out_dir = Path(config.out_dir)
     progress = out_dir / "progress.json"
-    if progress.exists() and read_progress(out_dir)["documents"]:
+    if progress.exists() and read_progress(out_dir)[0].documents:
         tokenizer = load_tokenizer(out_dir / "tokenizer")
     else:
         tokenizer = make_tokenizer(config)
-        save_progress(out_dir, settings, 0, {})  # from here on the folder is ours
+        save_progress(out_dir, settings, Place(), {})  # from here on the folder is ours
         save_tokenizer(tokenizer, out_dir / "tokenizer")
 
     # The shards, and last of all the manifest that vouches for them.

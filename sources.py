@@ -23,21 +23,36 @@ def source_rows(
     damaged row as its ValueError. Raises InputError for what is missing or empty, and for a file that is
     damaged or cut short.
     """
-    files = source_files(source)
-    if files is None:
-        yield from hub_rows(source, name, split, share)
-    for path in (files or [])[share[0] :: share[1]]:
-        number = 0
-        try:
-            reader = {".txt": read_txt, ".parquet": read_parquet}.get(path.suffix, read_jsonl)
-            for number, row in enumerate(reader(path), 1):
-                yield row, f"row {number} of {path}"
-        except (OSError, ValueError) as error:  # pyarrow's errors, json's and Unicode's are of these kinds
-            if isinstance(error, InputError):
-                raise
-            raise InputError(
-                f"{path} cannot be read beyond row {number}, it is damaged or cut short: {one_line(error)}"
-            ) from error
+    for rows in rows_by_file(source, name, split, share=share):
+        yield from rows
+
+
+def rows_by_file(
+    source: str, name: str, split: str, *, share: tuple[int, int] = (0, 1), start: int = 0
+) -> Iterator[Iterator[tuple[dict, str]]]:
+    """The rows of source_rows, file by file. The first `start` files of the share are not opened."""
+    files, (first, every) = source_files(source), share
+    if files is not None:
+        yield from map(file_rows, files[first::every][start:])
+        return
+    stream = hub_stream(source, name, split)
+    for number in range(first, stream.num_shards, every)[start:]:
+        yield hub_rows(stream, number, source)
+
+
+def file_rows(path: Path) -> Iterator[tuple[dict, str]]:
+    """Rows of a local file, see source_rows."""
+    number = 0
+    try:
+        reader = {".txt": read_txt, ".parquet": read_parquet}.get(path.suffix, read_jsonl)
+        for number, row in enumerate(reader(path), 1):
+            yield row, f"row {number} of {path}"
+    except (OSError, ValueError) as error:  # pyarrow's errors, json's and Unicode's are of these kinds
+        if isinstance(error, InputError):
+            raise
+        raise InputError(
+            f"{path} cannot be read beyond row {number}, it is damaged or cut short: {one_line(error)}"
+        ) from error
 
 
 def source_files(source: str) -> list[Path] | None:
@@ -163,15 +178,14 @@ def hub_stream(source: str, name: str, split: str):
         ) from error
 
 
-def hub_rows(
-    source: str, name: str, split: str, share: tuple[int, int] = (0, 1)
-) -> Iterator[tuple[dict, str]]:
-    """Rows of a share of a hub dataset's files, streamed; a ValueError for one whose text is no UTF-8."""
+def hub_rows(stream, file: int, source: str) -> Iterator[tuple[dict, str]]:
+    """Rows of one of the files, counted from 0, that hub_stream reads; a ValueError for one whose text is no
+    UTF-8."""
     from huggingface_hub.utils import httpx
 
-    stream = hub_stream(source, name, split)
-    if share[1] > 1:
-        stream = stream.shard(num_shards=share[1], index=share[0], contiguous=False)
+    if stream.num_shards > 1:
+        stream = stream.shard(num_shards=stream.num_shards, index=file, contiguous=False)
+        source = f"file {file + 1} of {source}"
     number = 0
     try:
         # Tables of one row each: asked for Python's objects, datasets would give up at such a text.
@@ -217,6 +231,9 @@ class BadRows:
 
     def __init__(self, max_share: float):
         self.max_share, self.rows, self.bad, self.first = max_share, 0, 0, ""
+
+    def counts(self) -> tuple[int, int, str]:
+        return self.rows, self.bad, self.first
 
     def good(self) -> None:
         self.rows += 1

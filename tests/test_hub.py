@@ -311,11 +311,14 @@ def test_a_hub_that_fails_midway_is_told_and_the_same_command_continues_to_the_s
     fault, hub, run, local, tmp_path
 ):
     command = "prepare_data", *flags(preparation(tmp_path / "data"))
-    with hub.failing(lambda path: fault if path.endswith("train-1.parquet") else None):
-        refused(run(*command), f"someone/texts broke off after row {ROWS}", "run the same command again")
+    with hub.failing(lambda path: fault if path.endswith("train-2.parquet") else None):
+        refused(run(*command), "file 3 of someone/texts broke off after row 0", "run the same command again")
+    hub.log.clear()
     result = run(*command)
     succeeded(result)
-    assert re.search(r"continuing after [1-9]\d* documents", result.stdout)
+    assert re.search(r"continuing after 1,\d* documents", result.stdout)
+    asked = Counter(Path(path).name for path in hub.log)  # the file that is done for its columns alone
+    assert asked["train-0.parquet"] == 1 and asked["train-1.parquet"] > 1 and asked["train-2.parquet"] > 1
     assert shards(tmp_path / "data") == local()
 
 
@@ -368,11 +371,14 @@ MISTAKES = {
     "configuration": ({"config": "nope"}, ["'nope' not found", "'all'", "'some'"]),
     "no configuration": ({"config": ""}, ["Config name is missing", "'all'", "'some'"]),
     "split": ({"split": "nope"}, ["nope", "'train'"]),
-    "column": ({"column": "body"}, ["row 1 of someone/texts", "'body'", "'id', 'text'", "--column"]),
+    "column": (
+        {"column": "body"},
+        ["row 1 of file 1 of someone/texts", "'body'", "'id', 'text'", "--column"],
+    ),
     "dataset": ({"source": "someone/nothing"}, ["someone/nothing", "doesn't exist on the Hub"]),
     "tokenizer": ({"tokenizer": "someone/nothing"}, ["tokenizer", "someone/nothing"]),
     "dataset made by a script": ({"source": "someone/script", "config": ""}, ["scripts are no longer"]),
-    "rows that differ": ({"source": "someone/odd", "config": ""}, ["someone/odd", "row 1", "list"]),
+    "rows that differ": ({"source": "someone/odd", "config": ""}, ["file 2 of someone/odd", "row 0", "list"]),
     "file cut short": ({"source": "someone/cut", "config": ""}, ["someone/cut", "magic bytes not found"]),
 }
 

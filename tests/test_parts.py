@@ -167,13 +167,13 @@ def test_processes_that_finish_at_the_same_time_join_once(crawl, tokenizer_dir, 
 
 def test_a_damaged_shard_is_made_again_from_its_file_alone(crawl, tokenizer_dir, tmp_path, monkeypatch):
     out = divided(tmp_path / "out", crawl, tokenizer_dir, 2)
-    before, read, original = data_of(out), [], prepare_data.source_rows
+    before, read, original = data_of(out), [], prepare_data.rows_by_file
 
-    def noted(source, name, split, share=(0, 1)):
+    def noted(*source, share, start):
         read.append(share)
-        return original(source, name, split, share)
+        return original(*source, share=share, start=start)
 
-    monkeypatch.setattr(prepare_data, "source_rows", noted)
+    monkeypatch.setattr(prepare_data, "rows_by_file", noted)
     (out / "train_000001.bin").write_bytes(b"damaged")
     divided(out, crawl, tokenizer_dir, 2)
     assert data_of(out) == before and len(read) == 1
@@ -212,7 +212,7 @@ def test_a_source_without_files_and_a_folder_of_one_process_are_refused(crawl, t
     refused("embedded has no files that processes could divide", prepare_data.main, embedded)
     out = tmp_path / "begun"
     out.mkdir()
-    prepare_data.save_progress(out, {}, 3, {})
+    prepare_data.save_progress(out, {}, prepare_data.Place(3, 3), {})
     config = prepare_config(out, crawl, tokenizer_dir, part="1/2")
     refused("holds a preparation by one process", prepare_data.main, config)
 

@@ -31,6 +31,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 import prepare_data
+import sources
 import tokenization
 from common import InputError
 from data import ShardWriter, verified_manifest
@@ -179,6 +180,40 @@ def test_stopped_after_shards_finished_since_the_last_place_to_continue_from_giv
     positions = json.loads((out / "progress.json").read_text())["positions"]
     assert len(positions["train"]["shards"]) + 1 < len(list(out.glob("train_*.bin")))
     assert contents(prepare(out, source, tokenizer_dir)) == contents(prepared)
+
+
+@pytest.mark.parametrize("after", [3, 5, 7, 8])
+def test_a_continued_preparation_opens_no_file_that_is_done_and_counts_bad_rows_as_an_undisturbed_one(
+    after, tmp_path, monkeypatch, tokenizer_dir, often, capsys
+):
+    folder, opened, read = tmp_path / "source", [], sources.read_jsonl
+    folder.mkdir()
+    for i in range(4):
+        rows = [{"text": text} for text in TEXTS[i * 9 : i * 9 + 9]]
+        write_jsonl(folder / f"{i}.jsonl", [{"text": None}] * (i + 1) + rows)
+    undisturbed = prepare(tmp_path / "undisturbed", folder, tokenizer_dir, max_bad_rows=0.5)
+    told = capsys.readouterr().out
+    assert f"10 of 46 rows skipped; the first is row 1 of {folder / '0.jsonl'}" in told
+    stopped(monkeypatch, "encode", after, tmp_path / "out", folder, tokenizer_dir, max_bad_rows=0.5)
+    note = json.loads((tmp_path / "out/progress.json").read_text())
+    assert note["documents"] and note["documents_in_file"] == note["documents"] - 9 * note["file"]
+    monkeypatch.setattr(sources, "read_jsonl", lambda path: opened.append(path.name) or read(path))
+    capsys.readouterr()
+    prepare(tmp_path / "out", folder, tokenizer_dir, max_bad_rows=0.5)
+    assert opened == [f"{i}.jsonl" for i in range(note["file"], 4)]
+    assert capsys.readouterr().out.endswith(told)
+    assert contents(tmp_path / "out") == contents(undisturbed)
+
+
+def test_a_note_of_before_files_were_noted_continues_from_the_first_file(
+    tmp_path, monkeypatch, source, tokenizer_dir, prepared, often
+):
+    stopped(monkeypatch, "encode", 5, tmp_path / "out", source, tokenizer_dir)
+    note = json.loads((tmp_path / "out/progress.json").read_text())
+    older = {name: note[name] for name in ("settings", "documents", "positions")}
+    assert note["documents"] > 0
+    (tmp_path / "out/progress.json").write_text(json.dumps(older))
+    assert contents(prepare(tmp_path / "out", source, tokenizer_dir)) == contents(prepared)
 
 
 @contextmanager
@@ -415,7 +450,7 @@ def test_the_source_is_read_at_most_two_batches_ahead(tmp_path, monkeypatch, tok
         nonlocal read
         while True:
             read += 1
-            yield text(read)
+            yield prepare_data.File(), text(read)
 
     def counting(tokenizer, texts):
         nonlocal done
@@ -434,7 +469,7 @@ def test_a_tokenizer_is_trained_on_no_more_than_the_beginning(tmp_path, monkeypa
     read = []
     monkeypatch.setattr(prepare_data, "TOKENIZER_BYTES", 5000)
     monkeypatch.setattr(
-        prepare_data, "documents", lambda c: (read.append(i) or text(i) for i in itertools.count())
+        prepare_data, "documents", lambda c: ((read.append(i), text(i)) for i in itertools.count())
     )
     tokenizer = prepare_data.make_tokenizer(prepare_config(tmp_path, "endless", "train", vocab_size=280))
     assert sum(len(text(i)) for i in read[:-1]) < 5000 <= sum(len(text(i)) for i in read)
@@ -642,7 +677,9 @@ def test_a_foreign_manifest_is_one_sentence(manifest, tmp_path, source, tokenize
     refused("manifest.json is not one that prepare_data.py writes", verified_manifest, tmp_path)
 
 
-@pytest.mark.parametrize("lost", ["settings", "documents", "positions"])
+@pytest.mark.parametrize(
+    "lost", ["settings", "documents", "documents_in_file", "file", "bad_rows", "positions"]
+)
 def test_a_progress_note_without_what_it_needs_is_one_sentence_and_nothing_is_lost(
     lost, source, tokenizer_dir, tmp_path, often, monkeypatch
 ):

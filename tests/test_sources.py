@@ -112,20 +112,22 @@ KINDS = [
 def test_every_kind_of_source_gives_the_same_documents(tmp_path, kind):
     texts = [*TEXTS, ODD_TEXTS[0], ODD_TEXTS[1]]
     source = write_kind(tmp_path / "source", kind, texts)
-    assert list(prepare_data.documents(prepare_config(tmp_path, source, ""))) == texts
+    assert [text for _, text in prepare_data.documents(prepare_config(tmp_path, source, ""))] == texts
 
 
 def test_a_folder_is_read_in_the_order_of_its_paths_whatever_they_hold(tmp_path):
     for name, part in (("a/z", TEXTS[:5]), ("b", TEXTS[5:9]), ("c/d/e", TEXTS[9:20])):
         write_kind(tmp_path / name, {"a/z": "parquet", "b": "jsonl.zst", "c/d/e": "txt"}[name], part)
-    assert list(prepare_data.documents(prepare_config(tmp_path, tmp_path, ""))) == TEXTS[:20]
+    assert [text for _, text in prepare_data.documents(prepare_config(tmp_path, tmp_path, ""))] == TEXTS[:20]
 
 
 def test_texts_without_a_letter_are_left_out_and_another_column_can_be_named(tmp_path):
     rows = [{"body": t} for t in (" \n", "one", "", "two", "\t")]
     path = write_jsonl(tmp_path / "texts.jsonl", rows)
     path.write_text(path.read_text().replace("\n", "\n\n"))
-    assert list(prepare_data.documents(prepare_config(tmp_path, path, "", column="body"))) == ["one", "two"]
+    assert [
+        text for _, text in prepare_data.documents(prepare_config(tmp_path, path, "", column="body"))
+    ] == ["one", "two"]
 
 
 def test_a_hub_dataset_is_streamed_and_its_rows_are_the_documents(monkeypatch, tmp_path):
@@ -137,10 +139,8 @@ def test_a_hub_dataset_is_streamed_and_its_rows_are_the_documents(monkeypatch, t
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     for name in ("sample-10BT", ""):
-        texts = prepare_data.documents(
-            prepare_config(tmp_path, "some/dataset", "", config=name, split="validation")
-        )
-        assert list(texts) == TEXTS
+        config = prepare_config(tmp_path, "some/dataset", "", config=name, split="validation")
+        assert [text for _, text in prepare_data.documents(config)] == TEXTS
         assert asked.pop() == (("some/dataset", name or None), {"split": "validation", "streaming": True})
 
 
@@ -292,7 +292,7 @@ def test_a_parquet_row_that_is_no_utf8_is_one_bad_row(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
     config = prepare_config(tmp_path, tmp_path / "a.parquet", "", max_bad_rows=0.4)
     bad_rows = sources.BadRows(0.4)
-    assert list(prepare_data.documents(config, bad_rows)) == ["one", "three"] * 100
+    assert [text for _, text in prepare_data.documents(config, bad_rows)] == ["one", "three"] * 100
     assert bad_rows.bad == 100 and bad_rows.rows == 300
     assert "row 2 of" in bad_rows.first and "'utf-8' codec" in bad_rows.first
 
@@ -304,7 +304,7 @@ def test_a_row_of_a_hub_stream_that_is_no_utf8_is_one_bad_row(tmp_path):
     column = pyarrow.Array.from_buffers(pyarrow.string(), len(raw), buffers)
     table = pyarrow.table({"text": column, "number": range(len(raw))})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
-    rows = list(sources.hub_rows(str(tmp_path), "", "train"))
+    rows = list(sources.hub_rows(sources.hub_stream(str(tmp_path), "", "train"), 0, str(tmp_path)))
     assert [where for _, where in rows] == [f"row {i} of {tmp_path}" for i in range(1, 601)]
     assert all(isinstance(row, UnicodeDecodeError) for row, _ in rows[1::3])
     for first, said in ((0, "one"), (2, "three")):
