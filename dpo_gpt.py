@@ -22,7 +22,7 @@ from metrics import flops_per_token, mean_context
 from optim import make_optimizer, schedule, set_learning_rate
 from order import batch_order
 from report import report_end
-from resume import lock_and_resume, starting_point
+from resume import lock_and_resume, settle_commits, starting_point
 from sft import SFTDataset, preparation_notes, row_length
 from sources import source_rows
 from tokenization import tokenizer_fingerprint
@@ -97,10 +97,12 @@ def told_data(data: str) -> str:
 
 def prepare(config: Config, tokenizer, *, T: int, content: dict, ranks: Ranks) -> tuple[Path, dict]:
     """The folder of rendered pairs and its report. Rank 0 renders what is not in the cache."""
-    source = [content["data_files"] or config.data, config.data_config, config.data_split]
+    files = settle_commits(content, [config.data], cache_dir=config.cache_dir, ranks=ranks)[0]
+    source = [files, config.data_config, config.data_split]
     key = fingerprint([source, config.val_fraction, T, tokenizer_fingerprint(tokenizer)])
     folder = cache_folder(config.cache_dir) / f"data-{key}"
-    rows = source_rows(config.data, config.data_config, config.data_split)
+    commit = content["commits"].get(config.data)
+    rows = source_rows(config.data, config.data_config, config.data_split, commit=commit)
     report = ranks.from_main(
         lambda: prepare_pairs(
             folder,

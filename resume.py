@@ -6,6 +6,7 @@ A new phase, as annealing or a longer context, starts from the weights and optim
 import os
 import pickle
 import typing
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -19,11 +20,11 @@ from checkpoint import (
     open_model,
     step_of,
 )
-from common import InputError, file_sha256, fingerprint, lock_folder, make_folder, read_json
+from common import InputError, cache_folder, file_sha256, fingerprint, lock_folder, make_folder, read_json
 from distributed import Ranks
 from gpt import GPTConfig, GPTModel
 from precision import settle_precision
-from sources import source_files
+from sources import hub_commits, source_files
 from tokenization import tokenizer_fingerprint
 
 # Fields you may change on resume: results stay the same up to rounding. Paths and models are compared by
@@ -174,16 +175,29 @@ def starting_point(model: str, *data: str) -> tuple[str, dict]:
     """Where a run starts: the model's directory or hub id, verified, and the content of model and data.
 
     The content has hashes of local files, None for what is of a hub or a package, or gone. Of several data
-    sources each has its hash, or its name if it has none.
+    sources each has its hash, or its name if it has none. The commits of hub datasets are None, too: a run
+    that goes on keeps those it began with, see settle_commits.
     """
     hashes = [data_hash(name) for name in data]
     path = str(find_model(model))
     content = {
         "model": os.path.normpath(model),
         "data_files": hashes[0] if len(data) == 1 else [found or name for found, name in zip(hashes, data)],
+        "commits": None,
         "weights": weights_of(path),
     }
     return path, content
+
+
+def settle_commits(content: dict, data: Sequence[str], *, cache_dir: str, ranks: Ranks) -> list:
+    """Note in a run's content at which commit each hub dataset is read: where the run began, or else the
+    newest. Returns for each data source what its rows are known by: the hash of its files, its name and
+    commit, or its name alone."""
+    known, notes = content.get("commits") or {}, cache_folder(cache_dir)
+    content["commits"] = ranks.from_main(lambda: hub_commits(data, known, notes))
+    files = content["data_files"] if len(data) > 1 else [content["data_files"] or data[0]]
+    commits = content["commits"]
+    return [[name, commits[name]] if name in commits else found for name, found in zip(data, files)]
 
 
 def data_hash(data: str) -> str | None:

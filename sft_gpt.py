@@ -36,7 +36,7 @@ from order import (
 )
 from packing import MixedLoader, PackedLoader
 from report import report_end
-from resume import lock_and_resume, starting_point
+from resume import lock_and_resume, settle_commits, starting_point
 from sft import OVERLONG, SFTDataset, preparation_notes, prepare_conversations, row_length
 from sources import column_of, source_rows
 from tokenization import tokenizer_fingerprint
@@ -110,15 +110,15 @@ class Config:
     shard: str = "none"  # split the model over the ranks: full, hybrid (within each machine) or none
 
 
-def conversations(config: Config) -> Iterator[tuple[list[dict], str]]:
-    """Messages of the source, each with the place it was found."""
+def conversations(config: Config, commit: str | None = None) -> Iterator[tuple[list[dict], str]]:
+    """Messages of the source, each with the place it was found; a commit is one of a hub dataset's."""
     if config.data == "embedded":
         import embedded
 
         for number, row in enumerate(embedded.conversations(), 1):
             yield row["messages"], f"embedded conversation {number}"
         return
-    for row, where in source_rows(config.data, config.data_config, config.data_split):
+    for row, where in source_rows(config.data, config.data_config, config.data_split, commit=commit):
         try:
             yield column_of(row, config.column), where
         except ValueError as error:
@@ -167,9 +167,9 @@ def source_configs(config: Config, sources: Sequence[Source]) -> list[Config]:
     ]
 
 
-def prepare(config: Config, tokenizer, *, T: int, files: str, ranks: Ranks) -> tuple[Path, dict]:
-    """The folder of a source's rendered conversations and its report. `files` is a hash of its files, or its
-    name. Rank 0 renders what is not in the cache."""
+def prepare(config: Config, tokenizer, *, T: int, files: str | list, ranks: Ranks) -> tuple[Path, dict]:
+    """The folder of a source's rendered conversations and its report. `files` is what settle_commits knows it
+    by. Rank 0 renders what is not in the cache."""
     if config.data == "embedded":  # what it says belongs to this project
         files = fingerprint(
             [file_sha256(Path(__file__).parent / f"embedded.{kind}") for kind in ("py", "yaml")]
@@ -181,7 +181,7 @@ def prepare(config: Config, tokenizer, *, T: int, files: str, ranks: Ranks) -> t
     report = ranks.from_main(
         lambda: prepare_conversations(
             folder,
-            conversations(config),
+            conversations(config, files[1] if isinstance(files, list) else None),
             tokenizer,
             max_length=T,
             val_fraction=config.val_fraction,
@@ -217,13 +217,11 @@ def main(config: Config) -> None:
             f"batch_tokens {config.batch_tokens} are {rows_per_step} rows of {T}, fewer than the "
             f"{ranks.world} ranks; raise --batch_tokens or lower --max_length"
         )
-    files = identity["content"]["data_files"]
-    files = files if len(parts) > 1 else [files]
+    files = settle_commits(
+        identity["content"], [part.data for part in parts], cache_dir=config.cache_dir, ranks=ranks
+    )
     folders, reports = zip(
-        *(
-            prepare(part, tokenizer, T=T, files=found or part.data, ranks=ranks)
-            for part, found in zip(parts, files)
-        )
+        *(prepare(part, tokenizer, T=T, files=found, ranks=ranks) for part, found in zip(parts, files))
     )
     varlen = has_varlen(ranks.device, model.config.head_dim)
 

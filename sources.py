@@ -5,37 +5,43 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from common import InputError, one_line, patiently
+from common import InputError, fingerprint, one_line, patiently, read_json, write_json
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 TXT_PIECE = 20_000  # characters: a longer .txt is cut, at line ends, into documents of about this size
 
 
 def source_rows(
-    source: str, name: str, split: str, share: tuple[int, int] = (0, 1)
+    source: str, name: str, split: str, *, share: tuple[int, int] = (0, 1), commit: str | None = None
 ) -> Iterator[tuple[dict, str]]:
     """Rows of files and folders (with commas between), or of a hub dataset, each with the place it was found.
 
-    A share (i, n) has every n-th of the files from the i-th on. A row that is no object is given as it is; a
-    damaged row as its ValueError. Raises InputError for what is missing or empty, and for a file that is
-    damaged or cut short.
+    A share (i, n) has every n-th of the files from the i-th on. A commit is one of the hub dataset's. A row
+    that is no object is given as it is; a damaged row as its ValueError. Raises InputError for what is
+    missing or empty, and for a file that is damaged or cut short.
     """
-    for rows in rows_by_file(source, name, split, share=share):
+    for rows in rows_by_file(source, name, split, share=share, commit=commit):
         yield from rows
 
 
 def rows_by_file(
-    source: str, name: str, split: str, *, share: tuple[int, int] = (0, 1), start: int = 0
+    source: str,
+    name: str,
+    split: str,
+    *,
+    share: tuple[int, int] = (0, 1),
+    start: int = 0,
+    commit: str | None = None,
 ) -> Iterator[Iterator[tuple[dict, str]]]:
     """The rows of source_rows, file by file. The first `start` files of the share are not opened."""
     files, (first, every) = source_files(source), share
     if files is not None:
         yield from map(file_rows, files[first::every][start:])
         return
-    stream = hub_stream(source, name, split)
+    stream = hub_stream(source, name, split, commit)
     for number in range(first, stream.num_shards, every)[start:]:
         yield hub_rows(stream, number, source)
 
@@ -164,13 +170,38 @@ def count_files(source: str, name: str, split: str) -> int:
     return hub_stream(source, name, split).num_shards if files is None else len(files)
 
 
-def hub_stream(source: str, name: str, split: str):
+def hub_commits(sources: Iterable[str], known: dict[str, str], notes: Path) -> dict[str, str]:
+    """The commit of each source that is a hub dataset: the known one, else its newest. A dataset whose commit
+    nobody knows is left out."""
+    named = [source for source in sources if source != "embedded" and source_files(source) is None]
+    commits = {source: known.get(source) or newest_commit(source, notes) for source in named}
+    return {source: commit for source, commit in commits.items() if commit}
+
+
+def newest_commit(dataset: str, notes: Path) -> str | None:
+    """A hub dataset's commit, which is noted in a folder. While the hub cannot be asked, as on a compute
+    node, it is the noted one; None without a note: whoever reads the dataset will say what is wrong."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils import httpx
+
+    note = notes / f"commit-{fingerprint(dataset)}.json"
+    try:
+        commit = patiently(lambda: HfApi().dataset_info(dataset, timeout=10).sha)
+    except (OSError, ValueError, httpx.HTTPError):
+        return read_json(note)["commit"] if note.exists() else None
+    write_json(note, {"dataset": dataset, "commit": commit})
+    return commit
+
+
+def hub_stream(source: str, name: str, split: str, commit: str | None = None):
     """A hub dataset, whose rows come as they are asked for; InputError if it cannot be had."""
     from datasets import load_dataset
     from huggingface_hub.utils import httpx
 
     try:
-        return patiently(lambda: load_dataset(source, name or None, split=split, streaming=True))
+        return patiently(
+            lambda: load_dataset(source, name or None, split=split, revision=commit, streaming=True)
+        )
     except (OSError, ValueError, RuntimeError, httpx.HTTPError) as error:
         raise InputError(
             f"no file or folder {source}, and no dataset of that name could be had from the hub: "

@@ -22,7 +22,7 @@ from urllib.parse import unquote, urlsplit
 
 import conftest
 import pytest
-from conftest import ROOT, conversation, flags, sft_config, small_model, text, write_jsonl
+from conftest import ROOT, conversation, flags, losses, sft_config, small_model, text, write_jsonl
 
 import prepare_data
 import sft_gpt
@@ -79,6 +79,7 @@ for line in sys.stdin:
 
 class Hub(ThreadingHTTPServer):
     """Serves folder/models/… and folder/datasets/… as the hub does; notes each request's path in `log`.
+    `newest` has the commits of repositories that changed; they lie in folder/datasets/NAME@COMMIT.
 
     `fault(path)` may ask for a wrong answer: a status, or "drop" for half of the right one and a hang-up.
     """
@@ -87,7 +88,7 @@ class Hub(ThreadingHTTPServer):
 
     def __init__(self, folder: Path, port: int = 0):
         super().__init__(("127.0.0.1", port), Answer)
-        self.folder, self.log, self.fault = folder, [], lambda path: None
+        self.folder, self.log, self.fault, self.newest = folder, [], lambda path: None, {}
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
     @contextmanager
@@ -119,22 +120,24 @@ class Answer(BaseHTTPRequestHandler):
         if isinstance(self.fault, int):
             wait = {"Retry-After": "7"} if self.fault in (429, 503) else {}
             return self.reply(self.fault, error="GatedRepo" if self.fault == 403 else "", **wait)
-        api = re.fullmatch("/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree)/[^/]+/?(.*))?", path)
-        file = re.fullmatch("/(datasets/|)([^/]+/[^/]+)/resolve/[^/]+/(.+)", path)
+        api = re.fullmatch("/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+)/?(.*))?", path)
+        file = re.fullmatch("/(datasets/|)([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
         kind, name = api.group(1, 2) if api else (file[1] or "models", file[2]) if file else ("", "nothing")
-        repo = self.server.folder / kind / name
+        newest, asked = self.server.newest.get(name, COMMIT), (api or file or [""] * 5)[4 if api else 3]
+        commit = asked if asked and len(asked) == len(COMMIT) else newest
+        repo = self.server.folder / kind / (f"{name}@{commit}" if name in self.server.newest else name)
         if not repo.is_dir():
             self.reply(404, error="RepoNotFound")
-        elif file and (repo / file[3]).is_file():
-            self.send_file((repo / file[3]).read_bytes())
-        elif file or not (repo / (api[4] or "")).exists():
+        elif file and (repo / file[4]).is_file():
+            self.send_file((repo / file[4]).read_bytes())
+        elif file or not (repo / (api[5] or "")).exists():
             self.reply(404, error="EntryNotFound")
         elif api[3] == "tree":
-            below = (repo / api[4]).rglob if "recursive=true" in self.path else (repo / api[4]).glob
+            below = (repo / api[5]).rglob if "recursive=true" in self.path else (repo / api[5]).glob
             self.reply_json([self.entry(p, repo) for p in sorted(below("*"))])
         else:
             files = [{"rfilename": str(p.relative_to(repo))} for p in sorted(repo.rglob("*")) if p.is_file()]
-            self.reply_json({"id": name, "sha": COMMIT, "siblings": files})
+            self.reply_json({"id": name, "sha": commit, "siblings": files})
 
     do_HEAD = do_GET
 
@@ -400,6 +403,33 @@ def test_a_hub_model_fine_tunes_on_hub_data_to_the_same_bytes_as_on_local_copies
     start = GPTModel.from_pretrained(model).state_dict()
     for name, tensor in mine.state_dict().items():
         assert tensor.equal(theirs.state_dict()[name]) and not tensor.equal(start[name])
+
+
+def test_a_dataset_that_changes_is_rendered_anew_but_a_run_keeps_the_commit_it_began_with(hub, run, tmp_path):
+    model, commits = hub.folder / "models/someone/model", ("a" * 40, "b" * 40)
+    for i, commit in enumerate(commits):
+        folder = hub.folder / f"datasets/someone/moving@{commit}"
+        folder.mkdir()
+        write_jsonl(folder / "train.jsonl", map(conversation, range(i * 60, i * 60 + 60)))
+
+    def tune(name: str) -> list:
+        config = sft_config(model, "someone/moving", tmp_path / name, cache_dir=str(tmp_path / "cache"))
+        succeeded(run("sft_gpt", *flags(config)))
+        return losses(tmp_path / name)
+
+    hub.newest["someone/moving"] = commits[0]
+    first = tune("first")
+    hub.newest["someone/moving"] = commits[1]
+    second = tune("second")
+    assert first != second
+    with hub.down():  # the newest commit that is known, and its rows in the cache
+        assert tune("third") == second
+    hub.newest["someone/moving"] = commits[1]
+    shutil.rmtree(tmp_path / "first" / "step_0000004")
+    for rendered in (tmp_path / "cache").glob("data-*"):
+        shutil.rmtree(rendered)
+    assert tune("first") == first
+    assert "step_0000004" in os.listdir(tmp_path / "first")
 
 
 def chat(model) -> list[str]:

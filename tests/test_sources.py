@@ -141,7 +141,10 @@ def test_a_hub_dataset_is_streamed_and_its_rows_are_the_documents(monkeypatch, t
     for name in ("sample-10BT", ""):
         config = prepare_config(tmp_path, "some/dataset", "", config=name, split="validation")
         assert [text for _, text in prepare_data.documents(config)] == TEXTS
-        assert asked.pop() == (("some/dataset", name or None), {"split": "validation", "streaming": True})
+        assert asked.pop() == (
+            ("some/dataset", name or None),
+            {"split": "validation", "revision": None, "streaming": True},
+        )
 
 
 def test_a_hub_dataset_that_cannot_be_had_is_refused(tmp_path, source, tokenizer_dir):
