@@ -212,10 +212,10 @@ def lacking_room(out_dir: str | Path, one: int, max_steps: int, **settings: int)
     free, needed = shutil.disk_usage(folder).free, (most - len(existing)) * one + SPARE
     if most == len(existing) or free >= needed:
         return None
-    there = f", {len(existing)} of them there already," if existing else ""
+    there = f", {len(existing)} of them there already" if existing else ""
     return (
-        f"up to {most} checkpoints of {one / 1e9:.2f} GB{there} need {needed / 1e9:.2f} GB more in "
-        f"{out_dir}, whose disk has {free / 1e9:.2f} GB free; make room, keep fewer (--keep_last, "
+        f"the checkpoints, at most {most} of {one / 1e9:.2f} GB at a time{there}, need {needed / 1e9:.2f} GB "
+        f"more in {out_dir}, whose disk has {free / 1e9:.2f} GB free; make room, keep fewer (--keep_last, "
         f"--keep_every), or choose another --out_dir"
     )
 

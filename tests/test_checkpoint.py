@@ -173,13 +173,13 @@ def test_room_is_asked_for_what_is_not_there_yet(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", disk_usage)
     settings = {"max_steps": 50, "save_every": 10, "keep_last": 2, "keep_every": 0}
     run = tmp_path / "out" / "run"
-    assert "up to 3 checkpoints of 1.00 GB need 3.05 GB more" in lacking_room(run, 10**9, **settings)
+    assert "at most 3 of 1.00 GB at a time, need 3.05 GB more" in lacking_room(run, 10**9, **settings)
     assert asked == [tmp_path]  # the folder is made later
     assert lacking_room(run, 10**9, **settings | {"keep_last": 1}) is None
     (run / "step_0000010").mkdir(parents=True)
     assert lacking_room(run, 10**9, **settings) is None and asked[-1] == run
     told = lacking_room(run, 3 * 10**9, **settings)
-    assert "up to 3 checkpoints of 3.00 GB, 1 of them there already, need 6.05 GB more" in told
+    assert "at most 3 of 3.00 GB at a time, 1 of them there already, need 6.05 GB more" in told
     (run / "step_0000010").rename(run / "step_0000050")
     assert lacking_room(run, 10**12, **settings) is None  # the run is finished
 

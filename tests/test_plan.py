@@ -198,7 +198,10 @@ class TestPlan:
         (sentence,) = json.loads(done.stdout)["problems"]
         assert done.returncode == 1 and f"GB more in {tmp_path}, whose disk has" in sentence
         elsewhere = planned(*huge, f"--out_dir={tmp_path}/not/here")
-        assert elsewhere["problems"] == [] and "on this machine up to 1000000 check" in elsewhere["notes"][0]
+        assert (
+            elsewhere["problems"] == []
+            and "on this machine the checkpoints, at most 1000000 of" in elsewhere["notes"][0]
+        )
 
     @pytest.mark.parametrize("shard", ["full", "hybrid"])
     def test_fsdp2_sends_the_bytes_counted_by_hand_among_8_64_and_512(self, shard):
