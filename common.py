@@ -62,7 +62,10 @@ def field_comments(config_class: type) -> dict[str, str]:
     silent = [name for name, comment in told.items() if not comment]
     if silent:
         raise ValueError(f"{config_class.__qualname__} has fields without a comment: {', '.join(silent)}")
-    return field_comments(config_class.__base__) | told
+    inherited = {}
+    for base in reversed(config_class.__bases__):
+        inherited |= field_comments(base)
+    return inherited | told
 
 
 def parse_value(text: str, kind: type):

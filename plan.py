@@ -1,19 +1,23 @@
-"""What a pretraining run will take, before any GPU is paid for: time, memory, messages, disk; what will fail.
+"""What a run will take, before any GPU is paid for: time, memory, messages, disk; what will fail.
 
     python plan.py --gpu=h100 --gpus=8 --num_hidden_layers=12 --hidden_size=512 --micro_batch_size=32
     python plan.py --gpu=h100 --gpus=1,8,64,512 --num_hidden_layers=24 --hidden_size=2048 --batch_tokens=2e6
+    python plan.py sft_gpt.py --model=out/base --gpus=8 --max_length=2048 --data_tokens=4e8
+    python plan.py dpo_gpt.py --model=out/chat --gpus=8 --pairs=61_000
 
-All flags of pretrain_gpt.py are understood. It needs no GPU, but Linux and, without a GPU, a C++ compiler.
-Memory and messages are measured on fake tensors, see rehearsal.py; a figure that is not says so. The exit
-status is 1 if the run would fail. With several numbers of GPUs there is a table, a row for each.
+A script's name may come first; without one it is pretrain_gpt.py. All its flags are understood. It needs no
+GPU, but Linux and, without a GPU, a C++ compiler. Memory and messages are measured on fake tensors, see
+rehearsal.py; a figure that is not says so. The exit status is 1 if the run would fail. With several numbers
+of GPUs there is a table, a row for each.
 
-T tokens in a window.
+T tokens in a window, in a row or in each of a pair's two answers.
 """
 
 import json
+import math
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import fake_cuda
@@ -28,15 +32,16 @@ if __name__ == "__main__":
 import torch
 import torch.distributed as dist
 
+import dpo_gpt
 import pretrain_gpt
-from checkpoint import checkpoint_bytes, lacking_room, most_checkpoints
+import sft_gpt
+from checkpoint import checkpoint_bytes, most_checkpoints
+from checks import Run, check_data, find_run, room_problem, saving, take_script
 from distributed import Ranks
-from gpt import GPTConfig
 from metrics import GPUS, Gpu, flops_per_token
+from order import parse_sources
 from rehearsal import Footprint, Rehearsal, pretend_ranks, pretend_streams
 from sharding import SHARD
-from tokenization import load_tokenizer, vocabulary_size
-from training import check_settings
 
 # Assumed. A process's CUDA context, NCCL's buffers and the allocator's gaps take the rest of a GPU's memory.
 MEMORY_REACHED = 0.9
@@ -45,17 +50,36 @@ LINK_REACHED = 0.8
 
 
 @dataclass
-class Config(pretrain_gpt.Config):
+class Machines:
     gpus: str = "8"  # how many, or several numbers with commas between them
     gpu: str = "h100"  # h100, h200, a100, b200 or l4
     gpus_per_machine: int = 8  # that are linked to each other
     shard: str = "auto"  # none (DDP), hybrid, full, or auto for the first of these that fits
-    vocab_size: int = 0  # ids of the tokenizer; 0 for that in data_dir or, where there is none, 49,152
     mfu: float = 0.4  # share of the GPU's peak while it computes; assumed, see metrics.jsonl of a short run
     json: bool = False  # print an object, or a list of them for several numbers of GPUs
 
 
-def main(config: Config) -> None:
+@dataclass
+class Pretraining(Machines, pretrain_gpt.Config):
+    vocab_size: int = 0  # ids of the tokenizer; 0 for those of data_dir or, if it is not here, 49,152
+
+
+@dataclass
+class FineTuning(Machines, sft_gpt.Config):
+    data_tokens: int = (
+        0  # of the rendered conversations, a run tells them; with the epochs they make the steps
+    )
+
+
+@dataclass
+class Preferences(Machines, dpo_gpt.Config):
+    pairs: int = 0  # in the data; with the epochs they make the steps
+
+
+CONFIGS = {pretrain_gpt: Pretraining, sft_gpt: FineTuning, dpo_gpt: Preferences}
+
+
+def main(config: Machines) -> None:
     with fake_cuda.fake_cuda():
         plans = [plan_of(config, gpus) for gpus in numbers_of(config.gpus)]
     if config.json:
@@ -79,54 +103,64 @@ def numbers_of(text: str) -> list[int]:
     return numbers
 
 
-def check(config: Config, gpus: int) -> None:
-    """Raise InputError for what leaves nothing to plan."""
-    settings = asdict(config)
-    shapes = ("num_hidden_layers", "hidden_size", "num_attention_heads", "context_length")
-    check_settings(
-        settings | {"shard": "none"}, positive=("max_steps", "batch_tokens", "gpus_per_machine", *shapes)
+def planned_run(config: Machines, gpus: int) -> Run:
+    """The run on so many GPUs; InputError for what leaves nothing to plan."""
+    check_numbers(
+        {"mfu": config.mfu, "gpus_per_machine": config.gpus_per_machine}, ["mfu", "gpus_per_machine"]
     )
-    check_numbers({"mfu": config.mfu}, positive=["mfu"])
     if config.mfu > 1:
         raise InputError(f"--mfu={config.mfu}: expected a share, from 0 to 1")
     check_choice("gpu", config.gpu, GPUS)
     check_choice("shard", config.shard, ("auto", *SHARD))
-    windows = config.batch_tokens // config.context_length
-    if windows < gpus:
-        raise InputError(
-            f"--batch_tokens={config.batch_tokens} are {windows} windows of {config.context_length}, fewer "
-            f"than the {gpus} GPUs; raise --batch_tokens, lower --context_length, or use fewer GPUs"
-        )
     if config.shard == "hybrid" and gpus % min(gpus, config.gpus_per_machine):
         raise InputError(
             f"--shard=hybrid needs whole machines, and {gpus} GPUs are no multiple of "
             f"{config.gpus_per_machine}; change --gpus, or use --shard=full"
         )
+    run = find_run(replace(config, shard="none"), gpus)
+    if run is None:
+        name = config.init_from if isinstance(config, Pretraining) else config.model
+        raise InputError(f"{name} is not on this machine; `hf download {name} config.json` brings its shape")
+    if isinstance(config, Pretraining):
+        run.shape.vocab_size = config.vocab_size or run.shape.vocab_size
+    elif not run.max_steps:
+        run.max_steps, run.step = steps_of_epochs(config, run)
+    return run
 
 
-def shape_of(config: Config) -> GPTConfig:
-    """The model's shape, as pretrain_gpt.py makes it; the tokenizer is looked for on the disk only."""
-    folder = Path(config.tokenizer or Path(config.data_dir) / "tokenizer")
-    found = not config.vocab_size and folder.is_dir()
-    size = vocabulary_size(load_tokenizer(folder)) if found else config.vocab_size or 49_152
-    return pretrain_gpt.model_config(config, size)
+def steps_of_epochs(config: FineTuning | Preferences, run: Run) -> tuple[int, int]:
+    """A tuning run's steps, and rows or pairs in each, by the script's own arithmetic."""
+    flag, size = ("pairs", 1) if run.unit == "pairs" else ("data_tokens", run.T)
+    items = -(-getattr(config, flag) // size)
+    if items < 1:
+        raise InputError(
+            f"how many steps --epochs={config.epochs:g} makes depends on the data; give --{flag} or "
+            f"--max_steps"
+        )
+    if run.unit == "pairs":
+        step = min(run.step, items)
+        return math.ceil(config.epochs * items / step), step
+    steps = -(-items // run.step)
+    return math.ceil(config.epochs * steps), -(-items // steps)
 
 
 # -- memory --------------------------------------------------------------------------------------------------
 
 
-def rehearsal_of(config: Config, shape: GPTConfig, gpus: int, shard: str) -> Rehearsal:
-    ranks = Ranks(0, gpus, torch.device("cuda", 0), shard=shard, even_batches=True)
+def rehearsal_of(config: Machines, run: Run, gpus: int, shard: str) -> Rehearsal:
     return Rehearsal(
-        shape,
-        ranks,
+        run.shape,
+        Ranks(0, gpus, torch.device("cuda", 0), shard=shard, even_batches=True),
+        T=run.T,
+        unit=run.unit,
         optimizer=config.optimizer,
         compile=config.compile != "false",
         checkpoint_activations=config.checkpoint_activations,
+        noisy=isinstance(config, FineTuning) and config.neftune_alpha > 0,
     )
 
 
-def engines(config: Config, gpus: int) -> list[str]:
+def engines(config: Machines, gpus: int) -> list[str]:
     """What --shard may become, the simplest first."""
     if config.shard != "auto" or gpus == 1:
         return ["none" if gpus == 1 else config.shard]
@@ -135,8 +169,8 @@ def engines(config: Config, gpus: int) -> list[str]:
 
 
 def largest_fitting(measure: Callable[[int], Footprint], limit: float, *, first: int, most: int) -> int:
-    """The most windows in a micro-batch, up to `most`, whose step takes no more than `limit` bytes; 0 if not
-    even one does. Beyond 16 windows it may be up to a sixteenth too low.
+    """The most windows, rows or pairs in a micro-batch, up to `most`, whose step takes no more than `limit`
+    bytes; 0 if not even one does. Beyond 16 it may be up to a sixteenth too low.
 
     Only the activations grow with a micro-batch, nearly in proportion, so few sizes are measured.
     """
@@ -149,12 +183,12 @@ def largest_fitting(measure: Callable[[int], Footprint], limit: float, *, first:
     return low
 
 
-def choose(config: Config, shape: GPTConfig, gpus: int, B: int) -> tuple[str, Rehearsal, Footprint, int]:
-    """The first engine in which at least one window fits, or the last: its name, its rehearsal, a step's
-    footprint with micro-batches of B windows, and the largest that fits."""
-    most = -(-(config.batch_tokens // config.context_length) // gpus)  # of a GPU in a step
+def choose(config: Machines, run: Run, gpus: int, B: int) -> tuple[str, Rehearsal, Footprint, int]:
+    """The first engine in which a micro-batch of one fits, or the last: its name, its rehearsal, a step's
+    footprint with micro-batches of B, and the largest that fits."""
+    most = -(-run.step // gpus)  # of a GPU in a step
     for shard in engines(config, gpus):
-        rehearsal = rehearsal_of(config, shape, gpus, shard)
+        rehearsal = rehearsal_of(config, run, gpus, shard)
         # DDP's buckets hold the gradients all the time, as a step of two micro-batches does in the second.
         rehearsal.micro_batches = 2 if most > B or (gpus > 1 and shard == "none") else 1
         footprint = rehearsal.step(B)
@@ -164,7 +198,7 @@ def choose(config: Config, shape: GPTConfig, gpus: int, B: int) -> tuple[str, Re
     return shard, rehearsal, footprint, largest
 
 
-def memory_limit(config: Config) -> int:
+def memory_limit(config: Machines) -> int:
     """Bytes that a step may take."""
     return int(MEMORY_REACHED * GPUS[config.gpu].memory * 2**30)
 
@@ -184,7 +218,7 @@ def rate(operation: str, ranks: tuple, gpu: Gpu, per_machine: int) -> float:
     return LINK_REACHED * min(gpu.link, gpu.network * (1 if operation.startswith("alltoall") else k))
 
 
-def messages_of(passes: Counter, update: Counter, config: Config) -> list[dict]:
+def messages_of(passes: Counter, update: Counter, config: Machines) -> list[dict]:
     """A row for each kind of message of a step: bytes that a GPU sends, and seconds that they take."""
     gpu, rows = GPUS[config.gpu], []
     for phase, sent in (("passes", passes), ("update", update)):
@@ -200,6 +234,18 @@ def messages_of(passes: Counter, update: Counter, config: Config) -> list[dict]:
                 }
             )
     return rows
+
+
+def messages_of_step(footprint: Footprint, rehearsal: Rehearsal, config: Machines, n: int) -> list[dict]:
+    """The messages of a step of n micro-batches, from those of the rehearsed one. Weights are gathered for
+    each micro-batch; DDP sends the gradients once."""
+    ranks, passes = rehearsal.ranks, Counter()
+    for key, size in footprint.passes.items():
+        passes[key] = size * (n / rehearsal.micro_batches if key[0].startswith("allgather") else 1)
+    if ranks.world > 1 and not ranks.sharded:
+        share = (ranks.world - 1) / ranks.world
+        passes["allreduce", tuple(range(ranks.world))] = 2 * 4 * rehearsal.model.num_parameters() * share
+    return messages_of(passes, footprint.update, config)
 
 
 def exposed(messages: list[dict], compute: float, micro_batches: int) -> float:
@@ -234,84 +280,83 @@ def pretend(gpus: int, per_machine: int) -> None:
         pretend_streams()
 
 
-def plan_of(config: Config, gpus: int) -> dict:
+def plan_of(config: Machines, gpus: int) -> dict:
     """All that is told about a run on so many GPUs."""
-    check(config, gpus)
-    shape, T = shape_of(config), config.context_length
+    run = planned_run(config, gpus)
     pretend(gpus, config.gpus_per_machine)
-    windows = config.batch_tokens // T
     shares = Ranks(0, gpus, torch.device("cpu"), even_batches=True).share(
-        range(windows), config.micro_batch_size
+        range(run.step), config.micro_batch_size
     )
     n, B = len(shares), len(shares[0])
-    shard, rehearsal, footprint, largest = choose(config, shape, gpus, B)
-    parameters = rehearsal.model.num_parameters()
-
-    # Weights are gathered for each micro-batch; DDP sends the gradients once.
-    times, passes = n / rehearsal.micro_batches, Counter()
-    for key, size in footprint.passes.items():
-        passes[key] = size * (times if key[0].startswith("allgather") else 1)
-    if gpus > 1 and shard == "none":
-        passes["allreduce", tuple(range(gpus))] = 2 * 4 * parameters * (gpus - 1) / gpus
-    messages = messages_of(passes, footprint.update, config)
-
-    per_token = flops_per_token(shape, T)
-    compute = n * B * T * per_token / (GPUS[config.gpu].flops * config.mfu)
+    shard, rehearsal, footprint, largest = choose(config, run, gpus, B)
+    messages = messages_of_step(footprint, rehearsal, config, n)
+    width = 2 * run.T if run.unit == "pairs" else run.T  # tokens in a window, row or pair
+    per_token, speed = flops_per_token(run.shape, run.T), GPUS[config.gpu].flops * config.mfu
+    compute = n * B * width * per_token / speed
     waiting = exposed(messages, compute, n)
-    tokens = config.max_steps * windows * T
+    # A forward pass, a third of a step's compute, over all pairs gives the reference's log-probabilities.
+    compared = config.pairs if isinstance(config, Preferences) else 0
+    reference = compared * width * per_token / 3
+    tokens = run.max_steps * run.step * width
     plan = {
         "gpu": config.gpu,
         "gpus": gpus,
         "shard": shard,
-        "parameters": parameters,
-        "steps": config.max_steps,
-        "tokens_per_step": windows * T,
+        "parameters": rehearsal.model.num_parameters(),
+        "unit": run.unit,
+        "steps": run.max_steps,
+        "tokens_per_step": run.step * width,
         "tokens": tokens,
-        "flops": tokens * per_token,
+        "flops": tokens * per_token + reference,
         "mfu": config.mfu,
         "micro_batches": n,
         "micro_batch_size": B,
         "largest_micro_batch_size": largest,
         "seconds_per_step": compute + waiting,
         "waiting_seconds_per_step": waiting,
-        "hours": config.max_steps * (compute + waiting) / 3600,
+        "reference_seconds": reference / (gpus * speed),
+        "hours": (run.max_steps * (compute + waiting) + reference / (gpus * speed)) / 3600,
         "memory": footprint.memory | {"total": sum(footprint.memory.values()), "limit": memory_limit(config)},
         "messages": messages,
-        "disk": disk_of(config, shape, rehearsal, tokens),
+        "disk": disk_of(config, run, rehearsal, tokens),
     }
-    problems, notes = problems_of(plan, config), notes_of(plan, config)
-    room = lacking_room(config.out_dir, plan["disk"]["checkpoint"], config.max_steps, **saving(config))
-    if room and Path(config.out_dir).exists():
-        problems.append(room)
-    elif room:  # the run may be meant for another machine
-        notes.append(f"on this machine {room}")
+    problems, notes = problems_of(plan, config) + data_problems(config), notes_of(plan, run, config)
+    if room := room_problem(config, run):  # where its folder is not, the run may be meant for another machine
+        here = Path(config.out_dir).exists()
+        (problems if here else notes).append(room if here else f"on this machine {room}")
     return plan | {"problems": problems, "notes": notes}
 
 
-def saving(config: Config) -> dict[str, int]:
-    """The settings that tell how many checkpoints a run keeps."""
-    return {name: getattr(config, name) for name in ("save_every", "keep_last", "keep_every")}
-
-
-def disk_of(config: Config, shape: GPTConfig, rehearsal: Rehearsal, tokens: int) -> dict[str, int]:
-    """Bytes of the training tokens, read once, of a checkpoint, and of all that are there at a time, the one
-    being written included."""
+def disk_of(config: Machines, run: Run, rehearsal: Rehearsal, tokens: int) -> dict[str, int]:
+    """Bytes of the data, of a checkpoint, and of all checkpoints that are there at a time, the one being
+    written included. Pretraining's data are its tokens, read once; rendered ones take 5 bytes a token."""
     one = checkpoint_bytes(rehearsal.optimizer)
-    most = most_checkpoints(config.max_steps, **saving(config))
-    return {
-        "data": tokens * (2 if shape.vocab_size <= 2**16 else 4),
-        "checkpoint": one,
-        "checkpoints": most * one,
-    }
+    if isinstance(config, Pretraining):
+        data = tokens * (2 if run.shape.vocab_size <= 2**16 else 4)
+    else:
+        data = 5 * (config.data_tokens if isinstance(config, FineTuning) else config.pairs * 2 * run.T)
+    most = most_checkpoints(run.max_steps, **saving(config))
+    return {"data": data, "checkpoint": one, "checkpoints": most * one}
 
 
-def problems_of(plan: dict, config: Config) -> list[str]:
-    """What will fail, a sentence each."""
+def data_problems(config: Machines) -> list[str]:
+    """What is wrong with the data. Pretraining's may be on another machine."""
+    folders = parse_sources(config.data_dir) if isinstance(config, Pretraining) else []
+    if folders and not any(Path(source.path).exists() for source in folders):
+        return []
+    try:
+        check_data(config)
+    except InputError as error:
+        return [str(error)]
+    return []
+
+
+def problems_of(plan: dict, config: Machines) -> list[str]:
+    """What will fail for want of memory, a sentence."""
     total, limit = (plan["memory"][name] / 2**30 for name in ("total", "limit"))
     B, largest = plan["micro_batch_size"], plan["largest_micro_batch_size"]
-    needs = (
-        f"{B} windows at once need {total:.1f} GiB of the {limit:.1f} that --gpu={config.gpu} has for a step"
-    )
+    unit, gpu = plan["unit"], config.gpu
+    needs = f"{B} {unit} at once need {total:.1f} GiB of the {limit:.1f} that --gpu={gpu} has for a step"
     if largest >= B or total <= limit:
         return []
     if largest:
@@ -319,28 +364,30 @@ def problems_of(plan: dict, config: Config) -> list[str]:
     remedies = [] if config.checkpoint_activations else ["--checkpoint_activations"]
     remedies += ["more GPUs with --shard=full"] if plan["gpus"] == 1 else []
     remedies += ["--shard=full"] if plan["gpus"] > 1 and plan["shard"] != "full" else []
-    remedies += ["a GPU with more memory", "a shorter --context_length"]
+    length = "context_length" if plan["unit"] == "windows" else "max_length"
+    remedies += ["a GPU with more memory", f"a shorter --{length}"]
     return [f"{needs}, and a single one does not fit either; use {' or '.join(remedies)}"]
 
 
-def notes_of(plan: dict, config: Config) -> list[str]:
+def notes_of(plan: dict, run: Run, config: Machines) -> list[str]:
     """What works but may not be meant, a sentence each."""
-    notes, T = [], config.context_length
-    if plan["tokens_per_step"] != config.batch_tokens:
+    notes, T, batch = [], run.T, "batch_pairs" if run.unit == "pairs" else "batch_tokens"
+    if run.unit != "pairs" and config.batch_tokens % T:
         notes.append(
-            f"--batch_tokens={config.batch_tokens} is no multiple of --context_length={T}: a step has "
+            f"--batch_tokens={config.batch_tokens} makes no whole number of {run.unit} of {T}: a step has "
             f"{plan['tokens_per_step']:,} tokens"
         )
     computed = plan["gpus"] * plan["micro_batches"] * plan["micro_batch_size"]
-    windows = plan["tokens_per_step"] // T
-    if computed != windows:
+    if computed != run.step:
         notes.append(
-            f"{windows} windows are no multiple of {plan['gpus']} GPUs x {plan['micro_batches']} "
-            f"micro-batches: {100 * (1 - windows / computed):.1f}% of the compute is padding"
+            f"{run.step} {run.unit} are no multiple of {plan['gpus']} GPUs x {plan['micro_batches']} "
+            f"micro-batches: {100 * (1 - run.step / computed):.1f}% of the compute is padding"
         )
     waiting = plan["waiting_seconds_per_step"] / plan["seconds_per_step"]
     if waiting > 0.1:
-        notes.append(f"GPUs wait for messages {100 * waiting:.0f}% of the time; raise --batch_tokens")
+        notes.append(f"GPUs wait for messages {100 * waiting:.0f}% of the time; raise --{batch}")
+    if run.unit == "pairs" and not plan["reference_seconds"]:
+        notes.append("the reference pass over all pairs is left out of time and FLOPs; give --pairs")
     if config.shard in ("full", "hybrid") and plan["gpus"] == 1:
         notes.append(f"--shard={config.shard} splits nothing on one GPU")
     return notes
@@ -352,19 +399,22 @@ def notes_of(plan: dict, config: Config) -> list[str]:
 def print_plan(plan: dict) -> None:
     memory, disk = plan["memory"], plan["disk"]
     gib = {kind: f"{size / 2**30:.2f}" for kind, size in memory.items()}
+    seconds = plan["reference_seconds"]
+    data = f"data {disk['data'] / 1e9:.2f} GB, " if disk["data"] else ""
+    before = f", {seconds / 3600:.2f} hours of it the reference pass" if seconds else ""
     how = {"none": "DDP" if plan["gpus"] > 1 else "alone", "full": "FSDP2", "hybrid": "FSDP2, hybrid"}
     print(
         f"model      {plan['parameters']:,} parameters\n"
         f"run        {plan['steps']:,} steps of {plan['tokens_per_step']:,} tokens, {plan['tokens']:,} in "
         f"all, {plan['flops']:.2e} FLOPs\n"
         f"GPUs       {plan['gpus']} x {plan['gpu']}, {how[plan['shard']]} (--shard={plan['shard']}), "
-        f"{plan['micro_batches']} micro-batches of {plan['micro_batch_size']} windows on each\n"
+        f"{plan['micro_batches']} micro-batches of {plan['micro_batch_size']} {plan['unit']} on each\n"
         f"time       {plan['hours']:.2f} hours, {plan['hours'] * plan['gpus']:.1f} GPU hours; "
-        f"{plan['seconds_per_step']:.3f} s a step at {100 * plan['mfu']:.0f}% MFU (assumed)\n"
+        f"{plan['seconds_per_step']:.3f} s a step at {100 * plan['mfu']:.0f}% MFU (assumed){before}\n"
         f"memory     {gib['total']} of {gib['limit']} GiB: weights {gib['weights']}, gradients "
         f"{gib['gradients']}, optimizer {gib['optimizer']}, activations and the rest {gib['activations']} "
         f"(measured on fake tensors)\n"
-        f"           the largest micro-batch that fits: {plan['largest_micro_batch_size']} windows"
+        f"           the largest micro-batch that fits: {plan['largest_micro_batch_size']} {plan['unit']}"
     )
     for m in plan["messages"]:
         source = "computed" if plan["shard"] == "none" and in_passes(m) else "measured on fake tensors"
@@ -375,8 +425,8 @@ def print_plan(plan: dict) -> None:
     print(
         f"           compute hides all but {1e3 * plan['waiting_seconds_per_step']:.1f} ms of them "
         f"(computed)\n"
-        f"disk       data {disk['data'] / 1e9:.2f} GB, checkpoints {disk['checkpoints'] / 1e9:.2f} GB of "
-        f"{disk['checkpoint'] / 1e9:.2f} each"
+        f"disk       {data}checkpoints {disk['checkpoints'] / 1e9:.2f} GB of {disk['checkpoint'] / 1e9:.2f} "
+        f"each"
     )
     for kind in ("problems", "notes"):
         for sentence in plan[kind]:
@@ -389,14 +439,14 @@ def print_table(plans: list[dict]) -> None:
     print(
         f"{first['parameters']:,} parameters, {first['tokens']:,} tokens on {first['gpu']}s, "
         f"{100 * first['mfu']:.0f}% MFU assumed\n\n"
-        f"| GPUs | shard | windows a micro-batch | largest | GiB a GPU | GB sent a step | waiting | hours |\n"
-        f"|-----:|-------|----------------------:|--------:|----------:|---------------:|--------:|------:|"
+        f"| GPUs | shard | micro-batch | largest | GiB a GPU | GB sent a step | waiting | hours |\n"
+        f"|-----:|-------|------------:|--------:|----------:|---------------:|--------:|------:|"
     )
     for p in plans:
         sent = sum(m["bytes"] for m in p["messages"]) / 1e9
         waiting = f"{100 * p['waiting_seconds_per_step'] / p['seconds_per_step']:.1f}%"
         print(
-            f"| {p['gpus']:4} | {p['shard']:5} | {p['micro_batch_size']:21} | "
+            f"| {p['gpus']:4} | {p['shard']:5} | {p['micro_batch_size']:11} | "
             f"{p['largest_micro_batch_size']:7} | {p['memory']['total'] / 2**30:9.1f} | {sent:14.2f} | "
             f"{waiting:>7} | {p['hours']:5.1f} |"
         )
@@ -406,4 +456,4 @@ def print_table(plans: list[dict]) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, Config)
+    run_script(main, CONFIGS[take_script()])

@@ -4,7 +4,7 @@ The scripts' own model, sharding, optimizer and forward_backward run on fake ten
 whose messages go nowhere. Blocks are compiled up to the choice of what the backward pass keeps. Nothing is
 fused, so a block's short-lived tensors are told somewhat too large.
 
-B windows in a micro-batch, T tokens in a window.
+B windows, rows or pairs in a micro-batch, T tokens in each or, of pairs, in each answer.
 """
 
 import itertools
@@ -27,13 +27,15 @@ from torch.utils._pytree import tree_leaves
 import sharding
 import training
 from distributed import Ranks
-from gpt import GPTConfig, GPTModel
+from dpo import PreferenceModel
+from gpt import GPTConfig, GPTModel, has_varlen
 from loss import nats_and_gradient
 from optim import make_optimizer, set_learning_rate
 from sharding import own_numbers
 
 KINDS = ("weights", "gradients", "optimizer", "activations")  # the last: all that is none of the others
 BLOCK = 512  # bytes; torch's allocator rounds up to these
+SEQUENCES = 16  # conversations in a row; their number takes next to no memory
 
 
 class Ledger(TorchDispatchMode):
@@ -186,6 +188,26 @@ def compile_for_memory(model: GPTModel) -> None:
     model.softmax = nats_and_gradient  # in place, as much memory as the fused one takes on a GPU
 
 
+def batch_of(
+    unit: str, B: int, T: int, *, shape: GPTConfig, device: torch.device, noisy: bool
+) -> dict[str, torch.Tensor]:
+    """A micro-batch as the loader of the windows, rows or pairs makes it, with zeros for values; of rows with
+    noise for the embeddings if they are `noisy`."""
+    ids = torch.zeros(2 * B if unit == "pairs" else B, T, dtype=torch.long, device=device)
+    batch = {"input_ids": ids, "targets": ids}
+    if unit == "pairs":
+        batch["reference"] = torch.zeros(2 * B, device=device)
+    if unit == "rows":
+        batch["positions"] = torch.zeros_like(ids)
+        if has_varlen(device, shape.head_dim):
+            batch["cu_seqlens"] = torch.zeros(B * SEQUENCES + 1, dtype=torch.int, device=device)
+        else:
+            batch["mask"] = torch.zeros(B, 1, T, T, dtype=torch.bool, device=device)
+    if noisy:
+        batch["noise"] = torch.zeros(B, T, shape.hidden_size, device=device)
+    return batch
+
+
 @dataclass
 class Footprint:
     """What a step takes."""
@@ -199,9 +221,19 @@ class Rehearsal:
     """A model and its optimizer on a device, which make steps that are written down in a ledger."""
 
     def __init__(
-        self, shape: GPTConfig, ranks: Ranks, *, optimizer: str, compile: bool, checkpoint_activations: bool
+        self,
+        shape: GPTConfig,
+        ranks: Ranks,
+        *,
+        T: int,
+        unit: str,
+        optimizer: str,
+        compile: bool,
+        checkpoint_activations: bool,
+        noisy: bool = False,
     ):
-        self.ranks = ranks
+        """`unit` is windows, rows or pairs, of T tokens; `noisy` rows have noise on their embeddings."""
+        self.ranks, self.T, self.unit, self.noisy = ranks, T, unit, noisy
         with ranks.device:
             self.model = GPTModel(shape)
         self.model.checkpoint_activations = checkpoint_activations
@@ -210,6 +242,7 @@ class Rehearsal:
         self.optimizer = make_optimizer(self.model, optimizer, ranks=ranks, **rates)
         if compile:
             compile_for_memory(self.model)
+        self.module = PreferenceModel(self.model, beta=0.1) if unit == "pairs" else self.model
         self.ledger = Ledger(ranks.device.type)
         self.ledger.name("weights", [*self.model.parameters(), *self.model.buffers()])
         for p in self.model.parameters():
@@ -220,7 +253,7 @@ class Rehearsal:
     def __call__(self, **batch) -> torch.Tensor:
         """The module as forward_backward calls it."""
         self.name_gradients()
-        return self.model(**batch)
+        return self.module(**batch)
 
     def parameters(self):
         return self.model.parameters()
@@ -238,7 +271,7 @@ class Rehearsal:
         self.ledger.name("gradients", [grad for grad in (*kept, *grads) if grad is not None])
 
     def step(self, B: int) -> Footprint:
-        """A step of self.micro_batches micro-batches of B windows, remembered by B."""
+        """A step of self.micro_batches micro-batches of B windows, rows or pairs, remembered by B."""
         if B not in self.footprints:
             self.footprints[B] = self.make_step(B)
         return self.footprints[B]
@@ -254,9 +287,9 @@ class Rehearsal:
 
         torch.UntypedStorage.resize_ = resized  # no dispatch mode sees it
         with ledger:
-            ids = torch.zeros(B, self.model.config.max_position_embeddings, dtype=torch.long, device=device)
-            batches = [{"input_ids": ids, "targets": ids}] * self.micro_batches
-            targets = self.micro_batches * ids.numel()
+            shape = self.model.config
+            batch = batch_of(self.unit, B, self.T, shape=shape, device=device, noisy=self.noisy)
+            batches, targets = [batch] * self.micro_batches, self.micro_batches * B * self.T
             ledger.sent = passes = Counter()
             _, norm = training.forward_backward(
                 self, batches, targets=targets, max_grad_norm=1.0, ranks=self.ranks

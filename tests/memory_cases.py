@@ -1,4 +1,6 @@
-"""The memory of two steps on a CPU, for test_plan.py: python tests/memory_cases.py fake|real muon|adamw
+"""The memory of two steps on a CPU, for test_plan.py:
+
+    python tests/memory_cases.py fake|real muon|adamw windows|rows|pairs
 
 `fake` prints what a Ledger finds on fake tensors, `real` what torch's allocator was asked for in the same
 steps. Each has a process of its own.
@@ -15,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
 import distributed
+import gpt
 from gpt import GPTConfig
 from rehearsal import Rehearsal
 
@@ -22,15 +25,17 @@ SHAPE = {"vocab_size": 4096, "hidden_size": 256, "num_hidden_layers": 4, "num_at
 T, B = 256, 8
 
 
-def rehearse(optimizer: str) -> dict[str, int]:
+def rehearse(optimizer: str, unit: str) -> dict[str, int]:
+    gpt.VARLEN.pop("cpu")  # it reads where sequences begin, which fake tensors do not know; rows get a mask
     ranks = distributed.Ranks(0, 1, torch.device("cpu"))
     shape = GPTConfig(**SHAPE, max_position_embeddings=T)
-    rehearsal = Rehearsal(shape, ranks, optimizer=optimizer, compile=False, checkpoint_activations=False)
+    settings = {"T": T, "unit": unit, "compile": False, "checkpoint_activations": False}
+    rehearsal = Rehearsal(shape, ranks, optimizer=optimizer, noisy=unit == "rows", **settings)
     rehearsal.micro_batches = 2
     return rehearsal.step(B).memory
 
 
-def fake(optimizer: str) -> int:
+def fake(optimizer: str, unit: str) -> int:
     """Fake tensors do not know how many rows the loss skips on a CPU. Here it skips none."""
     real = torch.Tensor.__getitem__
 
@@ -39,13 +44,14 @@ def fake(optimizer: str) -> int:
         return tensor if is_mask else real(tensor, index)
 
     torch.Tensor.__getitem__ = getitem
+    torch.Tensor.nonzero = lambda mask: torch.arange(len(mask))[:, None]
     with FakeTensorMode(allow_non_fake_inputs=True):
-        return sum(rehearse(optimizer).values())
+        return sum(rehearse(optimizer, unit).values())
 
 
-def real(optimizer: str) -> int:
+def real(optimizer: str, unit: str) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        rehearse(optimizer)
+        rehearse(optimizer, unit)
     now = most = 0
     for event in profiled.profiler.kineto_results.events():
         if event.name() == "[memory]":
@@ -55,4 +61,4 @@ def real(optimizer: str) -> int:
 
 
 if __name__ == "__main__":
-    print(json.dumps(globals()[sys.argv[1]](sys.argv[2])))
+    print(json.dumps(globals()[sys.argv[1]](*sys.argv[2:])))

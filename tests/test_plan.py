@@ -1,20 +1,29 @@
 """plan.py and rehearsal.py: memory against torch's allocator, figures by hand, sentences of failure."""
 
 import json
+import math
 import shutil
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from conftest import ALONE, small_model
 
+import packing
 import plan
+import rehearsal
+from checks import Run
 from common import InputError, parse_config
+from dpo import collate
+from gpt import GPTConfig
 from metrics import GPUS
-from plan import Config, exposed, largest_fitting, messages_of, notes_of, problems_of, rate
-from rehearsal import Footprint, Ledger
+from plan import FineTuning, Preferences, exposed, largest_fitting, messages_of, notes_of, problems_of, rate
+from plan import Pretraining as Config
+from rehearsal import Footprint, Ledger, batch_of
 
 ROOT = Path(plan.__file__).parent
 needs_fake_cuda = [
@@ -31,11 +40,31 @@ def run(script: Path, *arguments: str) -> subprocess.CompletedProcess:
 # -- memory --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-def test_the_rehearsed_memory_is_what_torchs_allocator_was_asked_for(optimizer):
-    done = [run(ROOT / "tests" / "memory_cases.py", what, optimizer) for what in ("fake", "real")]
+@pytest.mark.parametrize(
+    "optimizer, unit", [("muon", "windows"), ("adamw", "windows"), ("adamw", "rows"), ("muon", "pairs")]
+)
+def test_the_rehearsed_memory_is_what_torchs_allocator_was_asked_for(optimizer, unit):
+    done = [run(ROOT / "tests" / "memory_cases.py", what, optimizer, unit) for what in ("fake", "real")]
     fake, real = (json.loads(process.stdout.splitlines()[-1]) for process in done)
     assert real > 300e6 and fake == pytest.approx(real, rel=0.05)
+
+
+@pytest.mark.parametrize("varlen", [True, False])
+def test_rehearsed_micro_batches_have_the_names_shapes_and_types_of_the_loaders(varlen, monkeypatch):
+    B, T = 3, 64
+    shape, row = small_model().config, (np.arange(T, dtype=np.int32), np.arange(T))
+    monkeypatch.setattr(rehearsal, "has_varlen", lambda device, head_dim: varlen)
+
+    def described(batch: dict) -> dict:
+        return {name: (tensor.shape, tensor.dtype) for name, tensor in batch.items()}
+
+    sequences = B * rehearsal.SEQUENCES
+    loaded = packing.collate([[row]] * B, T, varlen=varlen, sequences=sequences if varlen else 0)
+    loaded["noise"] = torch.zeros(B, T, shape.hidden_size)
+    there = {"shape": shape, "device": ALONE.device}
+    assert described(batch_of("rows", B, T, noisy=True, **there)) == described(loaded)
+    pairs = collate([row] * 2 * B, range(2 * B), T, even=True) | {"reference": torch.zeros(2 * B)}
+    assert described(batch_of("pairs", B, T, noisy=False, **there)) == described(pairs)
 
 
 def test_a_ledger_tells_the_peak_by_kind_after_what_was_freed_grown_and_named():
@@ -230,6 +259,36 @@ class TestPlan:
                 expected["passes", "allreduce", copies] = between
             assert sent == expected, (shard, world)
 
+    @pytest.mark.parametrize("script", ["sft_gpt.py", "dpo_gpt.py"])
+    def test_a_tuning_run_has_its_models_shape_its_own_steps_and_the_reference_pass(self, script, tmp_path):
+        shape = GPTConfig(V, C, F, L, 4, max_position_embeddings=2 * T, qk_norm=False)
+        (tmp_path / "config.json").write_text(json.dumps(shape.to_hf()))
+        per_token = 6 * (MATRICES + V * C) + 12 * L * C * T
+        common = [f"--model={tmp_path}", f"--max_length={T}", "--gpus=8", "--micro_batch_size=2", "--json"]
+        common.append("--save_every=50")
+        own = {
+            "sft_gpt.py": [f"--batch_tokens={64 * T}", f"--data_tokens={100 * 64 * T}", "--epochs=3"],
+            "dpo_gpt.py": ["--batch_pairs=32", "--pairs=3200", "--epochs=3", "--shard=full"],
+        }[script]
+        done = run(ROOT / "plan.py", script, *common, *own)
+        assert done.returncode == 0, done.stderr[-3000:]
+        made = json.loads(done.stdout)
+        width, rows = (2, 32) if script == "dpo_gpt.py" else (1, 64)
+        assert made["parameters"] == PARAMETERS - L * 2 * 32 and made["steps"] == 300
+        assert made["tokens_per_step"] == rows * width * T
+        assert (made["micro_batches"], made["micro_batch_size"]) == (rows // 16, 2)
+        computing = made["seconds_per_step"] - made["waiting_seconds_per_step"]
+        speed = 8 * 0.4 * 989.4e12
+        assert computing == pytest.approx(rows * width * T * per_token / speed)
+        passed = 3200 * 2 * T * per_token / 3 if script == "dpo_gpt.py" else 0
+        assert made["reference_seconds"] == pytest.approx(passed / speed)
+        assert made["flops"] == pytest.approx(300 * rows * width * T * per_token + passed)
+        assert made["disk"]["checkpoint"] == 12 * made["parameters"]  # both tune with AdamW
+        assert made["disk"]["checkpoints"] == 3 * made["disk"]["checkpoint"]  # two, and the one being written
+        assert made["memory"]["optimizer"] == pytest.approx(
+            8 * made["parameters"] / (8 if script == "dpo_gpt.py" else 1), rel=0.03
+        )
+
     def test_an_unknown_gpu_is_told_in_one_sentence(self):
         done = run(ROOT / "plan.py", "--gpu=voodoo")
         assert done.returncode == 1 and done.stderr.startswith("error: --gpu=voodoo is unknown; choose h100,")
@@ -242,7 +301,7 @@ class TestPlan:
 @pytest.mark.parametrize(
     "flags, gpus, sentence",
     [
-        ("--batch_tokens=8192", 16, "8 windows of 1024, fewer than the 16 GPUs"),
+        ("--batch_tokens=8192", 16, "8 windows of 1024, fewer than the 16 ranks"),
         ("--shard=hybrid", 12, "12 GPUs are no multiple of 8"),
         ("--shard=half", 8, "choose auto, none, full, hybrid"),
         ("--mfu=1.5", 8, "expected a share"),
@@ -270,8 +329,9 @@ def test_a_wrong_number_of_gpus_is_refused(text):
 
 
 def outcome(**changes) -> dict:
-    made = {"gpus": 8, "shard": "none", "micro_batch_size": 16, "micro_batches": 2}
+    made = {"gpus": 8, "shard": "none", "unit": "windows", "micro_batch_size": 16, "micro_batches": 2}
     made |= {"largest_micro_batch_size": 16, "tokens_per_step": 256 * 1024, "waiting_seconds_per_step": 0.0}
+    made |= {"reference_seconds": 0.0}
     return made | {"seconds_per_step": 1.0, "memory": {"total": 90 * 2**30, "limit": 70 * 2**30}} | changes
 
 
@@ -287,15 +347,72 @@ def test_memory_that_does_not_suffice_names_the_flag_that_helps():
 
 
 def test_notes_tell_what_a_step_really_computes_and_waits_for():
-    assert notes_of(outcome(), Config(batch_tokens=256 * 1024)) == []
+    shape = GPTConfig()
+    assert notes_of(outcome(), Run(shape, 1024, "windows", 256, 9), Config(batch_tokens=256 * 1024)) == []
     rest, padding, waiting = notes_of(
-        outcome(tokens_per_step=240 * 1024, waiting_seconds_per_step=0.25), Config(batch_tokens=246_000)
+        outcome(tokens_per_step=240 * 1024, waiting_seconds_per_step=0.25),
+        Run(shape, 1024, "windows", 240, 9),
+        Config(batch_tokens=246_000),
     )
     assert "a step has 245,760 tokens" in rest and "6.2% of the compute is padding" in padding
-    assert "25% of the time" in waiting
+    assert "25% of the time; raise --batch_tokens" in waiting
+    (left_out,) = notes_of(outcome(unit="pairs"), Run(shape, 1024, "pairs", 256, 9), Preferences(max_steps=9))
+    assert "the reference pass over all pairs is left out" in left_out
 
 
-def test_all_flags_of_pretraining_are_understood_and_documented(capsys):
+def test_the_steps_of_epochs_are_those_that_the_scripts_make():
+    run = Run(GPTConfig(), 64, "rows", 32, 0)
+    config = FineTuning(epochs=2.5, data_tokens=1000 * 64 - 5)
+    loader = packing.PackedLoader(Lengths([64] * 1000), row_length=64, rows_per_step=32, seed=0)
+    steps, rows = plan.steps_of_epochs(config, run)
+    assert steps == math.ceil(2.5 * loader.steps_per_epoch) and rows == loader.most_rows
+    run = Run(GPTConfig(), 64, "pairs", 32, 0)
+    assert plan.steps_of_epochs(Preferences(epochs=2.5, pairs=1000), run) == (math.ceil(2500 / 32), 32)
+    assert plan.steps_of_epochs(Preferences(epochs=3.0, pairs=20), run) == (3, 20)
+    for config, flag in ((FineTuning(), "data_tokens"), (Preferences(), "pairs")):
+        kind = "pairs" if flag == "pairs" else "rows"
+        with pytest.raises(InputError, match=f"--epochs=2 makes depends on the data; give --{flag} or --max"):
+            plan.steps_of_epochs(config, Run(GPTConfig(), 64, kind, 32, 0))
+
+
+class Lengths:
+    """Conversations of which only the lengths matter."""
+
+    def __init__(self, lengths: list[int]):
+        self.values = np.array(lengths)
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def lengths(self) -> np.ndarray:
+        return self.values
+
+
+def test_data_that_are_here_and_do_not_suffice_will_fail_and_pretrainings_may_be_elsewhere(
+    data_dir, tmp_path
+):
+    assert plan.data_problems(Config(data_dir=str(tmp_path / "elsewhere"))) == []
+    assert plan.data_problems(Config(data_dir=str(data_dir), context_length=64)) == []
+    (sentence,) = plan.data_problems(Config(data_dir=str(data_dir), context_length=10**6))
+    assert "too few for one window" in sentence
+    (sentence,) = plan.data_problems(FineTuning(data=str(tmp_path / "no.jsonl")))
+    assert "does not exist" in sentence
+
+
+def test_a_model_of_the_hub_that_is_not_here_is_told_with_the_command_that_brings_its_shape(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with pytest.raises(InputError, match=r"`hf download some/model config\.json`"):
+        plan.planned_run(FineTuning(model="some/model", max_steps=1), 8)
+
+
+@pytest.mark.parametrize("script, config", plan.CONFIGS.items())
+def test_all_flags_of_a_script_are_understood_with_its_defaults(script, config):
+    theirs, ours = vars(script.Config()), vars(parse_config(config, ["--beta2=0.9", "--gpus=1,8"]))
+    differing = {name for name, value in theirs.items() if ours[name] != value}
+    assert differing == {"beta2", "shard"} and ours["gpus"] == "1,8" and ours["shard"] == "auto"
+
+
+def test_all_flags_are_documented(capsys):
     assert parse_config(Config, ["--beta2=0.9", "--gpus=1,8"]).beta2 == 0.9
     with pytest.raises(SystemExit):
         parse_config(Config, ["--help"])
