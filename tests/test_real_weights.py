@@ -15,7 +15,6 @@ from conftest import ROOT, run
 from common import IGNORE, read_records
 from embedded import wheel
 from gpt import GPTModel
-from smollm2 import read_weights
 from tokenization import encode, load_tokenizer
 
 TEXT = "The river runs under the old stone bridge, and in the morning light its water is green. " * 40
@@ -51,9 +50,13 @@ def tokenizer(folder):
 @pytest.fixture(scope="module")
 def theirs(tmp_path_factory):
     """The weights as transformers reads them from the wheel's file."""
+    pytest.importorskip("accelerate")  # which its reading of such files needs
+    from transformers import AutoModelForCausalLM
+
     with wheel("smollm2") as archive:
         (name,) = [name for name in archive.namelist() if name.endswith(".gguf")]
-        return read_weights(Path(archive.extract(name, tmp_path_factory.mktemp("gguf"))))
+        path = Path(archive.extract(name, tmp_path_factory.mktemp("gguf")))
+    return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
 
 
 def test_the_quick_start_with_real_weights_answers_and_a_second_time_finds_them(quickstart):
