@@ -87,6 +87,7 @@ class Checkpoints:
             origin=self.origin,
             trained=f"{step * metrics.step_tokens:,} tokens in {step} steps",
             losses=metrics.last_losses(),
+            scores=metrics.last_scores(),
             settings=self.settings,
         )
 
@@ -191,20 +192,32 @@ def copy_to_host(state: dict, *, keep: bool) -> dict:
 
 
 def model_card(
-    name: str, model: GPTModel, *, origin: str, trained: str, losses: list[str], settings: dict
+    name: str,
+    model: GPTModel,
+    *,
+    origin: str,
+    trained: str,
+    losses: list[str],
+    scores: list[str],
+    settings: dict,
 ) -> str:
-    """The README.md of a checkpoint: what it is, what it was made from, and the losses measured so far."""
+    """The README.md of a checkpoint: what it is, what it was made from, and the losses and scores measured so
+    far."""
     fields = model.config.to_hf()
     (kind,) = fields.pop("architectures")
     shape, flags = (
         "".join(f"{name}: {value!r}\n" for name, value in values.items()) for values in (fields, settings)
     )
-    measured = "".join(f"- {line}\n" for line in losses)
+    measured = "## Losses\n\n" + "".join(f"- {line}\n" for line in losses)
+    if scores:
+        asked = settings["eval_task_questions"] or "all"
+        measured += f"\n## Benchmarks\n\nZero-shot, on {asked} questions of each, chosen at random.\n\n"
+        measured += "".join(f"- {line}\n" for line in scores)
     return (
         f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n# {name}\n\n"
         f"{origin} {model.num_parameters():,} parameters; {trained}. A {kind}, which "
         f"`AutoModelForCausalLM.from_pretrained` opens.\n\n"
-        f"## Losses\n\n{measured}\n## Settings\n\n```\n{flags}```\n\n"
+        f"{measured}\n## Settings\n\n```\n{flags}```\n\n"
         f"## Configuration\n\n```\n{shape}```\n"
     )
 

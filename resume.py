@@ -31,6 +31,7 @@ from tokenization import tokenizer_fingerprint
 # content.
 FREE_FIELDS = (
     "data_dir tokenizer model init_from out_dir cache_dir log_every eval_every eval_tokens eval_questions "
+    "eval_tasks eval_task_every eval_task_questions "
     "samples max_new_tokens save_every keep_last keep_every wandb profile micro_batch_size timeout_minutes "
     "resume force device compile shard checkpoint_activations dtype"
 ).split()

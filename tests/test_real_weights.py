@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import ALONE, ROOT, run
 
-from common import IGNORE, read_records
+import tasks
+from common import read_records
 from embedded import wheel
 from gpt import GPTModel
 from tokenization import encode, load_tokenizer
@@ -111,32 +112,54 @@ def test_chat_names_the_capital_of_france(folder):
     assert result.stdout == "The capital of France is Paris.\n", result.stderr
 
 
-def test_lm_eval_scores_the_questions_as_this_code_does_and_near_the_published_score(
-    folder, tokenizer, tmp_path
-):
-    arguments = ["--tasks=piqa_offline", "--limit=40", f"--output_path={tmp_path}", "--log_samples"]
+def scored_by_lm_eval(folder, tmp_path, *arguments: str) -> dict[str, list[dict]]:
+    """By task what eval.sh's lm_eval asked, and what it made of the answers."""
     result = subprocess.run(
-        ["bash", str(ROOT / "eval.sh"), str(folder), *arguments, "--device=cpu"],
+        [
+            "bash",
+            str(ROOT / "eval.sh"),
+            str(folder),
+            f"--output_path={tmp_path}",
+            "--log_samples",
+            *arguments,
+        ],
         capture_output=True,
         text=True,
         env=os.environ | {"VENV": sys.prefix, "HF_DATASETS_CACHE": str(tmp_path / "cache")},
     )
-    assert "|piqa_offline|" in result.stdout, result.stderr
-    (file,) = tmp_path.rglob("samples_*.jsonl")
-    samples = [json.loads(line) for line in file.read_text().splitlines()]
-    ours, right = GPTModel.from_pretrained(folder), []
-    for sample in samples:
-        scores = []
-        for request in sample["arguments"].values():
-            context, whole = encode(tokenizer, [request["arg_0"], request["arg_0"] + request["arg_1"]])
-            ids = torch.tensor([whole])
-            targets = ids[:, 1:].clone()
-            targets[:, : len(context) - 1] = IGNORE
-            with torch.no_grad():
-                scores.append(-ours(ids[:, :-1], targets).item())
-        theirs = torch.tensor([float(response[0][0]) for response in sample["resps"]])
-        torch.testing.assert_close(torch.tensor(scores), theirs, atol=2e-3, rtol=0)
-        right.append(scores.index(max(scores)) == int(sample["target"]))
-    assert [float(sample["acc"]) for sample in samples] == right
-    published = 0.663  # https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct
-    assert abs(sum(right) / 40 - published) < 3 * (published * (1 - published) / 40) ** 0.5
+    assert result.returncode == 0, result.stderr
+    files = {
+        re.match("samples_(.*)_offline", path.name)[1]: path for path in tmp_path.rglob("samples_*.jsonl")
+    }
+    return {name: [json.loads(line) for line in path.open()] for name, path in files.items()}
+
+
+@pytest.mark.parametrize("tasks_limit", [("piqa_offline", 40), ("", 4)])
+def test_lm_eval_asks_and_scores_as_this_code_does_and_near_the_published_score(
+    tasks_limit, folder, tokenizer, tmp_path
+):
+    """The first 40 questions of PIQA, and the first four of each benchmark."""
+    names, limit = tasks_limit
+    chosen = [f"--tasks={names}"] if names else []
+    found = scored_by_lm_eval(folder, tmp_path, *chosen, f"--limit={limit}", "--device=cpu")
+    assert set(found) == ({"piqa"} if names else set(tasks.TASKS))
+    model, context = GPTModel.from_pretrained(folder), 8192
+    for name, samples in found.items():
+        asked = tasks.read_questions(name, 0)[name][:limit]
+        requests = [
+            [(request["arg_0"], request["arg_1"]) for request in s["arguments"].values()] for s in samples
+        ]
+        assert [question["pairs"] for question in asked] == requests
+        pairs = [pair for question in asked for pair in question["pairs"]]
+        ours = tasks.log_likelihoods(
+            model, tasks.encoded(tokenizer, pairs, context), batch_tokens=2048, ranks=ALONE
+        )
+        theirs = [float(response[0][0]) for sample in samples for response in sample["resps"]]
+        torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), atol=2e-3, rtol=0)
+        scores = tasks.score(model, tokenizer, {name: asked}, batch_tokens=2048, ranks=ALONE)
+        metrics = ["acc"] if name == "winogrande" else ["acc", "acc_norm"]
+        means = {f"{metric}/{name}": sum(s[metric] for s in samples) / limit for metric in metrics}
+        assert scores == pytest.approx(means)
+    if names:
+        published = 0.663  # https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct
+        assert abs(scores["acc/piqa"] - published) < 3 * (published * (1 - published) / limit) ** 0.5
