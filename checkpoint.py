@@ -110,7 +110,8 @@ class Checkpoints:
         if broken:
             raise InputError(
                 f"after step {step} {len(broken)} weights are not finite, {broken[0]} among them; nothing "
-                f"was saved, the last good checkpoint is {newest_checkpoint(self.out_dir)}"
+                f"was saved, the last good checkpoint is {newest_checkpoint(self.out_dir)}; lower "
+                f"the learning rate"
             )
 
     def raise_errors(self) -> None:
@@ -314,7 +315,10 @@ def find_model(name: str) -> str | Path:
         return name
     checkpoint = newest_checkpoint(name, for_resuming=False)
     if checkpoint is None:
-        raise InputError(f"{name} holds neither a model (config.json) nor a whole checkpoint (step_…)")
+        raise InputError(
+            f"{name} holds neither a model (config.json) nor a whole checkpoint (step_…); name a folder that "
+            f"does, or a hub id"
+        )
     return checkpoint
 
 
