@@ -55,11 +55,13 @@ def test_every_error_of_a_user_is_provoked_by_a_test(request):
 
 
 def test_an_error_counts_as_provoked_where_it_was_made_and_nowhere_else(tmp_path, monkeypatch):
+    (tmp_path / "list.json").write_text("[1]")
+    mistake = ("holds a JSON list; expected a JSON object", read_json, tmp_path / "list.json")
+    refused(*mistake)
     monkeypatch.setattr(conftest, "PROVOKED", set())
     before = unprovoked()
     assert len(before) == len(list(sites())) > 100
-    (tmp_path / "list.json").write_text("[1]")
-    refused("holds a JSON list; expected a JSON object", read_json, tmp_path / "list.json")
+    refused(*mistake)
     (one,) = set(before) - set(unprovoked())
     assert one.startswith("common.py:") and "holds a JSON" in one
 
