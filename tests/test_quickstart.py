@@ -58,7 +58,7 @@ def test_from_raw_text_to_a_chat_and_a_second_time_every_step_finds_its_result(t
 
 def test_the_quick_start_validates_its_fine_tuning_at_least_five_times():
     text = (ROOT / "quickstart.sh").read_text()
-    script = text[text.index("sft_gpt.py --model") :]
+    script = text[text.rindex("sft_gpt.py --model") :]
     steps, every = (int(re.search(rf"--{name}=(\d+)", script)[1]) for name in ("max_steps", "eval_every"))
     assert len({*range(0, steps, every), steps}) >= 5
 
