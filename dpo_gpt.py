@@ -137,7 +137,8 @@ def main(config: Config) -> None:
     pairs_per_step = min(config.batch_pairs, pairs)
     if pairs_per_step < ranks.world:
         raise InputError(
-            f"a step of {pairs_per_step} pairs is too few for {ranks.world} ranks; each needs a pair"
+            f"a step of {pairs_per_step} pairs is too few for {ranks.world} ranks, as each needs one; "
+            f"raise --batch_pairs"
         )
     questions = report["questions"][: config.eval_questions]
     max_steps = config.max_steps or math.ceil(config.epochs * pairs / pairs_per_step)
