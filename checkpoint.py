@@ -9,7 +9,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -64,7 +64,7 @@ class Checkpoints:
         too little room, if weights are not finite, or if the one before could not be written.
         """
         began = time.monotonic()
-        needed = 12 * model.num_parameters() + 50_000_000  # bytes: weights and moments in fp32, the rest
+        needed = checkpoint_bytes(optimizer) + SPARE
         self.wait()
         self.check_savable(step, model, needed)
         weights = copy_to_host(model.stored_state(), keep=self.is_main)
@@ -158,12 +158,68 @@ class Checkpoints:
         Later steps are ignored: had they been whole, the run would have resumed from them.
         """
         earlier = [path for path in list_checkpoints(self.out_dir) if step_of(path) <= step]
-        for old in earlier[: -self.keep_last] if self.keep_last else []:
-            if not self.keep_every or step_of(old) % self.keep_every:
-                try:
-                    shutil.rmtree(old)
-                except OSError as error:  # a link, or a file that NFS still holds
-                    print(f"warning: {old} could not be deleted ({one_line(error)})", file=sys.stderr)
+        stay = kept(list(map(step_of, earlier)), keep_last=self.keep_last, keep_every=self.keep_every)
+        for old in (path for path in earlier if step_of(path) not in stay):
+            try:
+                shutil.rmtree(old)
+            except OSError as error:  # a link, or a file that NFS still holds
+                print(f"warning: {old} could not be deleted ({one_line(error)})", file=sys.stderr)
+
+
+# -- room on the disk ----------------------------------------------------------------------------------------
+
+SPARE = 50_000_000  # bytes of the disk that are left for all but a checkpoint's numbers
+
+
+def checkpoint_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of a checkpoint's numbers, all in fp32: a weight and what the optimizer keeps for it, one number
+    with Muon, two with AdamW. The optimizer may have no state yet, and its weights no memory."""
+    return sum(
+        (8 if group["muon"] else 12) * p.numel() for group in optimizer.param_groups for p in group["params"]
+    )
+
+
+def kept(steps: Sequence[int], *, keep_last: int, keep_every: int) -> Sequence[int]:
+    """Which of a run's checkpoints, told by their steps in order, are not deleted when the last is written:
+    the newest keep_last (0: all), and those whose step is a multiple of keep_every (0: none).
+
+        kept([2, 4, 6, 8], keep_last=1, keep_every=4) -> [4, 8]
+    """
+    if not keep_last:
+        return steps
+    old = [step for step in steps[:-keep_last] if keep_every and step % keep_every == 0]
+    return [*old, *steps[-keep_last:]]
+
+
+def most_checkpoints(
+    max_steps: int, *, save_every: int, keep_last: int, keep_every: int, existing: Sequence[int] = ()
+) -> int:
+    """How many checkpoints lie on the disk when they are most, the one being written included, in a run that
+    goes on from those of the `existing` steps."""
+    start = max(existing, default=0)
+    if start >= max_steps:
+        return len(existing)
+    before_last = [*existing, *range((start // save_every + 1) * save_every, max_steps, save_every)]
+    stay = kept(before_last, keep_last=keep_last, keep_every=keep_every)
+    return max(len(existing), len(stay)) + 1
+
+
+def lacking_room(out_dir: str | Path, one: int, max_steps: int, **settings: int) -> str | None:
+    """A sentence if the disk of a run's folder has too little room for its checkpoints of `one` byte count
+    each; None if it has enough. The `settings` are those of most_checkpoints."""
+    existing = [step_of(path) for path in list_checkpoints(out_dir)]
+    most = most_checkpoints(max_steps, existing=existing, **settings)
+    folder = Path(out_dir).absolute()
+    folder = next(place for place in (folder, *folder.parents) if place.is_dir())
+    free, needed = shutil.disk_usage(folder).free, (most - len(existing)) * one + SPARE
+    if most == len(existing) or free >= needed:
+        return None
+    there = f", {len(existing)} of them there already" if existing else ""
+    return (
+        f"the checkpoints, at most {most} of {one / 1e9:.2f} GB at a time{there}, need {needed / 1e9:.2f} GB "
+        f"more in {out_dir}, whose disk has {free / 1e9:.2f} GB free; make room, keep fewer (--keep_last, "
+        f"--keep_every), or choose another --out_dir"
+    )
 
 
 def lacking_space(folder: Path, needed: int) -> InputError:

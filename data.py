@@ -301,11 +301,9 @@ def shard_paths(folder: Path, split: str) -> list[Path]:
     return sorted(folder / name for name in names if split in name)
 
 
-def verified_manifests(data_dir: str, tokenizer_name: str = "") -> list[dict]:
-    """The manifest of each folder that --data_dir names, as verified_manifest gives it.
-
-    Raises InputError, before any shard is read, if a folder is named twice or the tokenizers differ.
-    """
+def joint_folders(data_dir: str) -> list[Path]:
+    """The folders that --data_dir names; InputError for one that is named twice, and for different
+    tokenizers. No shard is read."""
     folders = [Path(source.path) for source in parse_sources(data_dir)]
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise InputError(
@@ -321,7 +319,19 @@ def verified_manifests(data_dir: str, tokenizer_name: str = "") -> list[dict]:
             f"{' and '.join(made_with.values())} were made with different tokenizers; prepare one of them "
             f"again with the other's, by --tokenizer"
         )
-    return [verified_manifest(folder, tokenizer_name) for folder in folders]
+    return folders
+
+
+def verified_manifests(data_dir: str, tokenizer_name: str = "") -> list[dict]:
+    """The manifest of each folder that --data_dir names, as verified_manifest gives it; InputError as
+    joint_folders raises it, before any shard is read."""
+    return [verified_manifest(folder, tokenizer_name) for folder in joint_folders(data_dir)]
+
+
+def require_shards(folder: Path) -> None:
+    """Raise InputError for a folder without token shards."""
+    if not folder.is_dir() or not any(folder.glob("*.bin")):
+        raise InputError(f"{folder} holds no token shards; make them with prepare_data.py --out_dir={folder}")
 
 
 def verified_manifest(folder: str | Path, tokenizer_name: str = "") -> dict:
@@ -343,8 +353,7 @@ def verified_manifest(folder: str | Path, tokenizer_name: str = "") -> dict:
                 f"with {name} ({given}); use that one or prepare again"
             )
         return manifest
-    if not folder.is_dir() or not any(folder.glob("*.bin")):
-        raise InputError(f"{folder} holds no token shards; make them with prepare_data.py --out_dir={folder}")
+    require_shards(folder)
     if not tokenizer_name:
         raise InputError(
             f"{folder} has no manifest.json to name the tokenizer of its shards; give it, as --tokenizer=gpt2"

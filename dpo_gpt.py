@@ -90,6 +90,20 @@ class Config:
     shard: str = "none"  # split the model over the ranks: full, hybrid (within each machine) or none
 
 
+def check(config: Config) -> None:
+    """Raise InputError for settings that can mean nothing, before anything is read."""
+    check_settings(asdict(config), positive=("beta", "epochs", "batch_pairs", "max_new_tokens"))
+
+
+def step_pairs(pairs: int, ranks: int) -> int:
+    """So many pairs of a step; InputError for fewer than ranks."""
+    if pairs < ranks:
+        raise InputError(
+            f"a step of {pairs} pairs is too few for {ranks} ranks, as each needs one; raise --batch_pairs"
+        )
+    return pairs
+
+
 def told_data(data: str) -> str:
     """What a model was tuned on, for somebody who finds its card."""
     return "the preferences of " + told_name(data, "https://huggingface.co/datasets/")
@@ -118,7 +132,7 @@ def prepare(config: Config, tokenizer, *, T: int, content: dict, ranks: Ranks) -
 
 
 def main(config: Config) -> None:
-    check_settings(asdict(config), positive=("beta", "epochs", "batch_pairs", "max_new_tokens"))
+    check(config)
     ranks = join_ranks(config.device, config.out_dir, shard=config.shard, compile=config.compile)
 
     # The newest checkpoint of this run, if it was interrupted; else the model to start from.
@@ -134,12 +148,7 @@ def main(config: Config) -> None:
     folder, report = prepare(config, tokenizer, T=T, content=identity["content"], ranks=ranks)
     train, val = SFTDataset(folder / "train"), SFTDataset(folder / "val")
     pairs = len(train) // 2
-    pairs_per_step = min(config.batch_pairs, pairs)
-    if pairs_per_step < ranks.world:
-        raise InputError(
-            f"a step of {pairs_per_step} pairs is too few for {ranks.world} ranks, as each needs one; "
-            f"raise --batch_pairs"
-        )
+    pairs_per_step = step_pairs(min(config.batch_pairs, pairs), ranks.world)
     questions = report["questions"][: config.eval_questions]
     max_steps = config.max_steps or math.ceil(config.epochs * pairs / pairs_per_step)
 

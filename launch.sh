@@ -11,6 +11,9 @@
 #         a module or a container has it. If VENV is not set, .venv is made.
 # NPROC   processes on a node; PREFLIGHT_FLAGS for preflight.py; DRY_RUN=1 only prints the commands.
 # PREFLIGHT=off  on a host that joins again, while the others wait for it in the run itself
+#
+# Before a run the first node asks checks.py, for seconds, what will certainly fail; then all nodes ask preflight.py
+# together about machines and network.
 VENV_GIVEN=${VENV+yes}
 VENV=${VENV-.venv}
 PYTHON=${VENV:+$VENV/bin/}python
@@ -50,12 +53,22 @@ newest_step() { # of the checkpoints in a run's folder
     find "$1" -maxdepth 1 -name 'step_*' 2>/dev/null | sort | tail -n 1
 }
 
+processes() { # on this node
+    echo "${NPROC:-$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')}"
+}
+
+check() { # RANKS SCRIPT FLAGS: what of the run will certainly fail
+    local ranks=$1
+    shift
+    run env WORLD_SIZE="$ranks" "$PYTHON" checks.py "$@"
+}
+
 # One node's part: torchrun, which starts a process for each GPU and brings all nodes together.
 node() { # SCRIPT DATA OUT FLAGS
     local script=$1 data=$2 out=$3 port=${MASTER_PORT:-29500} rank=${NODE_RANK:-${SLURM_NODEID:-0}} host=false
     local torchrun meet=(--standalone) check=(--standalone) logs=()
     shift 3
-    NPROC=${NPROC:-$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
+    NPROC=$(processes)
     if on_a_cluster; then
         # The first node has the store where all meet; preflight's is beside it. Restarted ranks need a new store.
         export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
@@ -81,13 +94,14 @@ node() { # SCRIPT DATA OUT FLAGS
 
 # A Slurm job: node() on each node. A job that was warned of its end, and saved, is put into the queue again.
 slurm_job() { # SCRIPT DATA OUT FLAGS
-    local out=$3 before pid status=0
+    local script=$1 out=$3 before pid status=0
     export NNODES=${SLURM_JOB_NUM_NODES:-1} RDZV_ID=$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0} HF_HUB_OFFLINE=1
     export MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
     export MASTER_PORT=${MASTER_PORT:-$((20000 + 2 * (SLURM_JOB_ID % 5000)))}
     export RESUMABLE_FILE=$out/.resumable VENV # the ranks make the file when they leave with 75
     local srun=(srun --ntasks-per-node=1 --kill-on-bad-exit=0 --cpu-bind=none
         --cpus-per-task="${SLURM_CPUS_ON_NODE:-1}" bash launch.sh "$@")
+    check $(($(processes) * NNODES)) "$script" "${@:4}"
     if [ -n "${DRY_RUN:-}" ]; then run "${srun[@]}"; return; fi
     mkdir -p "$out"
     rm -f "$RESUMABLE_FILE"
@@ -106,7 +120,15 @@ slurm_job() { # SCRIPT DATA OUT FLAGS
 }
 
 launch() { # SCRIPT DATA OUT FLAGS
-    if [ -n "${SLURM_JOB_ID:-}" ]; then slurm_job "$@"; else node "$@"; fi
+    if [ -n "${SLURM_JOB_ID:-}" ]; then
+        slurm_job "$@"
+        return
+    fi
+    if [ "${NODE_RANK:-0}" = 0 ] && [ "${PREFLIGHT:-}" != off ]; then
+        NPROC=$(processes)
+        check $((NPROC * ${NNODES:-1})) "$1" "${@:4}"
+    fi
+    node "$@"
 }
 
 if [ "${BASH_SOURCE[0]}" = "$0" ]; then

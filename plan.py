@@ -29,6 +29,7 @@ import torch
 import torch.distributed as dist
 
 import pretrain_gpt
+from checkpoint import checkpoint_bytes, lacking_room, most_checkpoints
 from distributed import Ranks
 from gpt import GPTConfig
 from metrics import GPUS, Gpu, flops_per_token
@@ -278,23 +279,29 @@ def plan_of(config: Config, gpus: int) -> dict:
         "messages": messages,
         "disk": disk_of(config, shape, rehearsal, tokens),
     }
-    return plan | {"problems": problems_of(plan, config), "notes": notes_of(plan, config)}
+    problems, notes = problems_of(plan, config), notes_of(plan, config)
+    room = lacking_room(config.out_dir, plan["disk"]["checkpoint"], config.max_steps, **saving(config))
+    if room and Path(config.out_dir).exists():
+        problems.append(room)
+    elif room:  # the run may be meant for another machine
+        notes.append(f"on this machine {room}")
+    return plan | {"problems": problems, "notes": notes}
+
+
+def saving(config: Config) -> dict[str, int]:
+    """The settings that tell how many checkpoints a run keeps."""
+    return {name: getattr(config, name) for name in ("save_every", "keep_last", "keep_every")}
 
 
 def disk_of(config: Config, shape: GPTConfig, rehearsal: Rehearsal, tokens: int) -> dict[str, int]:
     """Bytes of the training tokens, read once, of a checkpoint, and of all that are there at a time, the one
     being written included."""
-    states = [value for state in rehearsal.optimizer.state.values() for value in state.values()]
-    held = [*rehearsal.model.parameters(), *states]
-    one = sum(value.numel() * value.itemsize for value in held)
-    saved = -(-config.max_steps // config.save_every)
-    kept = min(saved, config.keep_last + 1) if config.keep_last else saved
-    if config.keep_last and config.keep_every:
-        kept = min(saved, kept + config.max_steps // config.keep_every)
+    one = checkpoint_bytes(rehearsal.optimizer)
+    most = most_checkpoints(config.max_steps, **saving(config))
     return {
         "data": tokens * (2 if shape.vocab_size <= 2**16 else 4),
         "checkpoint": one,
-        "checkpoints": kept * one,
+        "checkpoints": most * one,
     }
 
 

@@ -1,4 +1,4 @@
-"""A look at the machines before a run, in seconds: what differs, is not shared, has no room, or is slow.
+"""A look at the machines before a run, in seconds: what differs, is not shared, or is slow.
 
     torchrun --standalone --nproc_per_node=8 preflight.py --data=data/fineweb-edu --out_dir=out/base
 
@@ -28,7 +28,6 @@ from distributed import Ranks, join_ranks
 class Config:
     data: str = "data/fineweb-edu"  # the run's data; folders and files here have to be the same for all ranks
     out_dir: str = "out/base"  # the run's folder, shared by all ranks
-    free_gb: float = 5.0  # room that out_dir's disk must have, GB; a checkpoint takes 12 bytes a parameter
     slow_factor: float = 2.0  # a GPU whose matrix product takes so many times the median is refused
     min_bandwidth: float = 0.0  # GB/s that an all-reduce must reach; 0 only reports it
     device: str = "auto"  # auto, cpu, cuda
@@ -148,11 +147,6 @@ def failures_of(fact: dict, first: dict, usual: float, config: Config) -> Iterat
         yield (
             f"{who} does not see what {first['who']} wrote into {config.out_dir}; put it on a disk that all "
             f"share"
-        )
-    elif fact["free"] < config.free_gb * 1e9:
-        yield (
-            f"{who} has {fact['free'] / 1e9:.1f} GB free for {config.out_dir}, less than {config.free_gb:g}; "
-            f"make room"
         )
     if fact["data"] != first["data"]:
         yield f"{who} does not see the same files in {config.data} as {first['who']}; share that folder"

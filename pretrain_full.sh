@@ -33,17 +33,31 @@ prepare() {
         --tokenizer=HuggingFaceTB/SmolLM2-135M --max_tokens=1_100_000_000 --out_dir="$DATA" "$@"
 }
 
+RECIPE=(--num_hidden_layers=12 --hidden_size=512 --num_attention_heads=8 --context_length=1024
+    --max_steps=2000 --batch_tokens=524_288 --micro_batch_size=32)
+
+need_data() { # for a job
+    [ -f "$DATA/manifest.json" ] || [ -n "${DRY_RUN:-}" ] || fail "$PWD/$DATA is not prepared, and a job fetches" \
+        "nothing; run \`bash pretrain_full.sh prepare\` on a login node first"
+}
+
 case ${1:-} in
-prepare) shift && prepare "$@" && exit ;;
-submit) shift && submit pretrain_full.sh "$@" && exit ;;
+prepare)
+    shift
+    prepare "$@"
+    exit
+    ;;
+submit) # the job will have as many ranks or more
+    shift
+    need_data
+    check 1 pretrain_gpt.py --data_dir="$DATA" --out_dir="$OUT" "${RECIPE[@]}"
+    submit pretrain_full.sh "$@"
+    exit
+    ;;
 esac
 OUT=$(flag out_dir "$OUT" "$@")
 if [ -z "$(flag data_dir "" "$@")" ] && [ ! -f "$DATA/manifest.json" ]; then
-    ! on_a_cluster || [ -n "${DRY_RUN:-}" ] || fail "$PWD/$DATA is not prepared, and a job fetches nothing;" \
-        "run \`bash pretrain_full.sh prepare\` on a login node first"
-    on_a_cluster || prepare
+    if on_a_cluster; then need_data; else prepare; fi
 fi
 DATA=$(flag data_dir "$DATA" "$@")
-launch pretrain_gpt.py "$DATA" "$OUT" --data_dir="$DATA" --out_dir="$OUT" \
-    --num_hidden_layers=12 --hidden_size=512 --num_attention_heads=8 --context_length=1024 \
-    --max_steps=2000 --batch_tokens=524_288 --micro_batch_size=32 "$@"
+launch pretrain_gpt.py "$DATA" "$OUT" --data_dir="$DATA" --out_dir="$OUT" "${RECIPE[@]}" "$@"

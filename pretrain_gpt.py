@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from checkpoint import open_weights, told_name, too_many_bad_steps
-from common import RESUMABLE, InputError, run_script
+from common import RESUMABLE, run_script
 from data import TokenLoader, verified_manifests
 from distributed import join_ranks, wrap
 from gpt import GPTConfig, GPTModel
@@ -29,7 +29,7 @@ from resume import lock_and_resume, new_phase, phase_start
 from sharding import shard_model
 from tasks import read_questions, score
 from tokenization import load_tokenizer, tokenizer_fingerprint, vocabulary_size
-from training import Prefetcher, check_settings, evaluate, forward_backward, open_records
+from training import Prefetcher, check_settings, evaluate, forward_backward, open_records, step_size
 
 
 @dataclass
@@ -98,6 +98,14 @@ SHAPE_FLAGS = (  # taken from init_from's model if they are at their default
 PROMPTS = ("The history of", "The most important", "Water is")  # of the samples
 
 
+def check(config: Config) -> None:
+    """Raise InputError for settings that can mean nothing, before anything is read."""
+    shape_fields = ("num_hidden_layers", "hidden_size", "num_attention_heads", "context_length")
+    check_settings(
+        asdict(config), positive=("max_steps", "batch_tokens", "eval_task_every", "rope_theta", *shape_fields)
+    )
+
+
 def model_config(config: Config, vocab_size: int) -> GPTConfig:
     return GPTConfig(
         vocab_size=vocab_size,
@@ -157,10 +165,7 @@ def sample_text(model: GPTModel, tokenizer, seed: int) -> list[str]:
 
 
 def main(config: Config) -> None:
-    shape_fields = ("num_hidden_layers", "hidden_size", "num_attention_heads", "context_length")
-    check_settings(
-        asdict(config), positive=("max_steps", "batch_tokens", "eval_task_every", "rope_theta", *shape_fields)
-    )
+    check(config)
     sources, flags = parse_sources(config.data_dir), changed_flags(config, SHAPE_FLAGS)
     ranks = join_ranks(config.device, config.out_dir, shard=config.shard, compile=config.compile)
     asked = ranks.from_main(lambda: read_questions(config.eval_tasks, config.eval_task_questions))
@@ -171,12 +176,7 @@ def main(config: Config) -> None:
     tokenizer = load_tokenizer(config.tokenizer or Path(sources[0].path) / "tokenizer")
     vocab_size, T = -(-vocabulary_size(tokenizer) // 64) * 64, config.context_length
     train, val = (TokenLoader(config.data_dir, split, T, vocab_size) for split in ("train", "val"))
-    windows_per_step = config.batch_tokens // T
-    if windows_per_step < ranks.world:
-        raise InputError(
-            f"batch_tokens {config.batch_tokens} are {windows_per_step} windows of {T}, fewer than the "
-            f"{ranks.world} ranks; raise --batch_tokens or lower --context_length"
-        )
+    windows_per_step = step_size(config.batch_tokens, T, ranks.world, unit="windows", flag="context_length")
     val_windows = val.first_windows(config.eval_tokens and max(1, config.eval_tokens // T), train.shares)
     val_bytes = ranks.from_main(lambda: [val.text_bytes(windows, tokenizer) for windows in val_windows])
 

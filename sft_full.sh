@@ -31,17 +31,31 @@ prepare() {
     run mv "$DATA.partial" "$DATA"
 }
 
+RECIPE=(--epochs=2 --lr=1e-3 --batch_tokens=65_536 --micro_batch_size=8)
+
+need_data() { # for a job
+    [ -e "$DATA" ] || [ -n "${DRY_RUN:-}" ] || fail "$PWD/$DATA is not downloaded, and a job fetches nothing;" \
+        "run \`bash sft_full.sh prepare\` on a login node first"
+}
+
 case ${1:-} in
-prepare) prepare && exit ;;
-submit) shift && submit sft_full.sh "$@" && exit ;;
+prepare)
+    prepare
+    exit
+    ;;
+submit) # the job will have as many ranks or more
+    shift
+    need_data
+    check 1 sft_gpt.py --model="$MODEL" --data="$DATA" --out_dir="$OUT" "${RECIPE[@]}"
+    submit sft_full.sh "$@"
+    exit
+    ;;
 esac
 MODEL=$(flag model "$MODEL" "$@")
 OUT=$(flag out_dir "$OUT" "$@")
 if [ -z "$(flag data "" "$@")" ] && [ ! -e "$DATA" ]; then # --data is the user's own, DATA the folder made here
-    ! on_a_cluster || [ -n "${DRY_RUN:-}" ] || fail "$PWD/$DATA is not downloaded, and a job fetches nothing;" \
-        "run \`bash sft_full.sh prepare\` on a login node first"
-    on_a_cluster || prepare
+    if on_a_cluster; then need_data; else prepare; fi
 fi
 DATA=$(flag data "$DATA" "$@")
 launch sft_gpt.py "$DATA" "$OUT" --model="$MODEL" --data="$DATA" --out_dir="$OUT" --cache_dir="$OUT/cache" \
-    --epochs=2 --lr=1e-3 --batch_tokens=65_536 --micro_batch_size=8 "$@"
+    "${RECIPE[@]}" "$@"

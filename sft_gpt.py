@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from checkpoint import open_model, told_name, too_many_bad_steps
-from common import RESUMABLE, InputError, cache_folder, check_choice, file_sha256, fingerprint, run_script
+from common import RESUMABLE, cache_folder, check_choice, file_sha256, fingerprint, run_script
 from distributed import Ranks, join_ranks, wrap
 from gpt import has_varlen
 from metrics import flops_per_token, mean_context
@@ -49,6 +49,7 @@ from training import (
     open_records,
     record_answers,
     side_by_side,
+    step_size,
 )
 
 
@@ -112,6 +113,12 @@ class Config:
     compile: str = "auto"  # torch.compile: true, false, or auto for only on CUDA
     checkpoint_activations: bool = False  # keep each block's input only, compute the rest again: less memory
     shard: str = "none"  # split the model over the ranks: full, hybrid (within each machine) or none
+
+
+def check(config: Config) -> None:
+    """Raise InputError for settings that can mean nothing, before anything is read."""
+    check_settings(asdict(config), positive=("epochs", "batch_tokens", "max_new_tokens", "eval_task_every"))
+    check_choice("overlong", config.overlong, OVERLONG)
 
 
 def conversations(config: Config, commit: str | None = None) -> Iterator[tuple[list[dict], str]]:
@@ -198,8 +205,7 @@ def prepare(config: Config, tokenizer, *, T: int, files: str | list, ranks: Rank
 
 
 def main(config: Config) -> None:
-    check_settings(asdict(config), positive=("epochs", "batch_tokens", "max_new_tokens", "eval_task_every"))
-    check_choice("overlong", config.overlong, OVERLONG)
+    check(config)
     sources = data_sources(config.data)
     parts, shares = source_configs(config, sources), [source.share or CYCLE for source in sources]
     ranks = join_ranks(config.device, config.out_dir, shard=config.shard, compile=config.compile)
@@ -216,12 +222,7 @@ def main(config: Config) -> None:
     T = row_length(config.max_length, model.config.max_position_embeddings)
 
     # Data: conversations packed into rows, so many a step and so many a validation.
-    rows_per_step = config.batch_tokens // T
-    if rows_per_step < ranks.world:
-        raise InputError(
-            f"batch_tokens {config.batch_tokens} are {rows_per_step} rows of {T}, fewer than the "
-            f"{ranks.world} ranks; raise --batch_tokens or lower --max_length"
-        )
+    rows_per_step = step_size(config.batch_tokens, T, ranks.world, unit="rows", flag="max_length")
     files = settle_commits(
         identity["content"], [part.data for part in parts], cache_dir=config.cache_dir, ranks=ranks
     )

@@ -52,6 +52,18 @@ def check_settings(settings: dict, positive: Sequence[str]) -> None:
         )
 
 
+def step_size(batch_tokens: int, T: int, ranks: int, *, unit: str, flag: str) -> int:
+    """How many windows or rows (`unit`) of T tokens a step has; InputError for fewer than ranks. `flag` is
+    the one that T comes from."""
+    count = batch_tokens // T
+    if count < ranks:
+        raise InputError(
+            f"--batch_tokens={batch_tokens} are {count} {unit} of {T}, fewer than the {ranks} ranks; raise "
+            f"--batch_tokens, lower --{flag}, or use fewer GPUs"
+        )
+    return count
+
+
 def pauses(settings: dict, max_steps: int) -> Callable[[int], bool]:
     """Tells after which steps a run pauses: to log, to validate, to score, to save, or because it was the
     last."""

@@ -14,15 +14,22 @@ import dpo_gpt
 import pretrain_gpt
 import sft_gpt
 from checkpoint import (
+    SPARE,
     Checkpoints,
+    checkpoint_bytes,
     damage,
     find_model,
+    kept,
+    lacking_room,
     list_checkpoints,
+    most_checkpoints,
     newest_checkpoint,
     step_of,
     told_name,
 )
-from common import InputError, read_records
+from common import InputError, read_json, read_records
+from gpt import GPTConfig, GPTModel
+from optim import make_optimizer
 from resume import load_resumable
 
 
@@ -111,6 +118,70 @@ def test_a_disk_that_fills_up_while_saving_leaves_the_checkpoint_before(data_dir
     monkeypatch.undo()
     pretrain_gpt.main(pretrain_config(data_dir, tmp_path))
     assert newest_checkpoint(tmp_path).name == "step_0000006"
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_a_written_checkpoint_has_the_bytes_that_its_shape_tells(optimizer, tied, data_dir, tmp_path):
+    config = pretrain_config(data_dir, tmp_path, max_steps=1, optimizer=optimizer, tie_word_embeddings=tied)
+    config.hidden_size, config.eval_tokens = 256, 64
+    pretrain_gpt.main(config)
+    (folder,) = list_checkpoints(tmp_path)
+    with torch.device("meta"):
+        model = GPTModel(GPTConfig.from_hf(read_json(folder / "config.json")))
+    rates = {"lr": 1e-3, "matrix_lr": 1e-2, "betas": (0.9, 0.95), "weight_decay": 0.1}
+    told = checkpoint_bytes(make_optimizer(model, optimizer, ranks=ALONE, **rates))
+    written = sum(path.stat().st_size for path in folder.iterdir())
+    assert written > 10e6 and told == pytest.approx(written, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "max_steps, keep_last, keep_every",
+    [(20, 0, 0), (2, 3, 0), (19, 1, 0), (20, 2, 0), (24, 2, 6), (25, 3, 4)],
+)
+def test_the_most_checkpoints_are_those_that_lie_there_while_one_is_written(
+    max_steps, keep_last, keep_every, tmp_path
+):
+    rules, held = {"keep_last": keep_last, "keep_every": keep_every}, []
+    checkpoints = Checkpoints(tmp_path, ALONE, tokenizer=None, identity={}, settings={}, origin="", **rules)
+
+    def write_files(folder):
+        folder.mkdir()
+        held.append(len(list(tmp_path.iterdir())))
+
+    steps = [*range(2, max_steps, 2), max_steps]
+    for i, step in enumerate(steps):
+        existing = [step_of(path) for path in list_checkpoints(tmp_path)]
+        checkpoints.write(step, write_files, 0)
+        if i == len(steps) // 2:
+            halfway = existing, len(held) - 1
+    assert most_checkpoints(max_steps, save_every=2, **rules) == max(held)
+    existing, begin = halfway
+    assert most_checkpoints(max_steps, save_every=2, existing=existing, **rules) == max(held[begin:])
+    there = [step_of(path) for path in list_checkpoints(tmp_path)]
+    assert there == kept(steps, **rules)
+    assert most_checkpoints(max_steps, save_every=2, existing=there, **rules) == len(there)
+
+
+def test_room_is_asked_for_what_is_not_there_yet(tmp_path, monkeypatch):
+    real, asked = shutil.disk_usage(tmp_path), []
+
+    def disk_usage(folder):
+        asked.append(folder)
+        return real._replace(free=2 * 10**9 + SPARE)
+
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", disk_usage)
+    settings = {"max_steps": 50, "save_every": 10, "keep_last": 2, "keep_every": 0}
+    run = tmp_path / "out" / "run"
+    assert "at most 3 of 1.00 GB at a time, need 3.05 GB more" in lacking_room(run, 10**9, **settings)
+    assert asked == [tmp_path]  # the folder is made later
+    assert lacking_room(run, 10**9, **settings | {"keep_last": 1}) is None
+    (run / "step_0000010").mkdir(parents=True)
+    assert lacking_room(run, 10**9, **settings) is None and asked[-1] == run
+    told = lacking_room(run, 3 * 10**9, **settings)
+    assert "at most 3 of 3.00 GB at a time, 1 of them there already, need 6.05 GB more" in told
+    (run / "step_0000010").rename(run / "step_0000050")
+    assert lacking_room(run, 10**12, **settings) is None  # the run is finished
 
 
 def test_the_model_card_tells_origin_size_and_losses(base_run):

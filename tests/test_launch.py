@@ -47,10 +47,13 @@ SCRIPTS = {"pretrain_full.sh": "pretrain_gpt.py", "sft_full.sh": "sft_gpt.py"}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_on_one_node_the_preflight_and_the_run_are_torchruns_of_their_own(script, tmp_path):
+def test_on_one_node_the_checks_come_first_and_preflight_and_run_are_torchruns_of_their_own(script, tmp_path):
     (tmp_path / "manifest.json").write_text("{}")
     *before, check, run = dry(script, "--lr=7", VENV=sys.prefix, NPROC="3", DATA=str(tmp_path))
-    assert before == [] and " preflight.py " in check
+    assert " preflight.py " in check
+    (checks,) = before
+    assert f"env WORLD_SIZE=3 {sys.prefix}/bin/python checks.py {SCRIPTS[script]} " in checks
+    assert checks.split(SCRIPTS[script])[1] == run.split(SCRIPTS[script])[1]  # the flags
     assert "--nproc_per_node=3 --standalone --max_restarts=3 --shutdown_timeout=120 " in run
     assert f" {SCRIPTS[script]} " in run and run.rstrip().endswith("--lr=7") and "rdzv" not in run
 
@@ -59,7 +62,8 @@ def test_on_one_node_the_preflight_and_the_run_are_torchruns_of_their_own(script
 def test_on_hosts_by_hand_the_first_has_the_store(script):
     places = {"VENV": sys.prefix, "NPROC": "2", "NNODES": "2", "MASTER_ADDR": "host1"}
     for rank, is_host in ("0", "true"), ("1", "false"):
-        check, run = dry(script, NODE_RANK=rank, **places)
+        *checks, check, run = dry(script, NODE_RANK=rank, **places)
+        assert [" WORLD_SIZE=4 " in line for line in checks] == [True] * (rank == "0")
         assert f"--nnodes=2 --rdzv_backend=c10d --rdzv_id=run --rdzv_conf=is_host={is_host}," in run
         assert "--rdzv_endpoint=host1:29500 " in run and "--rdzv_endpoint=host1:29501 " in check
         assert f"/node{rank} --tee=3" in run
@@ -70,7 +74,8 @@ def test_on_hosts_by_hand_the_first_has_the_store(script):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_in_a_slurm_job_there_is_one_launcher_a_node_and_nothing_is_fetched(script, tmp_path):
     job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "3", "SLURM_CPUS_ON_NODE": "96", "MASTER_ADDR": "n1"}
-    (srun,) = dry(script, "--lr=7", VENV=sys.prefix, **job)
+    checks, srun = dry(script, "--lr=7", VENV=sys.prefix, NPROC="8", **job)
+    assert checks.startswith("env WORLD_SIZE=24 ") and checks.rstrip().endswith("--lr=7")
     assert srun.startswith("srun --ntasks-per-node=1 ") and "--cpus-per-task=96 bash launch.sh " in srun
     assert f" {SCRIPTS[script]} " in srun and srun.rstrip().endswith("--lr=7")
     result = shell(script, VENV=sys.prefix, DATA=str(tmp_path / "nothing"), **job)
@@ -86,10 +91,28 @@ def test_preparing_installs_only_when_no_environment_is_given():
     assert download.startswith("/env/bin/hf download HuggingFaceTB/smol-smoltalk ") and mark.startswith("mv ")
 
 
-def test_what_slurm_refuses_is_one_sentence_with_the_flags_that_mend_it(tmp_path):
+@pytest.mark.parametrize("job", [{}, {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "9", "MASTER_ADDR": "n1"}])
+def test_a_run_that_would_fail_ends_in_a_sentence_before_any_rank_is_started(job, data_dir, tmp_path):
+    flags = "--num_hidden_layers=2", "--context_length=64", f"--batch_tokens={64 * 8 * 8}", "--hidden_size=64"
+    places = {"VENV": sys.prefix, "NPROC": "80" if not job else "8", "DATA": str(data_dir)}
+    result = shell("pretrain_full.sh", *flags, OUT=str(tmp_path / "out"), **places, **job)
+    assert result.returncode == 1 and result.stdout == "" and result.stderr.count("\n") == 1
+    assert "are 64 windows of 64, fewer than the " in result.stderr
+
+
+def test_a_preparation_that_fails_starts_no_run(tmp_path):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").write_text(f"#!/bin/sh\necho $1 >> {tmp_path}/ran\nexit 3\n")
+    (tmp_path / "bin" / "python").chmod(0o755)
+    result = shell("pretrain_full.sh", "prepare", VENV=str(tmp_path), DATA=str(tmp_path / "data"))
+    assert result.returncode == 3 and (tmp_path / "ran").read_text() == "prepare_data.py\n"
+
+
+def test_what_slurm_refuses_is_one_sentence_with_the_flags_that_mend_it(data_dir, tmp_path):
     (tmp_path / "sbatch").write_text("#!/bin/sh\necho 'sbatch: error: Invalid account' >&2\nexit 1\n")
     (tmp_path / "sbatch").chmod(0o755)
-    result = shell("pretrain_full.sh", "submit", "-N2", PATH=f"{tmp_path}:{os.environ['PATH']}")
+    places = {"VENV": sys.prefix, "DATA": str(data_dir), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    result = shell("pretrain_full.sh", "submit", "-N2", **places)
     assert result.returncode == 1 and result.stderr.count("\n") == 1
     assert "Invalid account" in result.stderr and "--account=" in result.stderr
 
@@ -104,7 +127,7 @@ def test_what_slurm_refuses_is_one_sentence_with_the_flags_that_mend_it(tmp_path
     ],
 )
 def test_a_saved_job_is_requeued_only_if_it_made_a_step_and_still_runs(
-    steps, state, requeued, status, tmp_path
+    steps, state, requeued, status, data_dir, tmp_path
 ):
     out, tools = tmp_path / "out", tmp_path / "bin"
     (out / "step_0000004").mkdir(parents=True)
@@ -116,8 +139,7 @@ def test_a_saved_job_is_requeued_only_if_it_made_a_step_and_still_runs(
     }.items():
         (tools / name).write_text(f"#!/bin/sh\n{script}\n")
         (tools / name).chmod(0o755)
-    (tmp_path / "manifest.json").write_text("{}")
-    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "MASTER_ADDR": "n1", "DATA": str(tmp_path)}
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "MASTER_ADDR": "n1", "DATA": str(data_dir)}
     path = {"PATH": f"{tools}:{os.environ['PATH']}", "VENV": sys.prefix, "OUT": str(out)}
     result = shell("pretrain_full.sh", **job, **path)
     assert result.returncode == status, result.stderr

@@ -192,6 +192,17 @@ class TestPlan:
         assert done.returncode == 1 and made["shard"] == "full" and 1 <= largest < 512
         assert f"use --micro_batch_size={largest}" in made["problems"][0]
 
+    def test_a_disk_too_small_for_the_checkpoints_fails_where_the_runs_folder_is(self, tmp_path):
+        huge = ("--max_steps=1000000000000", "--save_every=1000000", "--keep_last=0", "--gpus=1")
+        done = run(ROOT / "plan.py", *SMALL.split(), *huge, f"--out_dir={tmp_path}")
+        (sentence,) = json.loads(done.stdout)["problems"]
+        assert done.returncode == 1 and f"GB more in {tmp_path}, whose disk has" in sentence
+        elsewhere = planned(*huge, f"--out_dir={tmp_path}/not/here")
+        assert (
+            elsewhere["problems"] == []
+            and "on this machine the checkpoints, at most 1000000 of" in elsewhere["notes"][0]
+        )
+
     @pytest.mark.parametrize("shard", ["full", "hybrid"])
     def test_fsdp2_sends_the_bytes_counted_by_hand_among_8_64_and_512(self, shard):
         """FSDP2 splits a matrix by rows, and pads it to as many for each rank."""

@@ -37,7 +37,6 @@ PLANTED = {
     "device": ({"device": "A100"}, "has a A100, rank 0 on host0 a H100"),
     "unwritable": ({"unwritable": "Read-only file system"}, r"cannot write to .*Read-only file system"),
     "unshared": ({"seen": False}, "does not see what rank 0 on host0 wrote"),
-    "full": ({"free": 10**9}, "has 1.0 GB free"),
     "data": ({"data": "xyz"}, "does not see the same files"),
     "slow": ({"seconds": 0.030}, r"needs 30\.0 ms for a matrix product, the median is 10\.0"),
     "broken": ({"seconds": float("inf")}, "a wrong matrix product"),
@@ -92,9 +91,9 @@ def test_over_gloo_other_versions_and_an_unshared_folder_are_found_and_nothing_i
 
 
 def test_alone_nothing_fails_and_a_folder_that_is_a_file_does(tmp_path):
-    config = Config(data=str(tmp_path), out_dir=str(tmp_path / "run"), free_gb=0)
+    config = Config(data=str(tmp_path), out_dir=str(tmp_path / "run"))
     assert failures(preflight.look(config, ALONE), 0.0, config) == []
     (tmp_path / "file").write_text("")
-    config = Config(data=str(tmp_path), out_dir=str(tmp_path / "file"), free_gb=0)
+    config = Config(data=str(tmp_path), out_dir=str(tmp_path / "file"))
     (sentence,) = failures(preflight.look(config, ALONE), 0.0, config)
     assert "cannot write to" in sentence
