@@ -43,7 +43,7 @@ from training import StepHistory, evaluate, forward_backward, targets_in
 
 @dataclass
 class Config:
-    only: str = "all"  # loss, step, optimizer, generate, save, sft, roofline, or all but the last
+    only: str = "all"  # loss, step, optimizer, generate, save, sft; also roofline, time_to_loss
     rounds: int = 7  # times that each candidate runs
     vocab_size: int = 4096  # ids of the tokenizer
     hidden_size: int = 256  # width of the residual stream
@@ -62,6 +62,11 @@ class Config:
     conversations: int = 3000  # of sft: about so many of them, evenly spaced, are an epoch
     batch_tokens: int = 4096  # of sft and roofline: tokens in an optimizer step
     their_batch_size: int = 8  # of sft: conversations that TRL gives to its model at once
+    nanogpt: str = ""  # of time_to_loss: the folder of a clone of karpathy/nanoGPT
+    data_dir: str = ""  # of time_to_loss: prepared shards, one comparison for each folder: a,b
+    their_steps: int = 600  # of time_to_loss: steps that nanoGPT makes
+    eval_windows: int = 200  # of time_to_loss: so many windows of the validation split give the loss
+    seeds: int = 5  # of time_to_loss: runs of ours, each with other weights and another order
     gpu: str = "h100"  # of roofline: h100, h200, a100, b200 or l4
     device: str = "auto"  # auto, cpu, cuda
     dtype: str = "auto"  # of matrix products: float32, bfloat16, or auto for the faster one
@@ -365,6 +370,13 @@ def bench_sft(config: Config, ranks: Ranks) -> None:
     bench_sft.compare(config, ranks)
 
 
+def bench_time_to_loss(config: Config, ranks: Ranks) -> None:
+    """Seconds that pretraining takes to nanoGPT's last loss."""
+    import bench_time  # which imports this file
+
+    bench_time.compare(config, ranks)
+
+
 def bench_roofline(config: Config, ranks: Ranks) -> None:
     """A step's costs on a GPU of a kind, counted on tensors without values: this takes a process of its own,
     see fake_cuda.py. On a GPU a step is measured, too."""
@@ -384,7 +396,9 @@ BENCHMARKS = {
     "save": bench_save,
     "sft": bench_sft,
     "roofline": bench_roofline,
+    "time_to_loss": bench_time_to_loss,
 }
+APART = ("roofline", "time_to_loss")  # all the others are run by --only=all
 
 
 def main(config: Config) -> None:
@@ -397,7 +411,7 @@ def main(config: Config) -> None:
         f"torch {torch.__version__}, {ranks.device}{threads}, {ranks.precision}, medians of {config.rounds}"
     )
     for name, benchmark in BENCHMARKS.items():
-        if config.only == name or (config.only == "all" and name != "roofline"):
+        if config.only == name or (config.only == "all" and name not in APART):
             benchmark(config, ranks)
 
 

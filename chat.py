@@ -173,7 +173,7 @@ def save(messages: list[dict], name: str) -> str:
     if path.suffix != ".jsonl":
         raise InputError(f"/save {name}: expected a file whose name ends in .jsonl, as chats.jsonl")
     if not any(message["role"] == "assistant" for message in messages):
-        raise InputError("there is no answer yet, so nothing was saved")
+        raise InputError("there is no answer yet, so nothing was saved; ask something first")
     try:
         with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")

@@ -87,6 +87,7 @@ class Checkpoints:
             origin=self.origin,
             trained=f"{step * metrics.step_tokens:,} tokens in {step} steps",
             losses=metrics.last_losses(),
+            scores=metrics.last_scores(),
             settings=self.settings,
         )
 
@@ -109,7 +110,8 @@ class Checkpoints:
         if broken:
             raise InputError(
                 f"after step {step} {len(broken)} weights are not finite, {broken[0]} among them; nothing "
-                f"was saved, the last good checkpoint is {newest_checkpoint(self.out_dir)}"
+                f"was saved, the last good checkpoint is {newest_checkpoint(self.out_dir)}; lower "
+                f"the learning rate"
             )
 
     def raise_errors(self) -> None:
@@ -247,20 +249,32 @@ def copy_to_host(state: dict, *, keep: bool) -> dict:
 
 
 def model_card(
-    name: str, model: GPTModel, *, origin: str, trained: str, losses: list[str], settings: dict
+    name: str,
+    model: GPTModel,
+    *,
+    origin: str,
+    trained: str,
+    losses: list[str],
+    scores: list[str],
+    settings: dict,
 ) -> str:
-    """The README.md of a checkpoint: what it is, what it was made from, and the losses measured so far."""
+    """The README.md of a checkpoint: what it is, what it was made from, and the losses and scores measured so
+    far."""
     fields = model.config.to_hf()
     (kind,) = fields.pop("architectures")
     shape, flags = (
         "".join(f"{name}: {value!r}\n" for name, value in values.items()) for values in (fields, settings)
     )
-    measured = "".join(f"- {line}\n" for line in losses)
+    measured = "## Losses\n\n" + "".join(f"- {line}\n" for line in losses)
+    if scores:
+        asked = settings["eval_task_questions"] or "all"
+        measured += f"\n## Benchmarks\n\nZero-shot, on {asked} questions of each, chosen at random.\n\n"
+        measured += "".join(f"- {line}\n" for line in scores)
     return (
         f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n# {name}\n\n"
         f"{origin} {model.num_parameters():,} parameters; {trained}. A {kind}, which "
         f"`AutoModelForCausalLM.from_pretrained` opens.\n\n"
-        f"## Losses\n\n{measured}\n## Settings\n\n```\n{flags}```\n\n"
+        f"{measured}\n## Settings\n\n```\n{flags}```\n\n"
         f"## Configuration\n\n```\n{shape}```\n"
     )
 
@@ -357,7 +371,10 @@ def find_model(name: str) -> str | Path:
         return name
     checkpoint = newest_checkpoint(name, for_resuming=False)
     if checkpoint is None:
-        raise InputError(f"{name} holds neither a model (config.json) nor a whole checkpoint (step_…)")
+        raise InputError(
+            f"{name} holds neither a model (config.json) nor a whole checkpoint (step_…); name a folder that "
+            f"does, or a hub id"
+        )
     return checkpoint
 
 

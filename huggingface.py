@@ -106,7 +106,7 @@ def config_from_hf(fields: dict) -> dict:
     lacking = [name for name in HF_REQUIRED_FIELDS if name not in fields]
     lacking += [f"rope_scaling's {name}" for name in HF_ROPE_FIELDS[1:] if llama3 and name not in rope]
     if lacking:
-        raise InputError(f"config.json lacks {', '.join(lacking)}")
+        raise InputError(f"config.json lacks {', '.join(lacking)}; copy or download it again")
     fields["rope_theta"] = rope.get("rope_theta", fields.get("rope_theta", 10000.0))
     shape = {name: value for name, value in fields.items() if name in HF_SHAPE_FIELDS}
     scaling = {name: value for name, value in rope.items() if name != "rope_theta"} if llama3 else None
@@ -172,7 +172,8 @@ def model_directory(name: str | Path) -> Path:
         raise
     except (OSError, ValueError, httpx.HTTPError) as error:  # the hub's errors are of these kinds
         raise InputError(
-            f"no directory {name}, and no model of that name could be had from the hub: {one_line(error)}"
+            f"no directory {name}, and no model of that name could be had from the hub: "
+            f"{one_line(error)}; name a folder with a config.json, or a hub id that can be reached"
         ) from error
 
 
@@ -242,7 +243,8 @@ def load_weights(model: nn.Module, path: Path, *, expected: dict[str, torch.Tens
         if name not in missing or missing[name].shape != tensor.shape:
             wanted = f"shape {tuple(missing[name].shape)}" if name in missing else "no such tensor"
             raise InputError(
-                f"{path} holds {name} of shape {tuple(tensor.shape)}; its config.json asks for {wanted}"
+                f"{path} holds {name} of shape {tuple(tensor.shape)}; its config.json asks for {wanted}; "
+                f"copy or download both again"
             )
         if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise InputError(
@@ -255,7 +257,8 @@ def load_weights(model: nn.Module, path: Path, *, expected: dict[str, torch.Tens
         del missing[name]
     if missing:
         raise InputError(
-            f"{path} lacks {len(missing)} tensors that config.json asks for: {', '.join(missing)[:200]}"
+            f"{path} lacks {len(missing)} tensors that config.json asks for, as {next(iter(missing))}; copy "
+            f"or download them again"
         )
 
 

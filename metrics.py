@@ -29,6 +29,7 @@ from distributed import Ranks
 from gpt import GPTConfig
 
 WANDB = ("auto", "online", "offline", "off")
+SCORES = ("acc/", "acc_norm/")  # how the names of benchmarks' scores begin, from 0 to 1
 CURVES = ("loss", "val_loss", "val_bpb", "lr", "tokens_per_second")  # kept in memory, for loss.png
 
 
@@ -70,6 +71,7 @@ class Metrics:
         )
         self.row, self.row_at, self.run = {}, 0, None  # the last row, and where in the file it begins
         self.points = {name: (array("q"), array("d")) for name in CURVES}
+        self.scores = {}  # of benchmarks: the last of each, with its step
         self.wandb_id = state["wandb_id"] if state else None  # kept while wandb is off
         self.seconds, self.steps, self.tokens = 0.0, 0, 0  # since the last report
         if ranks.is_main:  # rows of later steps are made again
@@ -107,16 +109,18 @@ class Metrics:
         }
         write_json(self.path.with_name("run.json"), facts)
 
-    def has(self, step: int, name: str) -> bool:
-        """Whether a loss was recorded under a step. All ranks ask together and get the same answer."""
-        steps = self.points[name][0]
-        return self.ranks.any(bool(steps) and steps[-1] == step)
+    def has(self, step: int, *names: str) -> bool:
+        """Whether numbers were recorded under the newest step. All ranks ask together and get the same
+        answer."""
+        recorded = self.row.get("step") == step and all(self.row.get(name) is not None for name in names)
+        return self.ranks.any(recorded)
 
     def note_points(self, row: dict) -> None:
         for name, (steps, values) in self.points.items():
             if row.get(name) is not None:
                 steps.append(row["step"])
                 values.append(row[name])
+        self.scores |= {name: (row["step"], row[name]) for name in row if name.startswith(SCORES)}
 
     def log(self, step: int, **values: float | str) -> None:
         """Add values to the row of a step, the last one or a new one; what is not finite becomes null."""
@@ -197,6 +201,12 @@ class Metrics:
         self.print([f"{self.place(step)}val_loss {val_loss:.4f} {self.unit}{rest}"])
         self.plot()
 
+    def scored(self, step: int, scores: dict[str, float]) -> None:
+        """Record and print what benchmarks gave."""
+        self.log(step, **scores)
+        told = "  ".join(f"{name} {100 * value:.1f}%" for name, value in scores.items())
+        self.print([f"{self.place(step)}{told}"])
+
     def samples(self, step: int, texts: Sequence[str]) -> None:
         """Record and print what the model wrote."""
         if self.ranks.is_main:
@@ -213,6 +223,10 @@ class Metrics:
             for name, (steps, values) in self.points.items()
             if steps and name in units
         ]
+
+    def last_scores(self) -> list[str]:
+        """The last of each benchmark's scores, with its step, for the model card."""
+        return [f"step {step}, {name}: {100 * value:.1f}%" for name, (step, value) in self.scores.items()]
 
     def plot(self) -> None:
         """Draw loss.png from all rows so far: losses, learning rate and speed, at most some thousand points

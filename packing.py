@@ -26,7 +26,10 @@ def pack(lengths: np.ndarray, capacity: int, order: np.ndarray | None = None) ->
     """
     lengths = np.asarray(lengths)
     if len(lengths) and lengths.max() > capacity:
-        raise InputError(f"a conversation of {lengths.max()} tokens does not fit into a row of {capacity}")
+        raise InputError(
+            f"a conversation of {lengths.max()} tokens does not fit into a row of {capacity}; cut it before, "
+            f"or raise --max_length"
+        )
     order = np.arange(len(lengths)) if order is None else order
     rows: list[list[int]] = []
     rows_with_room = defaultdict(list)  # free tokens -> rows

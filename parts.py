@@ -135,7 +135,7 @@ def join_parts(config: Config, wanted: int, files: int) -> None:
                 (folder / shard["file"]).replace(out_dir / name)
             shards[split].append({**shard, "file": name, "part": number, "was": shard["file"]})
     if not sum(total["documents"] for total in totals.values()):
-        raise InputError(f"{config.source} holds no text; nothing was prepared")
+        raise InputError(f"{config.source} holds no text, so nothing was prepared; name another --source")
     sync_to_disk(out_dir)
     write_json(
         out_dir / "manifest.json",

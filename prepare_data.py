@@ -310,7 +310,7 @@ def write_shards(config: Config, tokenizer, settings: dict) -> dict[str, ShardWr
                 continue
             break
     if not place.documents and not config.part:  # a file among others may be empty
-        raise InputError(f"{config.source} holds no text; nothing was prepared")
+        raise InputError(f"{config.source} holds no text, so nothing was prepared; name another --source")
     for writer in writers.values():
         writer.finish()
     bad_rows.check()

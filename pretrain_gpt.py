@@ -27,6 +27,7 @@ from order import parse_sources, validation_numbers
 from report import report_end
 from resume import lock_and_resume, new_phase, phase_start
 from sharding import shard_model
+from tasks import read_questions, score
 from tokenization import load_tokenizer, tokenizer_fingerprint, vocabulary_size
 from training import Prefetcher, check_settings, evaluate, forward_backward, open_records, step_size
 
@@ -70,6 +71,9 @@ class Config:
     log_every: int = 10  # steps between two lines
     eval_every: int = 250  # steps between two validations
     eval_tokens: int = 2_000_000  # tokens of the validation split that are read each time; 0 for all
+    eval_tasks: str = ""  # benchmarks that are scored on the way, as hellaswag,piqa; empty for none
+    eval_task_every: int = 1000  # steps between two scorings
+    eval_task_questions: int = 500  # of each benchmark, always the same ones; 0 for all
     samples: bool = True  # continue a few prompts after each validation
     save_every: int = 500  # steps between two checkpoints
     keep_last: int = 3  # checkpoints that are kept; 0 for all
@@ -97,7 +101,9 @@ PROMPTS = ("The history of", "The most important", "Water is")  # of the samples
 def check(config: Config) -> None:
     """Raise InputError for settings that can mean nothing, before anything is read."""
     shape_fields = ("num_hidden_layers", "hidden_size", "num_attention_heads", "context_length")
-    check_settings(asdict(config), positive=("max_steps", "batch_tokens", "rope_theta", *shape_fields))
+    check_settings(
+        asdict(config), positive=("max_steps", "batch_tokens", "eval_task_every", "rope_theta", *shape_fields)
+    )
 
 
 def model_config(config: Config, vocab_size: int) -> GPTConfig:
@@ -162,6 +168,7 @@ def main(config: Config) -> None:
     check(config)
     sources, flags = parse_sources(config.data_dir), changed_flags(config, SHAPE_FLAGS)
     ranks = join_ranks(config.device, config.out_dir, shard=config.shard, compile=config.compile)
+    asked = ranks.from_main(lambda: read_questions(config.eval_tasks, config.eval_task_questions))
 
     # Data: the tokenizer, and the windows of a step and of a validation, by source.
     base, started_from = ranks.from_main(lambda: phase_start(config.init_from, flags))
@@ -267,6 +274,12 @@ def main(config: Config) -> None:
                 with ranks.autocast():
                     texts = sample_text(model, tokenizer, config.seed)
                 metrics.samples(step, texts)
+
+        # Once in a while: benchmarks.
+        due = asked and (done or step % config.eval_task_every == 0) and not stopped
+        if due and not metrics.has(step, *(f"acc/{name}" for name in asked)):
+            size = config.micro_batch_size * T
+            metrics.scored(step, score(model, tokenizer, asked, batch_tokens=size, ranks=ranks))
 
         # Once in a while: a checkpoint, written beside the next steps. If that went wrong, the run ends here.
         checkpoints.raise_errors()

@@ -104,7 +104,10 @@ def main(config: Config) -> None:
     examples = list(examples_of(rows, tokenizer, max_length=length, overlong=config.overlong))
     if not any(example.pieces for example in examples):
         first = examples[0].why_skipped if examples else "it is empty"
-        raise InputError(f"nothing in {config.data} would be trained on; the first conversation: {first}")
+        raise InputError(
+            f"nothing in {config.data} would be trained on (the first conversation: {first}); mend the data, "
+            f"or name others by --data and --column"
+        )
     pieces = (piece for example in examples for piece in example.pieces)
     shown = [list(pieces_of_text(*piece, tokenizer)) for piece in itertools.islice(pieces, config.show)]
     summary = summary_of(examples, tokenizer.convert_tokens_to_ids(TURN_START))

@@ -31,6 +31,7 @@ from tokenization import tokenizer_fingerprint
 # content.
 FREE_FIELDS = (
     "data_dir tokenizer model init_from out_dir cache_dir log_every eval_every eval_tokens eval_questions "
+    "eval_tasks eval_task_every eval_task_questions "
     "samples max_new_tokens save_every keep_last keep_every wandb profile micro_batch_size timeout_minutes "
     "resume force device compile shard checkpoint_activations dtype"
 ).split()
@@ -89,7 +90,7 @@ def find_resumable(out_dir: str | Path, choice: str) -> Path | None:
     chosen = Path(choice)
     what = damage(chosen, for_resuming=True)
     if what:
-        raise InputError(f"{chosen} cannot be resumed: {what}")
+        raise InputError(f"{chosen} cannot be resumed: {what}; choose another, or --resume=auto")
     step = read_json(chosen / "checkpoint.json")["step"]
     inside = chosen.resolve().parent == Path(out_dir).resolve()
     later = [path.name for path in existing if not inside or step_of(path) > step]
@@ -120,7 +121,8 @@ def load_state(path: Path) -> dict:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         raise InputError(
-            f"{path} holds more than tensors, numbers and text, and is not loaded: it could run code"
+            f"{path} holds more than tensors, numbers and text, and is not loaded, as it could run code; go "
+            f"on from another checkpoint"
         ) from error
 
 

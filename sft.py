@@ -126,7 +126,7 @@ def cut_to_length(
 def row_length(max_length: int, context: int) -> int:
     """--max_length, or the model's context if it is 0; InputError beyond the context."""
     if max_length > context:
-        raise InputError(f"--max_length={max_length} is beyond the model's context of {context}")
+        raise InputError(f"--max_length={max_length} is beyond the model's context of {context}; lower it")
     return max_length or context
 
 
@@ -346,7 +346,7 @@ def write_splits(
     if not sizes["train"] and sizes["val"]:
         raise InputError(f"all of {counts['examples']} rows are held out; lower --val_fraction")
     if not sizes["train"]:
-        raise InputError(f"nothing is left to train on ({detail or 'the source is empty'})")
+        raise InputError(f"nothing is left to train on ({detail or 'the source is empty'}); mend the data")
     bad_rows.check()
     if not sizes["val"]:
         raise InputError(

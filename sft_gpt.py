@@ -39,6 +39,7 @@ from report import report_end
 from resume import lock_and_resume, settle_commits, starting_point
 from sft import OVERLONG, SFTDataset, preparation_notes, prepare_conversations, row_length
 from sources import column_of, source_rows
+from tasks import read_questions, score
 from tokenization import tokenizer_fingerprint
 from training import (
     Prefetcher,
@@ -94,6 +95,9 @@ class Config:
     eval_tokens: int = 2_000_000  # tokens of the held-out rows that are read each time; 0 for all
     eval_questions: int = 100  # held-out questions that are answered each time; 0 for none
     max_new_tokens: int = 200  # of an answer in the evaluation; a longer one has not stopped
+    eval_tasks: str = ""  # benchmarks that are scored on the way, as hellaswag,piqa; empty for none
+    eval_task_every: int = 1000  # steps between two scorings
+    eval_task_questions: int = 500  # of each benchmark, always the same ones; 0 for all
     save_every: int = 250  # steps between two checkpoints
     keep_last: int = 2  # checkpoints that are kept; 0 for all
     keep_every: int = 0  # steps between two checkpoints that are never deleted; 0 for none
@@ -113,7 +117,7 @@ class Config:
 
 def check(config: Config) -> None:
     """Raise InputError for settings that can mean nothing, before anything is read."""
-    check_settings(asdict(config), positive=("epochs", "batch_tokens", "max_new_tokens"))
+    check_settings(asdict(config), positive=("epochs", "batch_tokens", "max_new_tokens", "eval_task_every"))
     check_choice("overlong", config.overlong, OVERLONG)
 
 
@@ -205,6 +209,7 @@ def main(config: Config) -> None:
     sources = data_sources(config.data)
     parts, shares = source_configs(config, sources), [source.share or CYCLE for source in sources]
     ranks = join_ranks(config.device, config.out_dir, shard=config.shard, compile=config.compile)
+    asked = ranks.from_main(lambda: read_questions(config.eval_tasks, config.eval_task_questions))
 
     # The newest checkpoint of this run, if it was interrupted; else the model to start from.
     base, content = ranks.from_main(lambda: starting_point(config.model, *[part.data for part in parts]))
@@ -321,6 +326,12 @@ def main(config: Config) -> None:
             metrics.log(step, **epochs_read(names, weights, train.sizes, step * rows_per_step))
             metrics.validated(step, **numbers)
             metrics.print(lines)
+
+        # Once in a while: benchmarks.
+        due = asked and (done or step % config.eval_task_every == 0) and not stopped
+        if due and not metrics.has(step, *(f"acc/{name}" for name in asked)):
+            size = config.micro_batch_size * T
+            metrics.scored(step, score(model, tokenizer, asked, batch_tokens=size, ranks=ranks))
 
         # Once in a while: a checkpoint, written beside the next steps. If that went wrong, the run ends here.
         checkpoints.raise_errors()

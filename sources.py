@@ -57,7 +57,8 @@ def file_rows(path: Path) -> Iterator[tuple[dict, str]]:
         if isinstance(error, InputError):
             raise
         raise InputError(
-            f"{path} cannot be read beyond row {number}, it is damaged or cut short: {one_line(error)}"
+            f"{path} cannot be read beyond row {number}, it is damaged or cut short "
+            f"({one_line(error)}); bring a whole one"
         ) from error
 
 
@@ -96,7 +97,10 @@ def files_below(folder: Path) -> list[Path]:
     """All files in a folder and those below it, sorted. Links are followed, but no folder is read twice."""
 
     def refuse(error: OSError):
-        raise InputError(f"{error.filename} cannot be searched for files ({error.strerror})") from error
+        raise InputError(
+            f"{error.filename} cannot be searched for files ({error.strerror}); change its permissions, or "
+            f"name another source"
+        ) from error
 
     files, seen = [], set()
     for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
@@ -204,7 +208,8 @@ def hub_stream(source: str, name: str, split: str, commit: str | None = None):
         )
     except (OSError, ValueError, RuntimeError, httpx.HTTPError) as error:
         raise InputError(
-            f"no file or folder {source}, and no dataset of that name could be had from the hub: "
+            f"no file or folder {source}, and no dataset of that name could be had from the hub; "
+            f"name what is there, or see that the hub can be reached: "
             f"{one_line(error)}"
         ) from error
 
@@ -229,8 +234,8 @@ def hub_rows(stream, file: int, source: str) -> Iterator[tuple[dict, str]]:
         ) from error
     except (ValueError, TypeError) as error:  # of pyarrow and datasets, about what the files hold
         raise InputError(
-            f"{source} cannot be read beyond row {number}, it is damaged or its rows differ in type: "
-            f"{one_line(error)}"
+            f"{source} cannot be read beyond row {number}, it is damaged or its rows differ in type "
+            f"({one_line(error)}); name other files of it, or mend it"
         ) from error
 
 
@@ -281,7 +286,7 @@ class BadRows:
         if self.bad > self.max_share * self.rows:
             raise InputError(
                 f"{self.bad} of {self.rows} rows cannot be used, more than --max_bad_rows={self.max_share} "
-                f"allows; the first is {self.first}"
+                f"allows; mend them, or raise it; the first is {self.first}"
             )
 
     def note(self) -> str | None:

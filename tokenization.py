@@ -55,7 +55,7 @@ def load_tokenizer(name: str | Path):
     files = [Path(name) / file for file in ("tokenizer.json", "tokenizer.model", "vocab.json")]
     # Otherwise transformers silently builds an empty tokenizer.
     if Path(name).is_dir() and not any(file.exists() for file in files):
-        raise InputError(f"{name} holds no tokenizer; expected a tokenizer.json")
+        raise InputError(f"{name} holds no tokenizer; expected a tokenizer.json, so copy one to it")
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(name), trust_remote_code=False)
     except BaseException as error:  # tokenizers raises Exception itself, transformers many kinds
@@ -66,7 +66,10 @@ def load_tokenizer(name: str | Path):
                 f"the tokenizer in {name} asks to run code of its own, and that is never done; take one "
                 f"that a tokenizer.json describes"
             ) from error
-        raise InputError(f"no tokenizer could be loaded from {name}: {one_line(error)}") from error
+        raise InputError(
+            f"no tokenizer could be loaded from {name}: {one_line(error)}; name a folder with a "
+            f"tokenizer.json, or a hub id that can be reached"
+        ) from error
     if not tokenizer.is_fast:
         raise InputError(
             f"{name} is a slow tokenizer; only those of the tokenizers library (tokenizer.json) are supported"

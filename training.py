@@ -65,8 +65,9 @@ def step_size(batch_tokens: int, T: int, ranks: int, *, unit: str, flag: str) ->
 
 
 def pauses(settings: dict, max_steps: int) -> Callable[[int], bool]:
-    """Tells after which steps a run pauses: to log, to validate, to save, or because it was the last."""
-    intervals = [settings[name] for name in ("log_every", "eval_every", "save_every")]
+    """Tells after which steps a run pauses: to log, to validate, to score, to save, or because it was the
+    last."""
+    intervals = [value for name, value in settings.items() if name.endswith("_every") and value]
     return lambda step: step == max_steps or any(step % every == 0 for every in intervals)
 
 

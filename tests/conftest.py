@@ -38,6 +38,16 @@ from gpt import GPTConfig, GPTModel  # noqa: E402
 from tokenization import END, train_tokenizer  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
+PROVOKED: set[tuple[str, int]] = set()  # file and line of each InputError made so far in this process
+
+
+def note_error(error: InputError, *message) -> None:
+    ValueError.__init__(error, *message)
+    caller = sys._getframe(1)
+    PROVOKED.add((caller.f_code.co_filename, caller.f_lineno))
+
+
+InputError.__init__ = note_error  # test_errors.py asks at the end which were made
 fake_cuda_works = pytest.mark.skipif(
     torch.__version__ < (2, 13) and torch.version.cuda is not None and not torch.cuda.is_available(),
     reason="before torch 2.13 a CUDA build without a GPU has no backward pass on fake CUDA tensors",
@@ -313,6 +323,16 @@ def assert_recovered(out_dir: Path, undisturbed: Path, faults: int) -> None:
 
 
 TABLE = []  # of test_cuda.py: what was compared where, tolerance, difference, seconds since the test began
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish(session):
+    """Note whether all quick tests are to run, so that test_errors.py can tell what no test provokes."""
+    asked = session.config.option
+    chosen = asked.keyword or asked.deselect or asked.ignore or asked.lf or asked.collectonly
+    everywhere = session.config.args == session.config.getini("testpaths")
+    session.config.whole_run = everywhere and not chosen and "not slow" in asked.markexpr
+    session.items.sort(key=lambda item: item.name == "test_every_error_of_a_user_is_provoked_by_a_test")
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -47,7 +47,7 @@ def test_a_source_in_which_nothing_would_be_trained_on_is_refused_with_the_reaso
     ):
         data = write_jsonl(tmp_path / "data.jsonl", rows)
         config = Config(model=str(base_run), data=str(data), max_length=4)
-        told = f"nothing in .*data.jsonl would be trained on; the first conversation: .*({reason})"
+        told = f"nothing in .*data.jsonl would be trained on .the first conversation: .*({reason})"
         refused(told, preview.main, config)
 
 

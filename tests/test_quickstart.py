@@ -58,9 +58,19 @@ def test_from_raw_text_to_a_chat_and_a_second_time_every_step_finds_its_result(t
 
 def test_the_quick_start_validates_its_fine_tuning_at_least_five_times():
     text = (ROOT / "quickstart.sh").read_text()
-    script = text[text.index("sft_gpt.py --model") :]
+    script = text[text.rindex("sft_gpt.py --model") :]
     steps, every = (int(re.search(rf"--{name}=(\d+)", script)[1]) for name in ("max_steps", "eval_every"))
     assert len({*range(0, steps, every), steps}) >= 5
+
+
+def test_a_word_that_the_quick_start_does_not_know_is_told_and_nothing_is_done(tmp_path):
+    environment = os.environ | {"VENV": str(tmp_path / "venv"), "OUT": str(tmp_path / "out")}
+    command = ["bash", str(ROOT / "quickstart.sh"), "smollm"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and not done.stdout and not any(tmp_path.iterdir())
+    assert done.stderr == (
+        "error: smollm is not understood; write bash quickstart.sh, or smollm2 or setup behind it\n"
+    )
 
 
 def test_with_python_given_the_tests_run_in_that_environment_and_nothing_is_installed(tmp_path):

