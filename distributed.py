@@ -1,5 +1,6 @@
 """The processes that torchrun starts, their devices, the signals they get, and a watchdog over them."""
 
+import ctypes
 import faulthandler
 import json
 import os
@@ -333,6 +334,8 @@ def join_ranks(
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     check_ranks(device, world, shard)
     store = None
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with_launcher()
     if world > 1:
         check_restarts(os.environ)
         store, *_ = next(dist.rendezvous("env://"))
@@ -353,6 +356,16 @@ def join_ranks(
         )
     even = device.type == "cuda" or compile == "true" or (world > 1 and shard != "none")
     return Ranks(rank, world, device, store, shard=shard, even_batches=even)
+
+
+PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
+
+
+def die_with_launcher() -> None:
+    """Have Linux kill this process when torchrun, its parent, is gone, even if that was killed itself. In a
+    session of its own it would live on, and hold its GPU and the lock of the run's folder."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def check_ranks(device: torch.device, world: int, shard: str) -> None:

@@ -8,13 +8,25 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import conftest
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import ROOT, conversation, flags, kill_tree, losses, pretrain_config, text
+import torch
+from conftest import (
+    ROOT,
+    conversation,
+    descendants,
+    flags,
+    is_alive,
+    kill_tree,
+    losses,
+    pretrain_config,
+    text,
+)
 from test_hub import Hub
 
 import distributed
@@ -218,6 +230,31 @@ def test_a_node_killed_and_started_again_changes_no_loss(data_dir, tmp_path):
     assert losses(tmp_path / "b") == losses(tmp_path / "a")
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone ends a process with its parent")
+def test_ranks_end_with_a_launcher_that_was_killed(data_dir, tmp_path):
+    config = pretrain_config(data_dir, tmp_path / "out", max_steps=10**6, save_every=20, keep_last=1)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    with open(tmp_path / "log", "wb") as log:
+        command = [sys.executable, *launcher, str(ROOT / "pretrain_gpt.py"), *flags(config)]
+        # As on several nodes the ranks have a store of their own, and do not miss the launcher's.
+        store = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+        job = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | store)
+    ranks = []
+    try:
+        wait_until(lambda: list_checkpoints(tmp_path / "out"), [job], tmp_path / "log")
+        ranks = descendants(job.pid)
+        job.kill()
+        job.wait()
+        end = time.monotonic() + 60
+        while any(map(is_alive, ranks)) and time.monotonic() < end:
+            time.sleep(0.05)
+        assert len(ranks) == 2 and not any(map(is_alive, ranks))
+    finally:
+        for pid in filter(is_alive, [job.pid, *ranks]):
+            os.kill(pid, signal.SIGKILL)
+
+
 # -- from the hub to a chat ----------------------------------------------------------------------------------
 
 
@@ -306,14 +343,19 @@ PartitionName=main Nodes=n1,n2 Default=YES MaxTime=60 State=UP
 
 
 @pytest.fixture(scope="module")
-def slurm(tmp_path_factory):
+def slurm_folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("slurm")
+
+
+@pytest.fixture(scope="module")
+def slurm(slurm_folder):
     """A Slurm of two nodes on loopback; the function runs one of its commands."""
     lacking = [name for name in ("slurmctld", "slurmd", "sbatch", "munged") if not shutil.which(name)]
     if lacking or os.getuid():
         pytest.skip(
             f"needs root and {', '.join(lacking) or 'nothing else'} (apt-get install slurm-wlm munge)"
         )
-    folder, host = tmp_path_factory.mktemp("slurm"), socket.gethostname().split(".")[0]
+    folder, host = slurm_folder, socket.gethostname().split(".")[0]
     for name in ("state", "spool.n1", "spool.n2"):
         (folder / name).mkdir()
     ports = [free_port() for _ in range(3)]
@@ -398,3 +440,76 @@ def test_a_slurm_job_that_somebody_cancels_saves_its_last_step_and_is_not_requeu
     assert (tmp_path / "b/.resumable").exists() and "stopped by a signal" in job.told()
     steps = read_records(tmp_path / "b" / "metrics.jsonl")[-1]["step"]
     assert step_of(list_checkpoints(tmp_path / "b")[-1]) == steps < LONG["max_steps"]
+
+
+def everything_on(node: str, slurm_folder: Path) -> list[int]:
+    """The processes of a node: its slurmd, the jobs' ones, in whose environment Slurm tells the node, and the
+    slurmstepds above these."""
+    ours, found = [f"SLURMD_NODENAME={node}", f"SLURM_CONF={slurm_folder}/slurm.conf"], set()
+    for place in Path("/proc").glob("[0-9]*"):
+        try:
+            environment = (place / "environ").read_text(errors="replace").split("\0")
+            parent = Path("/proc", (place / "stat").read_text().rpartition(")")[2].split()[1])
+            if all(variable in environment for variable in ours):
+                found |= {place} | ({parent} if (parent / "comm").read_text() == "slurmstepd\n" else set())
+        except OSError:  # it has ended meanwhile
+            continue
+    return [int((slurm_folder / f"{node}.pid").read_text()), *(int(place.name) for place in found)]
+
+
+def command_of(pid: int) -> str:
+    return Path(f"/proc/{pid}/cmdline").read_text()
+
+
+@contextmanager
+def quick_to_notice(slurm, slurm_folder: Path):
+    """A Slurm that gives ten seconds to a silent node, usual are five minutes, and five to a job's end."""
+    file = slurm_folder / "slurm.conf"
+    before = file.read_text()
+    file.write_text(before + "SlurmdTimeout=10\nKillWait=5\n")
+    slurm("scontrol", "reconfigure")
+    yield
+    file.write_text(before)
+    slurm("scontrol", "reconfigure")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("node", "fault"),
+    [
+        pytest.param("n1", signal.SIGKILL, id="the first, killed before it saves"),
+        pytest.param("n2", signal.SIGSTOP, id="another, silent after it saved"),
+    ],
+)
+def test_a_node_lost_without_a_word_changes_no_loss_and_the_wandb_run_goes_on(
+    node, fault, slurm, slurm_folder, data_dir, tmp_path
+):
+    """All that runs on a node is killed, or stops and leaves its sockets open, as without power. Slurm
+    requeues the job by itself; when the node is back, all of its processes are new."""
+    alone = conftest.run(
+        "pretrain_gpt.py", *flags(pretrain_config(data_dir, tmp_path / "a", **LONG)), ranks=2
+    )
+    assert alone.returncode == 0, alone.stderr
+    out, other, saved = tmp_path / "b", {"n1": "n2", "n2": "n1"}[node], fault == signal.SIGSTOP
+    with quick_to_notice(slurm, slurm_folder):
+        job = Job(slurm, pretrain_config(data_dir, out, **LONG, wandb="offline"), tmp_path)
+        job.wait_for(lambda: list_checkpoints(out) if saved else losses(out))
+        lost = everything_on(node, slurm_folder)
+        for pid in lost:
+            os.kill(pid, fault)
+        try:
+            number = (out / "wandb_id").read_text()
+            job.wait_for(lambda: job.state() == "PENDING")
+            assert 0 < len(losses(out)) < LONG["max_steps"]
+            assert not [pid for pid in everything_on(other, slurm_folder) if "pretrain" in command_of(pid)]
+        finally:  # it starts anew
+            for pid in filter(is_alive, lost):
+                os.kill(pid, signal.SIGKILL)
+            slurm("slurmd", "-N", node)
+        slurm("scontrol", "update", f"JobId={job.number}", "StartTime=now")
+        job.wait_for(lambda: job.state() == "COMPLETED", wrong=("FAILED",))
+    assert losses(out) == losses(tmp_path / "a")
+    assert ("continuing from" in job.told()) or not saved
+    runs = sorted(path.name.rpartition("-")[2] for path in (out / "wandb").glob("offline-run-*"))
+    state = torch.load(list_checkpoints(out)[-1] / "training_state.pt", weights_only=True)
+    assert runs == [number, number] and state["wandb_id"] == number
