@@ -23,7 +23,7 @@ import socketserver
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from queue import Empty, Queue
@@ -57,6 +57,17 @@ class ChatServer(socketserver.ThreadingTCPServer):
             ) from error
         name = f"[{host}]" if ":" in host else host
         self.url = f"http://{name}:{self.server_address[1]}"
+
+    def shutdown_request(self, request) -> None:
+        """Close when the browser has sent all it wants to. To close before that resets the connection, and a
+        reply on its way is lost."""
+        left = 16 * MOST_BYTES
+        with suppress(OSError):  # it hung up, or is silent
+            request.shutdown(socket.SHUT_WR)
+            request.settimeout(1)
+            while left > 0 and (received := len(request.recv(2**16))):
+                left -= received
+        self.close_request(request)
 
     def handle_error(self, request, client_address) -> None:
         """A browser that hung up is no news; all else is printed."""

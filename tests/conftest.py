@@ -329,7 +329,8 @@ TABLE = []  # of test_cuda.py: what was compared where, tolerance, difference, s
 def pytest_collection_finish(session):
     """Note whether all quick tests are to run, so that test_errors.py can tell what no test provokes."""
     asked = session.config.option
-    chosen = asked.keyword or asked.deselect or asked.ignore or asked.lf or asked.collectonly
+    last_failed = getattr(asked, "lf", False)  # there is none without pytest's cache
+    chosen = asked.keyword or asked.deselect or asked.ignore or asked.collectonly or last_failed
     everywhere = session.config.args == session.config.getini("testpaths")
     session.config.whole_run = everywhere and not chosen and "not slow" in asked.markexpr
     session.items.sort(key=lambda item: item.name == "test_every_error_of_a_user_is_provoked_by_a_test")

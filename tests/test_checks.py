@@ -106,6 +106,8 @@ def test_a_disk_that_lacks_room_is_told_with_the_checkpoints_real_size(
     assert room_problem(config, asked) is None
     free = real._replace(free=one + 49_999_999)
     assert "at most 1 of" in room_problem(config, asked)
+    config.max_steps = 2
+    refused("at most 1 of", checks.main, config)
 
 
 @pytest.mark.parametrize("script", checks.SCRIPTS)

@@ -82,7 +82,7 @@ PRINTED = ("prepare", "sbatch", "NNODES=2")
 TOOLS = {
     "python": 'exec {python} "$@"',
     "torchrun": 'exec {python} -m torch.distributed.run "$@"',
-    "pip": "exit 0",  # nothing is installed
+    "pip": 'if [ "$1" = download ]; then exec {python} -m pip "$@"; fi',  # nothing is installed
     "ruff": "exit 0",  # which is test.sh's
     "sbatch": 'while [[ $1 = -* ]]; do shift; done; SLURM_JOB_ID=1 MASTER_ADDR=n1 exec bash "$@"',
 }
@@ -114,6 +114,7 @@ def project(data_dir, base_run, chats, tokenizer_dir, tmp_path):
         shutil.copy(path, tmp_path)
     shutil.copy(ROOT / "requirements.txt", tmp_path)
     shutil.copytree(ROOT / "evals", tmp_path / "evals")
+    (ROOT / "downloads").mkdir(exist_ok=True)
     (tmp_path / "downloads").symlink_to(ROOT / "downloads")
     tools = tmp_path / ".venv/bin"
     tools.mkdir(parents=True)
