@@ -19,7 +19,7 @@ from gpt import GPTConfig
 from huggingface import model_directory
 from sft import Example, examples_of, row_length
 from sft_gpt import OVERLONG
-from tokenization import TURN_START, load_tokenizer
+from tokenization import REASONING, TRAIN_ON, TURN_START, chat_template, load_tokenizer
 
 
 @dataclass
@@ -31,6 +31,8 @@ class Config:
     column: str = "messages"  # the column or JSON key with the list of messages
     max_length: int = 0  # tokens in a row; 0 for the model's context
     overlong: str = "truncate"  # a longer conversation: truncate, split or drop
+    train_on: str = "all"  # the answers of a conversation that are trained on: all or last
+    reasoning: str = "keep"  # drop leaves <think>…</think> out of earlier answers; an example an answer
     show: int = 3  # conversations that are shown
     look: int = 1000  # conversations that the summary is made of
     html: str = ""  # also write a page to this file
@@ -93,10 +95,12 @@ def summary_of(examples: Sequence[Example], turn_start: int) -> str:
 
 
 def main(config: Config) -> None:
-    check_choice("overlong", config.overlong, OVERLONG)
+    for name, choices in (("overlong", OVERLONG), ("train_on", TRAIN_ON), ("reasoning", REASONING)):
+        check_choice(name, getattr(config, name), choices)
     check_numbers(vars(config), positive=("look",))
     folder = model_directory(find_model(config.model))
     tokenizer = load_tokenizer(folder)
+    tokenizer.chat_template = chat_template(config.train_on, config.reasoning)
     context = GPTConfig.from_hf(read_json(folder / "config.json")).max_position_embeddings
     fields = {name: getattr(config, name) for name in ("data", "data_config", "data_split", "column")}
     rows = itertools.islice(sft_gpt.conversations(sft_gpt.Config(**fields)), config.look)

@@ -3,7 +3,8 @@ r"""Conversations as masked ChatML: rendering, and the dataset on disk.
     <|im_start|>user\nWhat is water?<|im_end|>\n<|im_start|>assistant\nA liquid.<|im_end|>\n
 
 Trained on are an assistant's content and its <|im_end|>, in every turn: here "A liquid.<|im_end|>". All else
-is masked.
+is masked. A tokenizer's chat template may also train on the last answer alone, or drop reasoning from earlier
+ones: see chat_template.
 """
 
 import itertools
@@ -20,9 +21,9 @@ import numpy as np
 
 from common import IGNORE, InputError, locked, read_json, replace_file, sync_to_disk, write_json
 from sources import BadRows, half_surrogate, hash_fraction
-from tokenization import TURN_END, TURN_START, encode, encode_after_newline
+from tokenization import CHAT_TEMPLATES, TURN_END, TURN_START, encode, encode_after_newline
 
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "user", "assistant", "tool", "developer")
 QUESTIONS_KEPT = 1000  # held-out questions that the report lists
 
 
@@ -39,9 +40,43 @@ def why_unusable(messages) -> str | None:
             return f"the content is {type(message.get('content')).__name__}, not a string"
         if half_surrogate(message["content"]):
             return "the content is no Unicode text"
+        if message.get("tool_calls"):
+            return "a message has tool_calls, which ChatML lacks; write them into its content"
     if not any(m["role"] == "assistant" for m in messages):
         return "there is no assistant turn"
     return None
+
+
+def without_reasoning(content: str) -> str:
+    """An answer without its leading <think>…</think>."""
+    reasoned = content.startswith("<think>") and "</think>" in content
+    return content.split("</think>", 1)[1].lstrip("\n") if reasoned else content
+
+
+def as_the_template_has_it(messages: list[dict], tokenizer) -> Iterator[tuple[str, str, bool]]:
+    """Of each message the role, the content, and whether it is trained on, as the chat template says."""
+    train_on, reasoning = CHAT_TEMPLATES.get(tokenizer.chat_template, ("all", "keep"))
+    roles = [message["role"] for message in messages]
+    user, answer = (
+        max((i for i, r in enumerate(roles) if r == role), default=-1) for role in ("user", "assistant")
+    )
+    for i, (role, message) in enumerate(zip(roles, messages)):
+        content, trained = message["content"], role == "assistant"
+        if trained and reasoning == "drop":
+            content, trained = without_reasoning(content) if i < user else content, i > user
+        yield role, content, i == answer if train_on == "last" else trained
+
+
+def examples_in(messages: list[dict], tokenizer) -> list[list[dict]]:
+    """The conversations that one is trained as: itself or, if the template drops reasoning, its beginnings.
+    Each of these ends where the user speaks again, and shows the reasoning of its last answer only."""
+    train_on, reasoning = CHAT_TEMPLATES.get(tokenizer.chat_template, ("all", "keep"))
+    if reasoning == "keep":
+        return [messages]
+    cuts = [0, *(i for i, m in enumerate(messages) if m["role"] == "user"), len(messages)]
+    answered = (any(m["role"] == "assistant" for m in messages[a:b]) for a, b in itertools.pairwise(cuts))
+    beginnings = [messages[:end] for end, has_answer in zip(cuts[1:], answered) if has_answer]
+    return beginnings if train_on == "all" else beginnings[-1:]
 
 
 def render_batch(conversations: Sequence[list[dict]], tokenizer) -> list[tuple[list[int], list[int]]]:
@@ -49,16 +84,14 @@ def render_batch(conversations: Sequence[list[dict]], tokenizer) -> list[tuple[l
     start, end = tokenizer.convert_tokens_to_ids([TURN_START, TURN_END])
     *headers, newline = encode(tokenizer, [*(role + "\n" for role in ROLES), "\n"])
     headers = dict(zip(ROLES, headers))
-    contents = iter(
-        encode_after_newline(tokenizer, [m["content"] for messages in conversations for m in messages])
-    )
+    shown = [list(as_the_template_has_it(messages, tokenizer)) for messages in conversations]
+    contents = iter(encode_after_newline(tokenizer, [content for turns in shown for _, content, _ in turns]))
     rendered = []
-    for messages in conversations:
+    for turns in shown:
         ids, labels = [], []
-        for message in messages:
-            header, content = [start, *headers[message["role"]]], [*next(contents), end]
+        for role, _, trained in turns:
+            header, content = [start, *headers[role]], [*next(contents), end]
             ids += header + content + newline
-            trained = message["role"] == "assistant"
             labels += (
                 [IGNORE] * len(header)
                 + (content if trained else [IGNORE] * len(content))
@@ -116,11 +149,29 @@ def cut_to_length(
             pieces.append((ids[:head] + ids[at:cut], labels[:head] + labels[at:cut]))
         if overlong == "truncate" or prefix >= max_length:
             break
+        if not any(label != IGNORE for label in labels[at:stop]):
+            question = turns_before_answer(ids, labels, at, room=max_length - prefix, turns=turns)
+            if question is not None:
+                at, head = question, prefix
+                continue
         if not ends:  # the rest of this answer has lost its beginning or its question
             cut = next((i for i in range(cut, len(ids)) if ids[i] == end and labels[i] == end), len(ids))
         at = next((i for i in range(cut, len(ids)) if ids[i] == start), len(ids))
         head = prefix
     return pieces
+
+
+def turns_before_answer(
+    ids: list[int], labels: list[int], at: int, *, room: int, turns: Sequence[int]
+) -> int | None:
+    """Where those turns behind `at` begin that fit into `room` tokens with the next answer, or with the start
+    of it; None if not even its question does."""
+    start, end = turns
+    answer = next((i for i in range(at, len(ids)) if labels[i] != IGNORE), at)
+    over = next((i + 1 for i in range(answer, len(ids)) if labels[i] == end), len(ids))
+    begins = [i for i in range(at + 1, answer) if ids[i] == start][:-1]  # without the answer's own header
+    whole = [i for i in begins if over - i <= room]
+    return next((i for i in (whole or begins[-1:]) if answer - i < room), None)
 
 
 def row_length(max_length: int, context: int) -> int:
@@ -237,21 +288,25 @@ def examples_of(conversations: Iterable, tokenizer, *, max_length: int, overlong
         too_long = f"no answer begins within {max_length} tokens"
     for rows in batched(conversations):
         reasons = [why_unusable(messages) for messages, _ in rows]
-        usable = [messages for (messages, _), reason in zip(rows, reasons) if reason is None]
-        rendered = iter(render_batch(usable, tokenizer))
-        for (messages, where), reason in zip(rows, reasons):
+        parts = [[] if why else examples_in(row[0], tokenizer) for row, why in zip(rows, reasons)]
+        rendered = iter(render_batch(list(itertools.chain(*parts)), tokenizer))
+        for (messages, where), reason, own in zip(rows, reasons, parts):
             if reason:
                 yield Example(where, reason, unusable=True)
                 continue
-            ids, labels = next(rendered)
-            prefix = ids.index(turns[0], 1) if messages[0]["role"] == "system" else 0
-            pieces = cut_to_length(ids, labels, max_length, overlong=overlong, prefix=prefix, turns=turns)
+            pieces, answer_tokens = [], 0
+            for ids, labels in itertools.islice(rendered, len(own)):
+                prefix = ids.index(turns[0], 1) if messages[0]["role"] in ("system", "developer") else 0
+                pieces += cut_to_length(
+                    ids, labels, max_length, overlong=overlong, prefix=prefix, turns=turns
+                )
+                answer_tokens += trained_tokens(labels)
             yield Example(
                 where,
                 None if pieces else too_long,
                 question=first_question(messages),
                 pieces=pieces,
-                answer_tokens=trained_tokens(labels),
+                answer_tokens=answer_tokens,
             )
 
 

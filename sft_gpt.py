@@ -40,7 +40,7 @@ from resume import lock_and_resume, settle_commits, starting_point
 from sft import OVERLONG, SFTDataset, preparation_notes, prepare_conversations, row_length
 from sources import column_of, source_rows
 from tasks import read_questions, score
-from tokenization import tokenizer_fingerprint
+from tokenization import REASONING, TRAIN_ON, chat_template, tokenizer_fingerprint
 from training import (
     Prefetcher,
     check_settings,
@@ -73,6 +73,8 @@ class Config:
     # optimization
     max_length: int = 0  # tokens in a row; 0 for the model's context
     overlong: str = "truncate"  # what happens to longer conversations: truncate, split or drop
+    train_on: str = "all"  # the answers of a conversation that are trained on: all or last
+    reasoning: str = "keep"  # drop leaves <think>…</think> out of earlier answers; an example an answer
     epochs: float = 2.0  # passes over the data
     max_steps: int = 0  # optimizer steps; 0 for as many as the epochs need
     batch_tokens: int = 65_536  # tokens in an optimizer step, over all ranks and micro-batches
@@ -118,7 +120,8 @@ class Config:
 def check(config: Config) -> None:
     """Raise InputError for settings that can mean nothing, before anything is read."""
     check_settings(asdict(config), positive=("epochs", "batch_tokens", "max_new_tokens", "eval_task_every"))
-    check_choice("overlong", config.overlong, OVERLONG)
+    for name, choices in (("overlong", OVERLONG), ("train_on", TRAIN_ON), ("reasoning", REASONING)):
+        check_choice(name, getattr(config, name), choices)
 
 
 def conversations(config: Config, commit: str | None = None) -> Iterator[tuple[list[dict], str]]:
@@ -187,6 +190,8 @@ def prepare(config: Config, tokenizer, *, T: int, files: str | list, ranks: Rank
         )
     source = [files, config.data_config, config.data_split, config.column]
     settings = [config.val_fraction, T, config.overlong, config.max_bad_rows]
+    if (config.train_on, config.reasoning) != ("all", "keep"):  # without it, what is cached already is found
+        settings.append(tokenizer.chat_template)
     key = fingerprint([source, settings, tokenizer_fingerprint(tokenizer)])
     folder = cache_folder(config.cache_dir) / f"data-{key}"
     report = ranks.from_main(
@@ -218,6 +223,7 @@ def main(config: Config) -> None:
         asdict(config), asdict(Config()), fixed={"optimizer": config.optimizer}, content=content, ranks=ranks
     )
     model, tokenizer = open_model(state["path"] if state else base, ranks)
+    tokenizer.chat_template = chat_template(config.train_on, config.reasoning)
     model.checkpoint_activations = config.checkpoint_activations
     T = row_length(config.max_length, model.config.max_position_embeddings)
 

@@ -1,6 +1,7 @@
 """Tokenizers: training one, loading one, and ChatML's special tokens."""
 
 import hashlib
+import itertools
 import json
 import string
 from collections.abc import Iterator, Sequence
@@ -10,15 +11,44 @@ from common import InputError, one_line
 
 END, TURN_START, TURN_END = SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 MOST_IDS = 2**22  # of a tokenizer; the largest known have a quarter of a million
-# ChatML; the generation marks let `apply_chat_template(..., return_assistant_tokens_mask=True)` give the loss
-# mask.
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
-    "{% if message['role'] == 'assistant' %}{% generation %}"
-    "{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
-    "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
+TRAIN_ON, REASONING = ("all", "last"), ("keep", "drop")
+
+
+def chat_template(train_on: str = "all", reasoning: str = "keep") -> str:
+    """ChatML for `apply_chat_template`. Its generation marks let return_assistant_tokens_mask=True give the
+    loss mask.
+
+    `train_on` "last" marks the last answer only. `reasoning` "drop" leaves an answer's leading
+    <think>…</think> out once the user has spoken again, and marks the answers since then only.
+    """
+    content, marked, before = "message['content']", "message['role'] == 'assistant'", ""
+    if train_on == "last" or reasoning == "drop":  # where the last message of each role stands
+        before = (
+            "{% set at = namespace(user=-1, assistant=-1) %}{% for message in messages %}"
+            "{% if message['role'] == 'user' %}{% set at.user = loop.index0 %}"
+            "{% elif message['role'] == 'assistant' %}{% set at.assistant = loop.index0 %}{% endif %}"
+            "{% endfor %}"
+        )
+        marked += " and loop.index0 " + ("== at.assistant" if train_on == "last" else "> at.user")
+    shown = ""
+    if reasoning == "drop":
+        shown = (
+            "{% set content = message['content'] %}"
+            "{% if message['role'] == 'assistant' and loop.index0 < at.user "
+            "and content.startswith('<think>') and '</think>' in content %}"
+            "{% set content = content.split('</think>', 1)[1].lstrip('\\n') %}{% endif %}"
+        )
+        content = "content"
+    return (
+        f"{before}{{% for message in messages %}}{{{{ '<|im_start|>' + message['role'] + '\\n' }}}}{shown}"
+        f"{{% if {marked} %}}{{% generation %}}{{{{ {content} + '<|im_end|>' }}}}{{% endgeneration %}}"
+        f"{{% else %}}{{{{ {content} + '<|im_end|>' }}}}{{% endif %}}{{{{ '\\n' }}}}{{% endfor %}}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    )
+
+
+# What each template trains on, and what it does with reasoning.
+CHAT_TEMPLATES = {chat_template(*choice): choice for choice in itertools.product(TRAIN_ON, REASONING)}
 
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int):
@@ -83,7 +113,8 @@ def load_tokenizer(name: str | Path):
 
 
 def with_chatml(tokenizer):
-    """Set the ChatML template, and add the special tokens that a tokenizer lacks; `new_ids` are their ids.
+    """Set a ChatML template, if it is none yet, and add the special tokens that a tokenizer lacks; `new_ids`
+    are their ids.
 
     Raises InputError if an added token would get the id of another, as when a vocabulary leaves ids out.
     """
@@ -103,7 +134,8 @@ def with_chatml(tokenizer):
             )
     tokenizer.new_ids = [id for token, id in ids.items() if token not in known]
     tokenizer.eos_token = tokenizer.pad_token = END
-    tokenizer.chat_template = CHAT_TEMPLATE
+    if tokenizer.chat_template not in CHAT_TEMPLATES:
+        tokenizer.chat_template = chat_template()
     return tokenizer
 
 

@@ -40,6 +40,19 @@ def test_answers_stand_in_brackets_and_the_summary_counts_what_is_cut(base_run, 
     )
 
 
+def test_what_is_trained_on_is_shown_as_chosen(base_run, tmp_path, capsys):
+    contents = ("?", "<think>h</think>bb", "?", "cc")
+    roles = ("user", "assistant") * 2
+    rows = [{"messages": [{"role": role, "content": content} for role, content in zip(roles, contents)]}]
+    out = shown(tmp_path, base_run, rows, capsys)
+    assert "[[<think>h</think>bb<" in out and "[[cc<" in out and "are trained on, in 1 pieces" in out
+    out = shown(tmp_path, base_run, rows, capsys, train_on="last")
+    assert "\n<think>h</think>bb<" in out and out.count("[[") == 1 and "[[cc<" in out
+    out = shown(tmp_path, base_run, rows, capsys, reasoning="drop")
+    assert "[[<think>h</think>bb<" in out and "\nbb<" in out and "[[cc<" in out and "in 2 pieces" in out
+    refused("--reasoning=hide", preview.main, Config(model=str(base_run), reasoning="hide"))
+
+
 def test_a_source_in_which_nothing_would_be_trained_on_is_refused_with_the_reason(base_run, tmp_path, capsys):
     for rows, reason in (
         ([{"messages": [{"role": "user", "content": "Alone"}]}], "no answer|assistant"),

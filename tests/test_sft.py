@@ -1,20 +1,33 @@
 """Conversations: what is trained on, and what packing keeps apart."""
 
+import re
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import tokenizers
 import torch
-from conftest import ALONE, conversation, sft_config, small_model, text, write_jsonl
+from conftest import ALONE, conversation, refused, sft_config, small_model, text, write_jsonl
 from properties import given, settings, st
 from transformers import PreTrainedTokenizerFast
 
 import sft
 import sft_gpt
-from common import IGNORE, InputError, read_records
+from common import IGNORE, InputError, read_json, read_records
 from distributed import Ranks
 from packing import PackedLoader
-from sft import SFTDataset, cut_to_length, prompt_ids, render_batch, render_chatml, why_unusable
-from tokenization import END, SPECIALS, TURN_END, TURN_START, with_chatml
+from sft import SFTDataset, cut_to_length, examples_in, prompt_ids, render_batch, render_chatml, why_unusable
+from tokenization import (
+    CHAT_TEMPLATES,
+    END,
+    SPECIALS,
+    TURN_END,
+    TURN_START,
+    chat_template,
+    encode,
+    load_tokenizer,
+    with_chatml,
+)
 from training import evaluate
 
 
@@ -82,6 +95,136 @@ def test_rendering_and_mask_equal_the_saved_chat_template(tokenizer):
         assert prompt_ids(messages[:-1], tokenizer) == prompt
 
 
+# -- the last answer alone, reasoning, tools -----------------------------------------------------------------
+
+REASONED = [
+    {"role": "system", "content": "be short"},
+    {"role": "user", "content": "one"},
+    {"role": "assistant", "content": "<think>a\nb</think>\n\ntwo"},
+    {"role": "user", "content": "three"},
+    {"role": "assistant", "content": "<think>c</think>call"},
+    {"role": "tool", "content": "<think>d</think>four"},
+    {"role": "assistant", "content": "<think>e</think>five"},
+    {"role": "user", "content": "six"},
+]
+
+
+@pytest.fixture
+def chosen(tokenizer):
+    """The tokenizer with the chat template of a choice."""
+
+    def choose(train_on: str = "all", reasoning: str = "keep"):
+        tokenizer.chat_template = chat_template(train_on, reasoning)
+        return tokenizer
+
+    yield choose
+    tokenizer.chat_template = chat_template()
+
+
+def trained_texts(messages, tokenizer) -> list[str]:
+    """What is trained on in each example that a conversation gives, and at its end what comes before it."""
+    return [marked(example, tokenizer) for example in examples_in(messages, tokenizer)]
+
+
+def test_by_default_every_answer_is_trained_on_with_its_reasoning_and_tools_are_masked(tokenizer):
+    (all_of_it,) = trained_texts(REASONED, tokenizer)
+    assert re.findall(r"\[(.*?)<\|im_end\|>\]", all_of_it, re.DOTALL) == [
+        "<think>a\nb</think>\n\ntwo",
+        "<think>c</think>call",
+        "<think>e</think>five",
+    ]
+    assert "<|im_start|>tool\n<think>d</think>four<|im_end|>\n" in all_of_it
+
+
+def test_the_last_answer_alone_is_trained_on(chosen):
+    (last,) = trained_texts(REASONED, chosen("last"))
+    assert re.findall(r"\[(.*?)\]", last) == ["<think>e</think>five<|im_end|>"]
+    assert last.count("<think>") == 4
+    (short,) = trained_texts(REASONED, chosen("last", "drop"))
+    assert re.findall(r"\[(.*?)\]", short) == ["<think>e</think>five<|im_end|>"]
+    assert "<think>a" not in short and not short.endswith("six<|im_end|>\n")
+
+
+def test_dropped_reasoning_is_trained_on_once_and_never_shown_after_the_user_has_spoken_again(chosen):
+    first, second = trained_texts(REASONED, chosen(reasoning="drop"))
+    system, header = (
+        "<|im_start|>system\nbe short<|im_end|>\n<|im_start|>user\none<|im_end|>\n",
+        "<|im_start|>",
+    )
+    assert first == f"{system}{header}assistant\n[<think>a\nb</think>\n\ntwo<|im_end|>]\n"
+    assert second == (
+        f"{system}{header}assistant\ntwo<|im_end|>\n{header}user\nthree<|im_end|>\n"
+        f"{header}assistant\n[<think>c</think>call<|im_end|>]\n{header}tool\n<think>d</think>four<|im_end|>\n"
+        f"{header}assistant\n[<think>e</think>five<|im_end|>]\n"
+    )
+
+
+# No content begins with white space, which a template encodes with the header's newline; see render_chatml.
+message = st.builds(
+    lambda role, before, content: {"role": role, "content": f"{before}x{content}"},
+    st.sampled_from(sft.ROLES),
+    st.sampled_from(["", "<think>", "</think>", "<think>\nsure</think>\n\n", "a<think></think>"]),
+    st.text("ab.é \n", max_size=8),
+)
+
+
+@given(st.lists(message, min_size=1, max_size=7), st.sampled_from(sorted(CHAT_TEMPLATES.values())))
+@settings(max_examples=150, deadline=None)
+def test_whatever_is_chosen_rendering_and_mask_equal_the_chat_template(tokenizer, messages, choice):
+    tokenizer.chat_template = chat_template(*choice)
+    try:
+        for part in (messages, *examples_in(messages, tokenizer)):
+            ids, labels = render_chatml(part, tokenizer)
+            theirs = tokenizer.apply_chat_template(part, return_assistant_tokens_mask=True, return_dict=True)
+            assert ids == theirs["input_ids"]
+            assert [label != IGNORE for label in labels] == [bool(x) for x in theirs["assistant_masks"]]
+        asked = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        assert prompt_ids(messages, tokenizer) == asked
+    finally:
+        tokenizer.chat_template = chat_template()
+
+
+def test_a_tokenizer_keeps_the_choice_on_the_disk_and_a_foreign_template_gives_way(chosen, tmp_path):
+    for choice in CHAT_TEMPLATES.values():
+        chosen(*choice).save_pretrained(tmp_path)
+        assert load_tokenizer(tmp_path).chat_template == chat_template(*choice)
+    tokenizer = chosen()
+    tokenizer.chat_template = "{{ messages }}"
+    tokenizer.save_pretrained(tmp_path)
+    assert load_tokenizer(tmp_path).chat_template == chat_template()
+
+
+def test_a_split_conversation_keeps_the_turns_before_its_last_answer_that_fit(chosen):
+    tokenizer = chosen("last")
+    parts = [turns(f"question {i}", f"answer {i}") for i in range(5)]
+    long = [{"role": "system", "content": "be short"}, *(message for part in parts for message in part)]
+    ids, labels = render_chatml([long[0], *parts[3], *parts[4]], tokenizer)
+    assert pieces(long, tokenizer, len(ids), "split") == [(ids, labels)]
+    assert pieces(long, tokenizer, len(ids) - 1, "split") == [(ids[:-1], labels[:-1])]  # without the newline
+    (fewer,) = pieces(long, tokenizer, len(ids) - 2, "split")
+    assert fewer == render_chatml([long[0], parts[3][1], *parts[4]], tokenizer)
+    assert pieces(turns("one", "two", "three " * 50, "four"), tokenizer, 40, "split") == []
+    (cut,) = pieces(turns("one", "two", "three", "four " * 50), tokenizer, 40, "split")
+    assert cut[0] == render_chatml(turns("three", "four " * 50), tokenizer)[0][:40]
+
+
+def test_a_run_trains_what_was_chosen_and_its_checkpoint_opens_with_that_template(base_run, tmp_path):
+    def history(i: int) -> list[dict]:
+        return turns(f"{i}", "<think>b</think>c", "a", "<think>b</think>c")
+
+    rows = [{"messages": history(i)} for i in range(60)]
+    config = sft_config(base_run, write_jsonl(tmp_path / "rows.jsonl", rows), tmp_path / "chat", max_steps=2)
+    config = replace(config, reasoning="drop")
+    sft_gpt.main(config)
+    tokenizer = load_tokenizer(tmp_path / "chat" / "step_0000002")
+    assert tokenizer.chat_template == chat_template("all", "drop")
+    report = read_json(next((tmp_path / "chat").glob("data-*/report.json")))
+    answer = encode(tokenizer, ["<think>b</think>c"])[0]
+    assert report["trained_tokens"] == 60 * 2 * (len(answer) + 1) and report["cut"] == 0
+    assert "<think>" not in tokenizer.decode(prompt_ids(history(0)[:3], tokenizer))
+    refused("reasoning", sft_gpt.main, replace(config, reasoning="keep", max_steps=4))
+
+
 @given(st.lists(st.text(max_size=30), min_size=2, max_size=6))
 @settings(max_examples=50, deadline=None)
 def test_no_content_gives_a_special_id_and_content_is_encoded_apart(tokenizer, contents):
@@ -132,7 +275,8 @@ GOOD = [(conversation(i)["messages"], f"row {i}") for i in range(10)]
         (None, "no list"),
         (["hi"], "no list"),
         (turns("only a question"), "no assistant turn"),
-        ([{"role": "tool", "content": "x"}], "role 'tool'"),
+        ([{"role": "root", "content": "x"}], "role 'root'"),
+        ([*turns("2 + 2?"), {"role": "assistant", "content": "", "tool_calls": [{}]}], "has tool_calls"),
         ([{"role": "assistant", "content": 5}], "content is int"),
         ([{"role": "assistant"}], "content is NoneType"),
         (turns("half an emoji", "\ud83d"), "no Unicode text"),
