@@ -197,7 +197,8 @@ class Metrics:
         """Record and print a validation, and draw the curves."""
         self.log(step, val_loss=val_loss, **values)
         units = {"val_bpb": " bits/byte"}
-        rest = "".join(f"  {name} {value:.4f}{units.get(name, '')}" for name, value in values.items())
+        told = ((name, value, units.get(name.partition("/")[0], "")) for name, value in values.items())
+        rest = "".join(f"  {name} {value:.4f}{unit}" for name, value, unit in told)
         self.print([f"{self.place(step)}val_loss {val_loss:.4f} {self.unit}{rest}"])
         self.plot()
 

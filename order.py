@@ -117,8 +117,9 @@ def parse_sources(
 ) -> list[Source]:
     """The sources that a flag names, with commas between them: all with a weight, or none.
 
-    A weight stands behind the last colon. Weights count tokens and need not sum to one. What `exists` as it
-    is written has no weight. Raises InputError for a weight that is none, or that only some have.
+    A weight stands behind the last colon. Weights count tokens and need not sum to one. A source of weight 0
+    is validated and never trained on. What `exists` as it is written has no weight. Raises InputError for a
+    weight that is none, or that only some have.
 
         a:3,b:1 -> shares 7500 and 2500
     """
@@ -149,23 +150,26 @@ def split_weight(entry: str, flag: str, exists: Callable[[str], bool]) -> tuple[
         weight = float(text)
     except ValueError:
         weight = math.nan
-    if not path or not 0 < weight < math.inf:
+    if not path or not 0 <= weight < math.inf:
         raise InputError(
             f"--{flag} names {entry}, which does not exist, and {text!r} is no weight; expected path:weight "
-            f"with a number above zero"
+            f"with a number above zero, or 0 for what is validated only"
         )
     return path, weight
 
 
 def rounded_shares(names: Sequence[str], weights: Sequence[float]) -> list[int]:
-    """Weights as shares that sum to CYCLE, by largest remainder; InputError for one that rounds to none."""
+    """Weights as shares that sum to CYCLE, by largest remainder; InputError for one that rounds to none, and
+    if all are 0."""
+    if not sum(weights):
+        raise InputError(f"all of {', '.join(names)} have the weight 0, so nothing is trained on; raise one")
     exact = [weight / sum(weights) * CYCLE for weight in weights]
     shares = [math.floor(share) for share in exact]
     by_remainder = sorted(range(len(exact)), key=lambda i: shares[i] - exact[i])
     for i in by_remainder[: CYCLE - sum(shares)]:
         shares[i] += 1
     for name, share, weight in zip(names, shares, weights):
-        if not share:
+        if weight and not share:
             raise InputError(
                 f"{name} has the weight {weight:g} of {sum(weights):g}, less than one window in {CYCLE:,}; "
                 f"raise it, or leave the folder out"
@@ -174,9 +178,10 @@ def rounded_shares(names: Sequence[str], weights: Sequence[float]) -> list[int]:
 
 
 def taken(shares: Sequence[float], sizes: Sequence[int], most: int) -> list[int]:
-    """How many of each source's samples are taken for a validation: its share of `most` in all (0: all that
-    it has), and at least one."""
-    return [min(n, max(1, round(most * share))) if most else n for n, share in zip(sizes, shares)]
+    """How many of each source's samples are taken for a validation: its share of `most` in all, and at least
+    one. Without a share it is `most`. All that it has for 0."""
+    wanted = [max(1, round(most * share)) if share else most for share in shares]
+    return [min(n, count) if most else n for n, count in zip(sizes, wanted)]
 
 
 def validation_numbers(
@@ -190,20 +195,22 @@ def validation_numbers(
     bytes of text that they spell in bits per byte, without in hits, too.
 
     A source's sums are scaled to its share, however many samples it had. So val_loss is that of a token of
-    the mix. Of several sources each has its own val_loss/NAME, too.
+    the mix. Of several sources each has its own val_loss/NAME and val_bpb/NAME, too.
     """
     scales = [share * (sum(counts) / count) for share, count in zip(shares, counts)]
     nats, hits, targets = (
         sum(scale * value for scale, value in zip(scales, values)) for values in zip(*sums)
     )
     numbers = {"val_loss": nats / targets}
+    own = {f"val_loss/{name}": nats / targets for name, (nats, _, targets) in zip(names, sums)}
     if text_bytes is None:
         numbers["val_accuracy"] = hits / targets
     else:
         read = sum(scale * count for scale, count in zip(scales, text_bytes))
         numbers["val_bpb"] = nats / math.log(2) / read
-    own = {f"val_loss/{name}": nats / targets for name, (nats, _, targets) in zip(names, sums)}
-    return numbers | (own if len(own) > 1 else {})
+        parts = zip(names, sums, text_bytes)
+        own |= {f"val_bpb/{name}": nats / math.log(2) / size for name, (nats, *_), size in parts}
+    return numbers | (own if len(names) > 1 else {})
 
 
 def epochs_read(names: Sequence[str], shares: Sequence[float], sizes: Sequence[int], read: int) -> dict:

@@ -145,7 +145,7 @@ def told_origin(init_from: str, manifests: Sequence[dict], shares: Sequence[floa
     start = f" from {told_name(init_from)}" if init_from else ""
     told = [told_source(manifest) for manifest in manifests]
     if len(told) > 1:
-        told = [f"{share:.2%} {source}" for share, source in zip(shares, told)]
+        told = [f"{share:.2%} {source}" for share, source in zip(shares, told) if share]
     return f"Pretrained{start} on {'; '.join(told)}."
 
 

@@ -169,7 +169,8 @@ def told_sources(sources: Sequence[Source], shares: Sequence[float]) -> str:
     """The same for a mix."""
     if len(sources) == 1:
         return told_data(sources[0].path)
-    return "; ".join(f"{share:.2%} {told_data(source.path)}" for source, share in zip(sources, shares))
+    told = ((share, told_data(source.path)) for source, share in zip(sources, shares) if share)
+    return "; ".join(f"{share:.2%} {data}" for share, data in told)
 
 
 def source_configs(config: Config, sources: Sequence[Source]) -> list[Config]:

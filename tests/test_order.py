@@ -14,7 +14,18 @@ import numpy as np
 import planted
 import pytest
 import torch
-from conftest import SMALL, assert_recovered, flags, losses, pretrain_config, refused, run, text, write_jsonl
+from conftest import (
+    SMALL,
+    assert_recovered,
+    flags,
+    losses,
+    pretrain_config,
+    refused,
+    run,
+    text,
+    weights,
+    write_jsonl,
+)
 from properties import few, given, settings, st
 
 import order
@@ -313,8 +324,8 @@ def test_weights_stand_behind_the_last_colon_and_need_not_sum_to_one(tmp_path):
     "data_dir, message",
     [
         ("a:0.7,b", "gives weights to some, but none to b; give all a weight, as b:0.5, or none"),
-        ("a:0,b:1", "a:0, which does not exist, and '0' is no weight; .* a number above zero"),
-        ("a:-1,b:1", "'-1' is no weight"),
+        ("a:0,b:0", "all of a, b have the weight 0, so nothing is trained on; raise one"),
+        ("a:-1,b:1", "a:-1, which does not exist, and '-1' is no weight; .* a number above zero, or 0"),
         ("a:nan,b:1", "'nan' is no weight"),
         ("a:inf,b:1", "'inf' is no weight"),
         ("a:lots,b:1", "'lots' is no weight"),
@@ -418,6 +429,8 @@ def test_the_validation_loss_of_a_mix_is_that_of_a_token_drawn_by_the_shares():
     assert numbers["val_loss"] == pytest.approx(0.75 * 3.0 + 0.25 * 2.0)
     bytes_per_token = 0.75 * 4.0 + 0.25 * 2.5
     assert numbers["val_bpb"] == pytest.approx(2.75 / math.log(2) / bytes_per_token)
+    own = [numbers["val_bpb/web"], numbers["val_bpb/math"]]
+    assert own == pytest.approx([3.0 / math.log(2) / 4.0, 2.0 / math.log(2) / 2.5])
     assert validation_numbers(["web"], [1.0], [7], [(300.1, 0, 77)], [401]) == {
         "val_loss": 300.1 / 77,
         "val_bpb": 300.1 / math.log(2) / 401,
@@ -445,6 +458,24 @@ def test_a_run_on_a_mix_reports_each_source_apart(mix, folders, tokenizer_dir, t
     assert own[0] == pytest.approx(model(ids, targets).item() / targets.numel(), rel=1e-5)
     card = (tmp_path / "step_0000030" / "README.md").read_text()
     assert "20.00% text files: texts.jsonl; 10.00% text files" in card
+
+
+def test_a_source_of_weight_zero_is_validated_in_full_and_never_trained_on(folders, tmp_path):
+    first, last = folders[0], folders[2]
+    pretrain_gpt.main(pretrain_config(f"{first}:1", tmp_path / "alone", max_steps=4, eval_every=4))
+    zero = pretrain_config(f"{first}:1,{last}:0", tmp_path / "zero", max_steps=4, eval_every=4)
+    pretrain_gpt.main(zero)
+    alone, with_zero = (read_records(tmp_path / name / "metrics.jsonl")[-1] for name in ("alone", "zero"))
+    assert weights(tmp_path / "zero", 4) == weights(tmp_path / "alone", 4)
+    assert with_zero["val_loss"] == with_zero["val_loss/web"] == alone["val_loss"]
+    assert with_zero["val_bpb"] == with_zero["val_bpb/web"] == alone["val_bpb"]
+    model = pretrain_gpt.GPTModel.from_pretrained(tmp_path / "zero" / "step_0000004")
+    val = TokenLoader(last, "val", 32, 320)
+    ids, targets = val.read(range(min(len(val), zero.eval_tokens // 32)))
+    own = model(ids, targets).item() / targets.numel()
+    assert with_zero["val_loss/code"] == pytest.approx(own, rel=1e-5)
+    card = (tmp_path / "zero" / "step_0000004" / "README.md").read_text()
+    assert "100.00% text files" in card and "0.00% text" not in card.replace("100.00%", "")
 
 
 @pytest.mark.slow
