@@ -7,6 +7,7 @@
 #     NPROC=2 bash pretrain_full.sh --micro_batch_size=8
 #     bash pretrain_full.sh prepare               # install, download, tokenize: on a login node, before the next
 #     sbatch -N4 --gpus-per-node=8 --exclusive --time=4:00:00 pretrain_full.sh        # more in launch.sh
+#     PRESET=qwen3-130m bash pretrain_full.sh     # or gpt2-124m: runs to compare with, see presets/
 #
 # The model, 12 layers × 512, 8 heads, SwiGLU 1408, SmolLM2's vocabulary of 49,152:
 #     a block        4 × 512² + 3 × 512 × 1408    =  3.2 M,  twelve of them  38.5 M
@@ -23,9 +24,6 @@ if [ ! -f "$PROJECT/launch.sh" ]; then # sbatch runs a copy in a spool folder; S
 fi
 cd "${PROJECT:-$SLURM_SUBMIT_DIR}"
 source ./launch.sh
-DATA=${DATA:-data/fineweb-edu}
-OUT=${OUT:-out/base}
-
 # The training tokens, half a percent more for validation, and some to spare, so that no window is read twice.
 prepare() {
     install
@@ -33,11 +31,21 @@ prepare() {
         --tokenizer=HuggingFaceTB/SmolLM2-135M --max_tokens=1_100_000_000 --out_dir="$DATA" "$@"
 }
 
+prepared() { [ -f "$DATA/manifest.json" ]; }
+
 RECIPE=(--num_hidden_layers=12 --hidden_size=512 --num_attention_heads=8 --context_length=1024
     --max_steps=2000 --batch_tokens=524_288 --micro_batch_size=32)
 
+if [ -n "${PRESET:-}" ]; then # has all of these, and the next two, for another run
+    [ -f "presets/$PRESET.sh" ] || fail "PRESET=$PRESET: expected a file of presets/ without its .sh"
+    # shellcheck source=presets/qwen3-130m.sh
+    source "./presets/$PRESET.sh"
+fi
+DATA=${DATA:-data/fineweb-edu}
+OUT=${OUT:-out/base}
+
 need_data() { # for a job
-    [ -f "$DATA/manifest.json" ] || [ -n "${DRY_RUN:-}" ] || fail "$PWD/$DATA is not prepared, and a job fetches" \
+    prepared || [ -n "${DRY_RUN:-}" ] || fail "$PWD/$DATA is not prepared, and a job fetches" \
         "nothing; run \`bash pretrain_full.sh prepare\` on a login node first"
 }
 
@@ -56,7 +64,7 @@ submit) # the job will have as many ranks or more
     ;;
 esac
 OUT=$(flag out_dir "$OUT" "$@")
-if [ -z "$(flag data_dir "" "$@")" ] && [ ! -f "$DATA/manifest.json" ]; then
+if [ -z "$(flag data_dir "" "$@")" ] && ! prepared; then
     if on_a_cluster; then need_data; else prepare; fi
 fi
 DATA=$(flag data_dir "$DATA" "$@")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -30,8 +31,10 @@ from conftest import (
 from test_hub import Hub
 
 import distributed
+import pretrain_gpt
 from checkpoint import list_checkpoints, step_of
-from common import InputError, read_records
+from common import InputError, parse_config, read_records
+from order import parse_sources
 
 CLEAN = {
     k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SBATCH", "NNODES", "MASTER", "VENV"))
@@ -160,10 +163,39 @@ def test_a_saved_job_is_requeued_only_if_it_made_a_step_and_still_runs(
     assert ("no step was made since this start" in result.stderr) == (status == 1)
 
 
+PRESETS = {  # vocabulary with ChatML's tokens, parameters with the norms of queries and keys, tokens
+    "qwen3-130m": (128_256 + 3, 154_147_328 + 768 + 3 * 2 * 512, 2_599_944_192),
+    "gpt2-124m": (50_257 + 2, 123_554_304, 9_999_745_024),
+}
+
+
+@pytest.mark.parametrize("preset", sorted(path.stem for path in ROOT.glob("presets/*.sh")))
+def test_a_preset_is_a_run_that_others_have_made(preset, tmp_path):
+    vocabulary, parameters, tokens = PRESETS[preset]
+    *_, command = dry("pretrain_full.sh", "--lr=7", PRESET=preset, VENV=sys.prefix, NPROC="8")
+    config = parse_config(pretrain_gpt.Config, shlex.split(command.partition(" pretrain_gpt.py ")[2]))
+    assert config.out_dir == f"out/{preset}" and config.lr == 7
+    assert config.max_steps * config.batch_tokens == tokens
+    with torch.device("meta"):
+        model = pretrain_gpt.GPTModel(pretrain_gpt.model_config(config, vocabulary))
+    assert model.num_parameters() == parameters
+    made = dry("pretrain_full.sh", "prepare", PRESET=preset, VENV=sys.prefix)
+    named = [source.path for source in parse_sources(config.data_dir)]
+    assert len(made) == len(named) and all(folder in line for folder, line in zip(named, made))
+    elsewhere = dry(
+        "pretrain_full.sh", PRESET=preset, VENV=sys.prefix, NPROC="8", OUT=str(tmp_path), DATA="d"
+    )
+    assert f"--data_dir=d --out_dir={tmp_path} " in elsewhere[-1]
+    unknown = shell("pretrain_full.sh", PRESET="none", DRY_RUN="1")
+    assert unknown.returncode == 1 and unknown.stderr == (
+        "error: PRESET=none: expected a file of presets/ without its .sh\n"
+    )
+
+
 def test_shellcheck_finds_nothing():
     if not shutil.which("shellcheck"):
         pytest.skip("shellcheck is not installed")
-    names = sorted(path.name for path in ROOT.glob("*.sh"))
+    names = sorted(str(path.relative_to(ROOT)) for path in [*ROOT.glob("*.sh"), *ROOT.glob("presets/*.sh")])
     result = subprocess.run(["shellcheck", "-x", *names], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
 
