@@ -18,7 +18,7 @@ import textwrap
 import time
 import tokenize
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -30,7 +30,7 @@ class InputError(ValueError):
     """A mistake of the user, told in one sentence. Scripts print it and exit with status 1."""
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """An error's message in one line; its type if the message is empty."""
     return " ".join(str(error).split()) or type(error).__name__
 
@@ -195,7 +195,7 @@ def check_numbers(settings: dict, positive: Sequence[str]) -> None:
             raise InputError(f"--{name}={value}: expected a share, from 0 to 1")
 
 
-def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+def check_choice(name: str, value: str, choices: Collection[str]) -> None:
     """Raise InputError for a value that is none of the choices."""
     if value not in choices:
         raise InputError(f"--{name}={value} is unknown; choose {', '.join(choices)}")

@@ -259,7 +259,7 @@ class TokenLoader:
         shares = [source.share for source in self.sources] if self.weighted else "joined"
         return {"data": data, "windows": self.sizes, "shares": shares}
 
-    def read(self, windows: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    def read(self, windows: Sequence[int] | np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """Input ids and targets of some windows, (B, T) int64 each."""
         rows = np.empty((len(windows), self.T + 1), np.int64)
         for row, window in zip(rows, windows):
@@ -275,10 +275,12 @@ class TokenLoader:
         ids = torch.from_numpy(rows)
         return ids[:, :-1], ids[:, 1:]
 
-    def micro_batches(self, windows: Sequence[int], micro_batch_size: int, ranks: Ranks) -> Iterator[dict]:
+    def micro_batches(
+        self, windows: Sequence[int] | np.ndarray, micro_batch_size: int, ranks: Ranks
+    ) -> Iterator[dict]:
         """A rank's share of some windows, as the keyword arguments of the model's forward."""
         for some in ranks.share(windows, micro_batch_size):
-            input_ids, targets = self.read([window for window in some if window is not None])
+            input_ids, targets = self.read([int(window) for window in some if window is not None])
             padding = (0, 0, 0, len(some) - len(input_ids))
             batch = {"input_ids": F.pad(input_ids, padding), "targets": F.pad(targets, padding, value=IGNORE)}
             yield ranks.pin(batch)

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -59,7 +60,7 @@ class Ranks:
     def sharded(self) -> bool:
         return self.world > 1 and self.shard != "none"
 
-    def share(self, items: Sequence, size: int, *, most: int = 0) -> list[list]:
+    def share(self, items: Sequence | np.ndarray, size: int, *, most: int = 0) -> list[list]:
         """This rank's share of a step's items in micro-batches of at most `size`; at least one of them.
 
         None stands for padding. With even_batches a step of `most` items, the largest, decides the shape.
@@ -98,8 +99,8 @@ class Ranks:
             dist.all_reduce(total)
         return total
 
-    def sum(self, *values: float | torch.Tensor) -> list[float]:
-        """Each value's sum over all ranks. A GPU is waited for."""
+    def sum(self, *values: float | torch.Tensor) -> list:
+        """Each value's sum over all ranks, a tensor's as a list. A GPU is waited for."""
         return self.total(*values).tolist()
 
     def any(self, value: bool) -> bool:
@@ -320,17 +321,15 @@ def write_flight_record(rank: int) -> tuple[str, Path]:
     return Path(prefix).name, path
 
 
-def join_ranks(
-    device: str, out_dir: str | Path = ".", *, shard: str = "none", compile: str = "auto"
-) -> Ranks:
-    """Join the other ranks (NCCL on GPUs, gloo on CPUs) on a device, "auto" or as torch names it. What NCCL
-    records for the case of a hang goes to out_dir.
+def join_ranks(name: str, out_dir: str | Path = ".", *, shard: str = "none", compile: str = "auto") -> Ranks:
+    """Join the other ranks (NCCL on GPUs, gloo on CPUs) on the device of a name, "auto" or as torch has it.
+    What NCCL records for the case of a hang goes to out_dir.
 
     `shard` and `compile` are what shard_model and wrap will be asked for.
 
     Raises InputError for a device that cannot be used here, and as check_ranks does.
     """
-    device = usable_device(device)
+    device = usable_device(name)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     check_ranks(device, world, shard)
     store = None

@@ -118,7 +118,9 @@ def pair_batches(
         yield [None if pair is None else 2 * pair + side for pair in some for side in (0, 1)]
 
 
-def collate(dataset: SFTDataset, answers: Sequence[int | None], T: int, *, even: bool = False) -> dict:
+def collate(
+    dataset: SFTDataset | Sequence, answers: Sequence[int | None], T: int, *, even: bool = False
+) -> dict:
     """Conversations as input_ids and targets, padded to one of four lengths up to T, or if `even` to T.
     Padding is on the right, where causality hides it; None is a row of it."""
     rows = [([], []) if answer is None else dataset[answer] for answer in answers]

@@ -173,7 +173,7 @@ CAPITAL_QUESTIONS = (
 PLACE_QUESTIONS = ("Where is {}?", "Tell me where {} is.", "Where can I find {}?", "In which region is {}?")
 
 
-def choose(options: Sequence[str], key: str) -> str:
+def choose(options: Sequence, key: str) -> object:
     """One of the options, always the same for a key."""
     return options[hashlib.sha256(key.encode()).digest()[0] % len(options)]
 

@@ -86,8 +86,8 @@ def joined(
     reads it up to twice as fast. In int8 it has a quarter of the bytes. torch's kernel for that needs whole
     blocks of 64; other matrices stay as they are.
     """
-    weights = [whole(weight) for weight in weights]
-    matrix = weights[0] if len(weights) == 1 else torch.cat(weights)
+    matrices = [whole(weight) for weight in weights]
+    matrix = matrices[0] if len(matrices) == 1 else torch.cat(matrices)
     if int8 and not matrix.size(0) % 64 and not matrix.size(1) % 64:
         return Int8Matrix.rounded(matrix, dtype)
     matrix, tall = matrix.to(dtype), matrix.size(0) > matrix.size(1)

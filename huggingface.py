@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import UnionType
 
 import torch
 from torch import nn
@@ -118,7 +119,7 @@ def config_from_hf(fields: dict) -> dict:
     return shape | {"rope_scaling": scaling, "qk_norm": fields["model_type"] == "qwen3"}
 
 
-def check_type(name: str, value, kind: type) -> None:
+def check_type(name: str, value, kind: type | UnionType) -> None:
     """Raise InputError for a field's value of another kind, or a number that is not above zero and finite."""
     if kind is bool:
         if not isinstance(value, bool):

@@ -124,17 +124,17 @@ class Metrics:
 
     def log(self, step: int, **values: float | str) -> None:
         """Add values to the row of a step, the last one or a new one; what is not finite becomes null."""
-        values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         if self.ranks.is_main:
             if self.row and self.row["step"] != step:
                 self.row, self.row_at = {}, self.row_at + len(line_of(self.row))
-            self.row = {"step": step, **self.row, **values}
+            self.row = {"step": step, **self.row, **row}
             with open(self.path, "r+b") as file:  # the last row is written over as it grows
                 file.seek(self.row_at)
                 file.write(line_of(self.row))
-            self.note_points({"step": step, **values})
+            self.note_points({"step": step, **row})
         if self.run:  # with an axis of its own: wandb drops what is logged below its last step
-            self.run.log({"step": step, **values})
+            self.run.log({"step": step, **row})
 
     def print(self, lines: Sequence[str]) -> None:
         """Print lines, above the progress bar if there is one."""

@@ -155,7 +155,9 @@ class Muon(torch.optim.Optimizer):
             weights = [own_numbers(p) for p in matrices]
             torch._foreach_add_(weights, list(updates), alpha=-group["lr"] * max(1, M / N) ** 0.5)
 
-    def all_updates(self, params: list[nn.Parameter], group: dict, skip: torch.Tensor | None) -> Iterator:
+    def all_updates(
+        self, params: list[nn.Parameter], group: dict, skip: torch.Tensor | None
+    ) -> Iterator[tuple]:
         """Stacks of matrices, each with its updates (n, M, N), from this rank and the others."""
         if self.ranks.world == 1:
             yield from ((stack, self.own_updates(stack, group, skip)) for stack in stacks(params))
@@ -183,12 +185,14 @@ class Muon(torch.optim.Optimizer):
         """Nesterov's momentum of matrices of one shape, orthogonalized: (n, M, N); zeros if `skip`."""
         return masked(orthogonalize(torch.stack(self.nesterov(stack, group)), self.ranks.dtype), skip)
 
-    def nesterov(self, params: list[nn.Parameter], group: dict) -> list[torch.Tensor]:
+    def nesterov(self, params: list[nn.Parameter], group: dict) -> Sequence[torch.Tensor]:
         """What of each matrix's Nesterov momentum lies on this rank."""
         momenta = [own_numbers(self.state[p]["momentum"]) for p in params]
         return torch._foreach_lerp([own_numbers(p.grad) for p in params], momenta, group["momentum"])
 
-    def updates_of_rows(self, params: list[nn.Parameter], group: dict, skip: torch.Tensor | None) -> Iterator:
+    def updates_of_rows(
+        self, params: list[nn.Parameter], group: dict, skip: torch.Tensor | None
+    ) -> Iterator[tuple]:
         """Each matrix, alone, with the update (1, m, N) of the m rows that this rank has of it."""
         mesh = params[0].device_mesh
         among, rank, world = mesh.get_group("shard"), mesh.get_local_rank("shard"), mesh.size(-1)

@@ -52,7 +52,7 @@ def samples_at(positions: np.ndarray, seed: int, n: int) -> np.ndarray:
     order = np.empty(len(positions), np.int64)
     for epoch in np.unique(positions // n):
         here = positions // n == epoch
-        order[here] = shuffled(positions[here] % n, n, hash_of(seed, epoch))
+        order[here] = shuffled(positions[here] % n, n, hash_of(seed, int(epoch)))
     return order
 
 

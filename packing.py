@@ -102,7 +102,7 @@ class PackedLoader:
         return float(self.dataset.offsets[-1]) / (len(self.rows) * self.T)
 
     def micro_batches(
-        self, rows: Sequence[list[int]], micro_batch_size: int, ranks: Ranks, noise: Callable | None = None
+        self, rows: Sequence[list], micro_batch_size: int, ranks: Ranks, noise: Callable | None = None
     ) -> Iterator[dict]:
         """A rank's share of some rows, as the keyword arguments of the model's forward.
 

@@ -222,9 +222,8 @@ class Writer:
         return len(self.offsets) - 1
 
     def append(self, ids: list[int], labels: list[int]) -> None:
-        ids, labels = (np.frombuffer(array("i", values), np.int32) for values in (ids, labels))
-        self.files["ids.bin"].write(ids)
-        self.files["trained.bin"].write(labels != IGNORE)
+        self.files["ids.bin"].write(array("i", ids))
+        self.files["trained.bin"].write(np.array(labels) != IGNORE)
         self.offsets.append(self.offsets[-1] + len(ids))
 
     def flush(self) -> None:

@@ -124,8 +124,9 @@ def check(config: Config) -> None:
         check_choice(name, getattr(config, name), choices)
 
 
-def conversations(config: Config, commit: str | None = None) -> Iterator[tuple[list[dict], str]]:
-    """Messages of the source, each with the place it was found; a commit is one of a hub dataset's."""
+def conversations(config: Config, commit: str | None = None) -> Iterator[tuple[object, str]]:
+    """Messages of the source, or why a row has none, each with the place it was found; a commit is one of a
+    hub dataset's."""
     if config.data == "embedded":
         import embedded
 

@@ -46,7 +46,7 @@ def rows_by_file(
         yield hub_rows(stream, number, source)
 
 
-def file_rows(path: Path) -> Iterator[tuple[dict, str]]:
+def file_rows(path: Path) -> Iterator[tuple[object, str]]:
     """Rows of a local file, see source_rows."""
     number = 0
     try:
@@ -150,7 +150,7 @@ def open_maybe_compressed(path: Path) -> io.BufferedReader:
     return io.BufferedReader(pyarrow.input_stream(str(path), compression=compression), 1 << 20)
 
 
-def read_jsonl(path: Path) -> Iterator:
+def read_jsonl(path: Path) -> Iterator[object]:
     """The value of each line; a ValueError for one that is no JSON, but the last of a file that is cut short
     raises it."""
     with open_maybe_compressed(path) as lines:
@@ -214,7 +214,7 @@ def hub_stream(source: str, name: str, split: str, commit: str | None = None):
         ) from error
 
 
-def hub_rows(stream, file: int, source: str) -> Iterator[tuple[dict, str]]:
+def hub_rows(stream, file: int, source: str) -> Iterator[tuple[object, str]]:
     """Rows of one of the files, counted from 0, that hub_stream reads; a ValueError for one whose text is no
     UTF-8."""
     from huggingface_hub.utils import httpx
@@ -239,7 +239,7 @@ def hub_rows(stream, file: int, source: str) -> Iterator[tuple[dict, str]]:
         ) from error
 
 
-def column_of(row: dict, column: str) -> object:
+def column_of(row: object, column: str) -> object:
     """The value in a row's column; ValueError, with the reason, for a row without it."""
     if isinstance(row, ValueError):
         raise ValueError(f"it is damaged ({one_line(row)})")
@@ -252,7 +252,7 @@ def column_of(row: dict, column: str) -> object:
     return row[column]
 
 
-def text_of(row: dict, column: str) -> str:
+def text_of(row: object, column: str) -> str:
     """The text in a row's column; ValueError, with the reason, for a row without one."""
     value = column_of(row, column)
     if not isinstance(value, str):

@@ -25,6 +25,12 @@ import torch
 os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="disabled", OMP_NUM_THREADS="1")
 torch.set_num_threads(1)
 
+ROOT = Path(__file__).parent.parent
+if os.environ.get("TYPES"):  # each call in this process is checked against the annotations
+    import typeguard
+
+    typeguard.install_import_hook([path.stem for path in ROOT.glob("*.py")])
+
 import planted  # noqa: E402
 
 import dpo_gpt  # noqa: E402 - the environment comes first
@@ -37,7 +43,6 @@ from distributed import Ranks  # noqa: E402
 from gpt import GPTConfig, GPTModel  # noqa: E402
 from tokenization import END, train_tokenizer  # noqa: E402
 
-ROOT = Path(__file__).parent.parent
 PROVOKED: set[tuple[str, int]] = set()  # file and line of each InputError made so far in this process
 
 

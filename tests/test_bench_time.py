@@ -88,6 +88,7 @@ def test_what_is_missing_is_one_sentence(nanogpt, tmp_path):
     refused("needs --data_dir", bench_time.compare, Config(nanogpt=nanogpt), ALONE)
 
 
+@pytest.mark.slow
 def test_both_are_trained_on_the_same_data_and_the_margin_is_that_of_their_seconds(
     nanogpt, prepared_for_time, monkeypatch, capsys
 ):

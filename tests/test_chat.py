@@ -9,7 +9,6 @@ import shutil
 import signal
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, refused, run, small_model
@@ -29,6 +28,7 @@ def change_config(**fields):
     return lambda path: path.write_text(json.dumps(common.read_json(path) | fields))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("file", "damage", "words"),
     [
@@ -239,8 +239,9 @@ def test_a_piece_is_streamed_for_each_token_and_no_half_character_is_shown(talke
     _, tokenizer = talker
     ids = tokenizer("é漢", add_special_tokens=False).input_ids  # more tokens than characters
     assert len(ids) > 2
-    rows = SimpleNamespace(generate=lambda *_, **__: ([i] for i in [*ids, 2]))
-    pieces = list(chat.stream(rows, tokenizer, turns("hello"), chat.Config()))
+    model = small_model()
+    model.generate = lambda *_, **__: ([i] for i in [*ids, 2])
+    pieces = list(chat.stream(model, tokenizer, turns("hello"), chat.Config()))
     assert len(pieces) == len(ids) + 1 and pieces[-1] == ""
     assert [piece for piece in pieces if piece] == ["é", "漢"]
 
@@ -308,6 +309,7 @@ class Terminal:
         os.close(self.fd)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("environment", [{}, {"NO_COLOR": "1"}, {"TERM": "dumb"}])
 def test_on_a_terminal_there_are_colours_unless_they_are_unwanted(environment, roomy):
     with Terminal(f"--model={roomy}", "--max_new_tokens=2", **environment) as terminal:

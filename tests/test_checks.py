@@ -110,6 +110,7 @@ def test_a_disk_that_lacks_room_is_told_with_the_checkpoints_real_size(
     refused("at most 1 of", checks.main, config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", checks.SCRIPTS)
 def test_each_script_is_checked_by_its_name_and_flags_and_nothing_is_written(
     script, base_run, data_dir, chats, preferences, tmp_path

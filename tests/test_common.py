@@ -162,6 +162,7 @@ def test_other_errors_of_torch_keep_their_traceback(monkeypatch):
         run_script(main, Flags)
 
 
+@pytest.mark.slow
 def test_a_gpu_out_of_memory_in_a_step_ends_all_ranks_and_torchrun_does_not_try_again(data_dir, tmp_path):
     pytest.importorskip("torch", minversion="2.13", reason="torchrun has --shutdown_timeout since torch 2.13")
     config = pretrain_config(data_dir, tmp_path / "run", **SMALL)

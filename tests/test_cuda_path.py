@@ -83,6 +83,7 @@ def decoding(request) -> dict:
     return {"compiled": request.param} | found
 
 
+@pytest.mark.slow
 def test_decoding_multiplies_and_keeps_its_cache_in_bf16(decoding):
     assert decoding["cache"] == ["bfloat16 cuda"] and decoding["mixed"] == {}
     assert {types.split(": ")[1].partition(" at ")[0] for types in decoding["products"]} == {
@@ -114,6 +115,7 @@ def test_one_graph_serves_all_further_tokens_of_a_call_and_nothing_waits_in_it(d
         assert started[0] > 100 and len(set(started[1:])) == 1 and started[1] <= 8, started
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_one_graph_serves_all_blocks_and_nothing_is_compiled_later(script):
     found = on_fake_cuda("compiles", script=script)

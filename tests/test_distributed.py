@@ -52,6 +52,7 @@ def train_and_leave(ranks: Ranks, folder) -> None:
     ranks.leave()
 
 
+@pytest.mark.slow
 def test_ranks_that_leave_right_after_their_last_step_neither_hang_nor_abort(tmp_path):
     """When the wrapped model outlives `leave`, about one of ten runs of three ranks hangs."""
     assert in_ranks(train_and_leave, tmp_path) == [0, 0]
@@ -74,6 +75,7 @@ def ask_rank_0(ranks: Ranks, folder) -> None:
     ranks.leave()
 
 
+@pytest.mark.slow
 def test_what_rank_0_computes_or_refuses_is_known_to_all(tmp_path):
     assert in_ranks(ask_rank_0, tmp_path, world=3) == [0, 0, 0]
     assert (tmp_path / "computed").read_text() == "0 "
@@ -85,6 +87,7 @@ def ask_without_a_group(ranks: Ranks, _) -> None:
     assert ranks.from_main(lambda: time.sleep(0.2) or 7) == 7
 
 
+@pytest.mark.slow
 def test_the_others_wait_for_rank_0_without_a_collective_operation_which_would_time_out(tmp_path):
     assert in_ranks(ask_without_a_group, tmp_path) == [0, 0]
 
@@ -146,6 +149,7 @@ def work_at_two_speeds(ranks: Ranks, folder) -> None:
     ranks.leave()
 
 
+@pytest.mark.slow
 def test_rank_0_tells_which_rank_is_slow_and_its_host(tmp_path):
     assert in_ranks(work_at_two_speeds, tmp_path, world=3) == [0, 0, 0]
     assert (tmp_path / "told").read_text().startswith(f"rank 1 on {os.uname().nodename} is slow: ")

@@ -17,11 +17,13 @@ from safetensors.torch import load_file, save_file
 from test_parts import divided
 from transformers import AutoTokenizer
 
+import bench
 import bench_sft
 import chat
 import dpo_gpt
 import fake_cuda
 import pretrain_gpt
+import sft_gpt
 from checkpoint import Checkpoints
 from common import read_json
 from distributed import Ranks
@@ -68,10 +70,10 @@ def test_an_error_counts_as_provoked_where_it_was_made_and_nowhere_else(tmp_path
 
 def test_without_trl_the_comparison_with_it_is_refused(monkeypatch):
     monkeypatch.setattr(bench_sft, "find_spec", lambda name: None)
-    refused("TRL, which is not installed; pip install trl", bench_sft.compare, None, ALONE)
+    refused("TRL, which is not installed; pip install trl", bench_sft.compare, bench.Config(), ALONE)
     monkeypatch.setitem(sys.modules, "trl", None)
-    settings = {"recipe": None, "config": None, "bf16": False}
-    refused("TRL, which is missing .*; pip install trl", bench_sft.trl_trainer, None, [], 1, **settings)
+    settings = {"recipe": sft_gpt.Config(), "config": bench.Config(), "bf16": False}
+    refused("TRL, which is missing .*; pip install trl", bench_sft.trl_trainer, ROOT, [], 1, **settings)
 
 
 def test_flags_of_a_chat_that_exclude_each_other_are_refused(monkeypatch):

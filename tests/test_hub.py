@@ -405,6 +405,7 @@ def test_a_hub_model_fine_tunes_on_hub_data_to_the_same_bytes_as_on_local_copies
         assert tensor.equal(theirs.state_dict()[name]) and not tensor.equal(start[name])
 
 
+@pytest.mark.slow
 def test_a_dataset_that_changes_is_rendered_anew_but_a_run_keeps_the_commit_it_began_with(hub, run, tmp_path):
     model, commits = hub.folder / "models/someone/model", ("a" * 40, "b" * 40)
     for i, commit in enumerate(commits):

@@ -80,6 +80,7 @@ print((max(*seen, anonymous()) - seen[0]) / (4 * model.num_parameters()), len(se
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's count of memory")
 @pytest.mark.parametrize(
     ("dtype", "shard"), [(torch.float32, "5GB"), (torch.float16, "60MB"), (torch.bfloat16, "60MB")]

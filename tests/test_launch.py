@@ -132,6 +132,7 @@ def test_what_slurm_refuses_is_one_sentence_with_the_flags_that_mend_it(data_dir
     assert "Invalid account" in result.stderr and "--account=" in result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("steps", "state", "requeued", "status"),
     [

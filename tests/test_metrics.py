@@ -333,7 +333,7 @@ def test_torch_counts_the_same_flops_to_the_last_one(change):
 
 def test_the_mean_context_gives_the_flops_of_sequences_of_all_lengths():
     config, lengths = small_model().config, np.array([3, 5, 5, 60])
-    together = sum(n * flops_per_token(config, n) for n in lengths)
+    together = sum(n * flops_per_token(config, n) for n in lengths.tolist())
     assert lengths.sum() * flops_per_token(config, mean_context(lengths)) == pytest.approx(
         together, rel=1e-12
     )

@@ -235,6 +235,7 @@ def update_in_ranks(ranks: Ranks, folder) -> None:
     ranks.leave()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 3])
 def test_ranks_that_share_the_work_agree_bit_for_bit_and_with_one_rank_up_to_rounding(world, tmp_path):
     assert in_ranks(update_in_ranks, tmp_path, world=world) == [0] * world

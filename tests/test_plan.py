@@ -16,6 +16,7 @@ from conftest import ALONE, small_model
 import packing
 import plan
 import rehearsal
+import sft
 from checks import Run
 from common import InputError, parse_config
 from dpo import collate
@@ -40,6 +41,7 @@ def run(script: Path, *arguments: str) -> subprocess.CompletedProcess:
 # -- memory --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "optimizer, unit", [("muon", "windows"), ("adamw", "windows"), ("adamw", "rows"), ("muon", "pairs")]
 )
@@ -375,7 +377,7 @@ def test_the_steps_of_epochs_are_those_that_the_scripts_make():
             plan.steps_of_epochs(config, Run(GPTConfig(), 64, kind, 32, 0))
 
 
-class Lengths:
+class Lengths(sft.SFTDataset):
     """Conversations of which only the lengths matter."""
 
     def __init__(self, lengths: list[int]):

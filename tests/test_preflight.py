@@ -85,6 +85,7 @@ def plant_and_look(ranks, folder) -> None:
     ranks.leave()
 
 
+@pytest.mark.slow
 def test_over_gloo_other_versions_and_an_unshared_folder_are_found_and_nothing_is_left(tmp_path):
     (tmp_path / "data").mkdir()
     assert in_ranks(plant_and_look, tmp_path) == [0, 0]

@@ -2,6 +2,7 @@
 
 import re
 
+import pytest
 from conftest import conversation, refused, run, write_jsonl
 
 import preview
@@ -75,6 +76,7 @@ def test_text_that_looks_like_html_or_terminal_codes_is_shown_as_text(base_run, 
     assert not re.search("https?://", page)
 
 
+@pytest.mark.slow
 def test_a_terminal_gets_colours_and_a_pipe_none(base_run, tmp_path):
     assert for_terminal([("a", False), ("b", True)], True) == "a\033[32mb\033[0m"
     assert visible("a\tb\n") == "a\\tb\n"

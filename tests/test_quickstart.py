@@ -29,6 +29,7 @@ def run_quickstart(out: Path) -> str:
     return result.stdout
 
 
+@pytest.mark.slow
 def test_from_raw_text_to_a_chat_and_a_second_time_every_step_finds_its_result(tmp_path):
     printed = run_quickstart(tmp_path)
     assert not (tmp_path / "venv").exists()  # PYTHON is taken as it is

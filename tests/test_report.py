@@ -176,20 +176,26 @@ def test_a_report_that_fails_is_told_and_fails_no_run(tmp_path, capsys, monkeypa
     assert not told.out and not (folder / "report.html").exists()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ([], "0 folders were named; expected a run's folder, or two to compare"),
-        (["a", "b", "c"], "3 folders were named"),
-        (["nowhere"], "nowhere holds no metrics.jsonl with rows; name a training run's --out_dir"),
-    ],
-)
-def test_what_cannot_be_reported_is_one_sentence(arguments, words, tmp_path):
+WRONG = [
+    ([], "0 folders were named; expected a run's folder, or two to compare"),
+    (["a", "b", "c"], "3 folders were named"),
+    (["nowhere"], "nowhere holds no metrics.jsonl with rows; name a training run's --out_dir"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "words"), WRONG)
+def test_what_cannot_be_reported_is_refused(arguments, words):
     refused(re.escape(words), report.main, arguments)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("arguments", "words"), WRONG)
+def test_the_command_tells_what_cannot_be_reported_in_one_sentence(arguments, words, tmp_path):
     result = run("report.py", *arguments, cwd=tmp_path)
     assert (result.returncode, result.stdout) == (1, "") and result.stderr.startswith(f"error: {words}")
 
 
+@pytest.mark.slow
 def test_the_command_prints_where_the_page_is(tmp_path):
     folder = small_run(tmp_path / "a")
     result = run("report.py", str(folder))

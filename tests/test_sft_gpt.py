@@ -62,6 +62,7 @@ def render(folder, chats, tokenizer_dir, entered) -> None:
     sft.prepare_conversations(folder, slow(), tokenizer, max_length=64, val_fraction=0.2)
 
 
+@pytest.mark.slow
 def test_two_runs_that_want_the_same_data_render_it_once(chats, tokenizer_dir, tmp_path):
     spawn = multiprocessing.get_context("spawn")
     entered = [spawn.Event(), spawn.Event()]

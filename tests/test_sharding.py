@@ -114,6 +114,7 @@ def open_in_parts(ranks: Ranks, folder) -> None:
     ranks.leave()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_rank_opens_its_part_of_a_checkpoint(tied, tmp_path):
     small_model(tie_word_embeddings=tied).save_pretrained(tmp_path / "model")
@@ -124,6 +125,7 @@ def two_ranks_a_machine(_) -> None:
     os.environ["LOCAL_WORLD_SIZE"] = "2"
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_under_any_engine_and_number_of_ranks(data_dir, tmp_path, fresh):
     """Split over two ranks, then one rank, then split over four, then two with whole models."""
     straight = pretrain_config(data_dir, tmp_path / "straight", **SMALL)

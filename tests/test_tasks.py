@@ -141,6 +141,7 @@ def choices_in_ranks(ranks: Ranks, folder) -> None:
     ranks.leave()
 
 
+@pytest.mark.slow
 def test_the_choices_are_the_same_on_one_rank_and_on_two_of_whole_and_of_split_models(tmp_path):
     for world in (1, 2):
         (tmp_path / str(world)).mkdir()

@@ -201,6 +201,7 @@ def answer_together(ranks, folder) -> None:
     ranks.leave()
 
 
+@pytest.mark.slow
 def test_answers_do_not_depend_on_the_ranks_nor_on_splitting_the_model_and_a_rank_without_any_does_not_hang(
     tokenizer, tmp_path
 ):

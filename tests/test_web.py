@@ -170,6 +170,7 @@ def test_an_address_or_port_that_cannot_be_had_is_one_sentence():
             refused(f"cannot be served on --web_host={host} --port={port}", ChatServer, echo, **settings)
 
 
+@pytest.mark.slow
 def test_a_model_answers_over_http_and_ctrl_c_ends_the_server(base_run):
     flags = ["--web", "--port=0", "--max_new_tokens=8", "--temperature=0"]
     command = [sys.executable, str(ROOT / "chat.py"), f"--model={base_run}", *flags]
