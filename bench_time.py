@@ -66,7 +66,9 @@ def cosine(step: int, steps: int, rate: float) -> float:
     return rate * (0.1 + 0.45 * (1 + math.cos(math.pi * share)))
 
 
-def train_nanogpt(theirs, *, config: Config, rate: float, tokens: np.ndarray, vocab_size: int) -> tuple:
+def train_nanogpt(
+    theirs, *, config: Config, rate: float, tokens: np.ndarray, vocab_size: int, ranks: Ranks
+) -> tuple:
     """A model of theirs, trained as train.py does, and the median seconds of a step."""
     torch.manual_seed(0)
     T, C, heads = RECIPE.context_length, RECIPE.hidden_size, RECIPE.num_attention_heads
@@ -81,7 +83,9 @@ def train_nanogpt(theirs, *, config: Config, rate: float, tokens: np.ndarray, vo
             group["lr"] = cosine(step, config.their_steps, rate)
         starts = torch.randint(len(tokens) - T, (BATCH,)).tolist()
         rows = torch.from_numpy(np.stack([tokens[i : i + T + 1].astype(np.int64) for i in starts]))
-        model(rows[:, :-1], rows[:, 1:].contiguous())[1].backward()
+        with ranks.autocast():  # anew each step: it keeps the weights that it has cast
+            loss = model(rows[:, :-1], rows[:, 1:].contiguous())[1]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -104,10 +108,9 @@ def best_of_theirs(theirs, val: TokenLoader, *, config: Config, data_dir: str, r
     windows = val.first_windows(config.eval_windows, [1.0])[0]
     results = []
     for rate in RATES:
+        settings = {"rate": rate, "tokens": tokens, "vocab_size": val.vocab_size}
+        model, seconds = train_nanogpt(theirs, config=config, ranks=ranks, **settings)
         with ranks.autocast():
-            model, seconds = train_nanogpt(
-                theirs, config=config, rate=rate, tokens=tokens, vocab_size=val.vocab_size
-            )
             loss = their_loss(model, val, windows)
         print(f"    rate {rate:<6} {loss:.4f} nats/token, {1000 * seconds:.0f} ms a step", flush=True)
         results.append((loss, seconds * config.their_steps))

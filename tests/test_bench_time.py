@@ -3,12 +3,15 @@
 import re
 from dataclasses import replace
 
+import numpy as np
 import pytest
+import torch
 from conftest import ALONE, ROOT, refused
 
 import bench_time
 from bench import Config
 from common import parse_config
+from distributed import Ranks
 from pretrain_gpt import Config as Pretraining
 
 STAND_IN = """
@@ -33,13 +36,13 @@ class GPTConfig:
 class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.table = nn.Embedding(config.vocab_size, config.vocab_size)
+        self.table = nn.Linear(config.vocab_size, config.vocab_size, bias=False)
 
     def configure_optimizers(self, decay, rate, betas, device_type):
         return torch.optim.AdamW(self.parameters(), lr=rate, betas=betas, weight_decay=decay)
 
     def forward(self, x, y):
-        logits = self.table(x)
+        logits = self.table(F.one_hot(x, self.table.in_features).float())
         return logits, F.cross_entropy(logits.flatten(0, 1), y.flatten())
 """
 
@@ -71,6 +74,19 @@ def test_the_fewest_steps_are_found_from_any_start(needed, start):
 
     grains = -(-needed // bench_time.GRAIN) * bench_time.GRAIN
     assert bench_time.fewest_steps(reach, 5.0, start) == (grains, 5.0, grains / 10)
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
+def test_nanogpt_learns_in_each_type(kind, nanogpt):
+    tokens, ranks = np.arange(4000) % 16, Ranks(0, 1, torch.device("cpu"))
+    ranks.precision = kind
+    config = Config(their_steps=100)
+    settings = {"tokens": tokens, "vocab_size": 16, "ranks": ranks}
+    model, seconds = bench_time.train_nanogpt(
+        bench_time.nanogpt(nanogpt), config=config, rate=0.3, **settings
+    )
+    ids = torch.arange(16)
+    assert model(ids, (ids + 1) % 16)[1] < 0.5 and seconds > 0  # ln 16 = 2.8 before
 
 
 def test_the_schedule_rises_to_the_rate_and_falls_to_a_tenth():
