@@ -85,7 +85,7 @@ def test_nanogpt_learns_in_each_type(kind, nanogpt):
     model, seconds = bench_time.train_nanogpt(
         bench_time.nanogpt(nanogpt), config=config, rate=0.3, **settings
     )
-    ids = torch.arange(16)
+    ids = torch.arange(16)[None]
     assert model(ids, (ids + 1) % 16)[1] < 0.5 and seconds > 0  # ln 16 = 2.8 before
 
 
