@@ -214,7 +214,10 @@ def prepare(config: Config, tokenizer, *, T: int, files: str | list, ranks: Rank
 def main(config: Config) -> None:
     check(config)
     sources = data_sources(config.data)
-    parts, shares = source_configs(config, sources), [source.share or CYCLE for source in sources]
+    parts, shares = (
+        source_configs(config, sources),
+        [CYCLE if source.share is None else source.share for source in sources],
+    )
     ranks = join_ranks(config.device, config.out_dir, shard=config.shard, compile=config.compile)
     asked = ranks.from_main(lambda: read_questions(config.eval_tasks, config.eval_task_questions))
 

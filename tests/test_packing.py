@@ -142,6 +142,25 @@ def test_a_run_on_a_mix_reports_each_source_apart(base_run, chat_files, tmp_path
     assert "on 25.00% the conversations of talk.jsonl; 75.00% the conversations of facts.jsonl." in card
 
 
+def test_a_source_of_weight_zero_is_validated_and_adds_no_rows_to_an_epoch(base_run, chat_files, tmp_path):
+    rows = {}
+    for name, files, weights in (("one", chat_files[:1], [1]), ("zero", chat_files, [1, 0])):
+        config = mix_config(base_run, chat_files, tmp_path / name, max_steps=0, epochs=0.5)
+        column = config.column if len(files) > 1 else "messages"
+        sft_gpt.main(dataclasses.replace(config, data=mixed(files, weights), column=column))
+        rows[name] = read_records(tmp_path / name / "metrics.jsonl")[-1]
+    assert rows["zero"]["step"] == rows["one"]["step"]
+    assert rows["zero"]["epochs/facts.jsonl"] == 0 < rows["zero"]["epochs/talk.jsonl"]
+    assert (
+        rows["zero"]["val_loss"]
+        == rows["zero"]["val_loss/talk.jsonl"]
+        != rows["zero"]["val_loss/facts.jsonl"]
+    )
+    (last,) = (tmp_path / "zero").glob(f"step_*{rows['zero']['step']}")
+    card = (last / "README.md").read_text()
+    assert "100.00% the conversations of talk.jsonl." in card and "facts" not in card
+
+
 def test_a_killed_run_on_a_mix_ends_in_the_same_bytes_as_an_undisturbed_one(
     base_run, chat_files, tmp_path, fresh
 ):
