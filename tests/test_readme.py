@@ -113,7 +113,8 @@ def project(data_dir, base_run, chats, tokenizer_dir, tmp_path):
     for path in [*ROOT.glob("*.py"), *ROOT.glob("*.sh"), *ROOT.glob("*.html"), *ROOT.glob("*.yaml")]:
         shutil.copy(path, tmp_path)
     shutil.copy(ROOT / "requirements.txt", tmp_path)
-    shutil.copytree(ROOT / "evals", tmp_path / "evals")
+    for folder in ("evals", "presets"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
     (ROOT / "downloads").mkdir(exist_ok=True)
     (tmp_path / "downloads").symlink_to(ROOT / "downloads")
     tools = tmp_path / ".venv/bin"
