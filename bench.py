@@ -28,16 +28,17 @@ import pretrain_gpt
 import sft_gpt
 from checkpoint import Checkpoints, find_model
 from common import check_choice, run_script
-from distributed import Ranks, join_ranks, wrap
+from distributed import Ranks, join_ranks
 from generation import Int8Matrix
 from gpt import GPTConfig, GPTModel
 from huggingface import model_directory
 from loss import summed_loss
-from metrics import Metrics, flops_per_token, peak_flops
+from metrics import Metrics, flops_per_token
 from optim import Muon, make_optimizer, set_learning_rate
 from packing import collate
-from precision import DTYPES, has_bf16, settle_precision
+from precision import DTYPES, has_bf16, peak_flops, settle_precision
 from sft import render_batch, why_unusable
+from sharding import wrap
 from training import StepHistory, evaluate, forward_backward, targets_in
 
 

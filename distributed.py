@@ -20,7 +20,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from common import InputError
 
@@ -448,26 +447,6 @@ def usable_device(name: str) -> torch.device:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
-
-
-COMPILE = ("auto", "true", "false")
-
-
-def wrap(model: nn.Module, ranks: Ranks, compile: str) -> nn.Module:
-    """The model as a step calls it: compiled ("auto": only on CUDA), gradients averaged over ranks."""
-    wanted = compile == "true" or (compile == "auto" and ranks.device.type == "cuda")
-    torch._dynamo.config.recompile_limit = 32  # for rows of several lengths, in training and evaluation
-    if wanted:
-        model.compile_blocks()
-    if ranks.world > 1 and not ranks.sharded:
-        module = nn.parallel.DistributedDataParallel(
-            model,
-            device_ids=[ranks.device.index] if ranks.device.type == "cuda" else None,
-            gradient_as_bucket_view=True,
-        )
-        module.broadcast_buffers = False  # the argument has another name since torch 2.13
-        return module
-    return model
 
 
 class StopSignals:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from checkpoint import open_model, told_name, too_many_bad_steps
 from common import RESUMABLE, InputError, cache_folder, fingerprint, run_script
-from distributed import Ranks, join_ranks, wrap
+from distributed import Ranks, join_ranks
 from dpo import PreferenceModel, micro_batches, pairs_in, prepare_pairs, read_reference, reference_log_probs
 from metrics import flops_per_token, mean_context
 from optim import make_optimizer, schedule, set_learning_rate
@@ -24,6 +24,7 @@ from order import batch_order
 from report import report_end
 from resume import lock_and_resume, settle_commits, starting_point
 from sft import SFTDataset, preparation_notes, row_length
+from sharding import wrap
 from sources import source_rows
 from tokenization import tokenizer_fingerprint
 from training import (

@@ -30,7 +30,6 @@ if __name__ == "__main__":
         raise SystemExit(f"error: {error}") from None
 
 import torch
-import torch.distributed as dist
 
 import dpo_gpt
 import pretrain_gpt
@@ -38,9 +37,10 @@ import sft_gpt
 from checkpoint import checkpoint_bytes, most_checkpoints
 from checks import Run, check_data, find_run, room_problem, saving, take_script
 from distributed import Ranks
-from metrics import GPUS, Gpu, flops_per_token
+from metrics import flops_per_token
 from order import parse_sources
-from rehearsal import Footprint, Rehearsal, pretend_ranks, pretend_streams
+from precision import GPUS, Gpu
+from rehearsal import Footprint, Rehearsal, pretend_ranks
 from sharding import SHARD
 
 # Assumed. A process's CUDA context, NCCL's buffers and the allocator's gaps take the rest of a GPU's memory.
@@ -271,19 +271,10 @@ def in_passes(message: dict) -> bool:
 # -- the plan ------------------------------------------------------------------------------------------------
 
 
-def pretend(gpus: int, per_machine: int) -> None:
-    """The group of so many GPUs."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    if gpus > 1:
-        pretend_ranks(gpus, per_machine)
-        pretend_streams()
-
-
 def plan_of(config: Machines, gpus: int) -> dict:
     """All that is told about a run on so many GPUs."""
     run = planned_run(config, gpus)
-    pretend(gpus, config.gpus_per_machine)
+    pretend_ranks(gpus, config.gpus_per_machine)
     shares = Ranks(0, gpus, torch.device("cpu"), even_batches=True).share(
         range(run.step), config.micro_batch_size
     )

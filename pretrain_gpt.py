@@ -19,14 +19,14 @@ import torch
 from checkpoint import open_weights, told_name, too_many_bad_steps
 from common import RESUMABLE, run_script
 from data import TokenLoader, verified_manifests
-from distributed import join_ranks, wrap
+from distributed import join_ranks
 from gpt import GPTConfig, GPTModel
 from metrics import flops_per_token
 from optim import make_optimizer, schedule, set_learning_rate
 from order import parse_sources, validation_numbers
 from report import report_end
 from resume import lock_and_resume, new_phase, phase_start
-from sharding import shard_model
+from sharding import shard_model, wrap
 from tasks import read_questions, score
 from tokenization import load_tokenizer, tokenizer_fingerprint, vocabulary_size
 from training import Prefetcher, check_settings, evaluate, forward_backward, open_records, step_size

@@ -153,7 +153,12 @@ def pretend_streams() -> None:
 
 
 def pretend_ranks(world: int, per_machine: int) -> None:
-    """Become rank 0 of a group whose collective operations go nowhere."""
+    """Become rank 0 of so many, in a group whose collective operations go nowhere."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if world == 1:
+        return
+    pretend_streams()
     import torch.distributed._tools.fake_collectives  # noqa: F401, which registers them for fake tensors
     from torch.testing._internal.distributed.fake_pg import FakeStore
 

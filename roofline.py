@@ -29,9 +29,11 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 from bench import Config, model_of, optimizer_of
-from distributed import Ranks, wrap
-from metrics import GPUS, Gpu, flops_per_token
+from distributed import Ranks
+from metrics import flops_per_token
 from optim import set_learning_rate
+from precision import GPUS, Gpu
+from sharding import wrap
 from training import forward_backward
 
 # Shares of the peaks that good kernels reach; assumed, from what large products and copies reach on an H100:

@@ -19,7 +19,7 @@ import torch
 
 from checkpoint import open_model, told_name, too_many_bad_steps
 from common import RESUMABLE, cache_folder, check_choice, file_sha256, fingerprint, run_script
-from distributed import Ranks, join_ranks, wrap
+from distributed import Ranks, join_ranks
 from gpt import has_varlen
 from metrics import flops_per_token, mean_context
 from optim import make_optimizer, schedule, set_learning_rate
@@ -38,6 +38,7 @@ from packing import MixedLoader, PackedLoader
 from report import report_end
 from resume import lock_and_resume, settle_commits, starting_point
 from sft import OVERLONG, SFTDataset, preparation_notes, prepare_conversations, row_length
+from sharding import wrap
 from sources import column_of, source_rows
 from tasks import read_questions, score
 from tokenization import REASONING, TRAIN_ON, chat_template, tokenizer_fingerprint

@@ -1,4 +1,4 @@
-"""Models that are split over ranks by FSDP2: wrapping them, and what of a tensor lies on which rank."""
+"""A model on several ranks, whole (DDP) or split over them (FSDP2); which part of a tensor a rank has."""
 
 import os
 from collections.abc import Iterator
@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from distributed import Ranks
 
 SHARD = ("none", "full", "hybrid")
+COMPILE = ("auto", "true", "false")
 
 
 def shard_model(model: nn.Module, ranks: Ranks) -> nn.Module:
@@ -35,6 +36,23 @@ def shard_model(model: nn.Module, ranks: Ranks) -> nn.Module:
     for part in (*model.model.layers, model):
         fully_shard(part, mesh=mesh, mp_policy=policy)
     register_fsdp_forward_method(model, "next_logits")  # what generation calls
+    return model
+
+
+def wrap(model: nn.Module, ranks: Ranks, compile: str) -> nn.Module:
+    """The model as a step calls it: compiled ("auto": only on CUDA), gradients averaged over ranks."""
+    wanted = compile == "true" or (compile == "auto" and ranks.device.type == "cuda")
+    torch._dynamo.config.recompile_limit = 32  # for rows of several lengths, in training and evaluation
+    if wanted:
+        model.compile_blocks()
+    if ranks.world > 1 and not ranks.sharded:
+        module = nn.parallel.DistributedDataParallel(
+            model,
+            device_ids=[ranks.device.index] if ranks.device.type == "cuda" else None,
+            gradient_as_bucket_view=True,
+        )
+        module.broadcast_buffers = False  # the argument has another name since torch 2.13
+        return module
     return model
 
 

@@ -17,14 +17,14 @@ from torch import nn
 
 from checkpoint import Checkpoints
 from common import IGNORE, InputError, check_choice, check_numbers, read_records, write_records
-from distributed import COMPILE, Ranks, StopSignals
+from distributed import Ranks, StopSignals
 from generation import SAMPLING
 from gpt import GPTModel
-from metrics import WANDB, Metrics, Profiler, peak_flops
+from metrics import WANDB, Metrics, Profiler
 from optim import OPTIMIZERS
-from precision import DTYPES
+from precision import DTYPES, peak_flops
 from sft import prompt_ids, user_turn
-from sharding import SHARD, gradients_exchanged, whole
+from sharding import COMPILE, SHARD, gradients_exchanged, whole
 from tokenization import TURN_END
 
 

@@ -108,8 +108,8 @@ def fake_ranks():
 
 
 def wrapped(model, ranks, compile: str):
-    """distributed.wrap, with a hook for DDP's buckets: its own wants what the fake group cannot give."""
-    from distributed import wrap
+    """sharding.wrap, with a hook for DDP's buckets: its own wants what the fake group cannot give."""
+    from sharding import wrap
 
     module = wrap(model, ranks, compile)
 
@@ -270,8 +270,9 @@ def compiles(script: str) -> dict:
     """How often the blocks and the loss are compiled in the first step, in an evaluation, and afterwards."""
     from torch._dynamo.testing import CompileCounterWithBackend
 
-    from distributed import Ranks, wrap
+    from distributed import Ranks
     from dpo import pairs_in
+    from sharding import wrap
     from training import evaluate, forward_backward, targets_in
 
     Ranks.sum = lambda self, *values: [1.0] * len(values)  # Python reads no value of a fake tensor

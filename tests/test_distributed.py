@@ -13,7 +13,8 @@ from conftest import ALONE, ROOT
 
 import distributed
 from common import InputError
-from distributed import Ranks, wrap
+from distributed import Ranks
+from sharding import wrap
 
 
 def in_ranks(target, folder, world: int = 2, seconds: float = 60) -> list[int | None]:

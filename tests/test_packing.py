@@ -30,10 +30,11 @@ import gpt
 import sft
 import sft_gpt
 from common import IGNORE, InputError, read_records
-from distributed import Ranks, wrap
+from distributed import Ranks
 from order import data_sources, for_each, parse_sources
 from packing import MixedLoader, PackedLoader, collate, pack
 from sft import SFTDataset
+from sharding import wrap
 from training import forward_backward, targets_in
 
 T = 96

@@ -21,9 +21,9 @@ from checks import Run
 from common import InputError, parse_config
 from dpo import collate
 from gpt import GPTConfig
-from metrics import GPUS
 from plan import FineTuning, Preferences, exposed, largest_fitting, messages_of, notes_of, problems_of, rate
 from plan import Pretraining as Config
+from precision import GPUS
 from rehearsal import Footprint, Ledger, batch_of
 
 ROOT = Path(plan.__file__).parent

@@ -1,6 +1,8 @@
-"""What products are computed in: how it is chosen, and that a run keeps it."""
+"""What products are computed in: how it is chosen, and that a run keeps it. How fast a device is at best."""
 
 import dataclasses
+import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +12,16 @@ import precision
 import pretrain_gpt
 from checkpoint import newest_checkpoint
 from common import file_sha256, read_json, read_records, write_json
-from precision import ONEDNN, choose_precision, product_error, settle_precision
+from distributed import Ranks
+from precision import (
+    ONEDNN,
+    choose_precision,
+    known_peak,
+    measured_peak,
+    peak_flops,
+    product_error,
+    settle_precision,
+)
 
 CPU, WIDE = torch.device("cpu"), precision.has_wide_avx512
 KEPT = torch.get_float32_matmul_precision()
@@ -155,3 +166,86 @@ def test_a_checkpoint_that_says_nothing_of_precision_goes_on_in_fp32_on_a_cpu(da
     pretrain_gpt.main(dataclasses.replace(config, max_steps=4, dtype="auto", force=True))
     state = torch.load(newest_checkpoint(tmp_path) / "training_state.pt", weights_only=True)
     assert (state["step"], state["content"]["precision"]) == (4, "float32")
+
+
+# -- the peak of a device ------------------------------------------------------------------------------------
+
+NAMES = {
+    "NVIDIA A100-SXM4-40GB": 312,
+    "NVIDIA A100-SXM4-80GB": 312,
+    "NVIDIA A100-PCIE-40GB": 312,
+    "NVIDIA A100 80GB PCIe": 312,
+    "NVIDIA H100 80GB HBM3": 989.4,
+    "NVIDIA H100 PCIe": 756,
+    "NVIDIA H100 NVL": 835.5,
+    "NVIDIA H200": 989.4,
+    "NVIDIA H200 NVL": 835.5,
+    "NVIDIA GH200 480GB": 989.4,
+    "NVIDIA B200": 2250,
+    "NVIDIA GB200": 2500,
+    "NVIDIA L4": 121,
+    "NVIDIA L40": 181,
+    "NVIDIA L40S": 362,
+    "NVIDIA A10": 125,
+    "NVIDIA A10G": 70,
+    "NVIDIA RTX A6000": 154.8,
+    "NVIDIA GeForce RTX 4090": 165.2,
+}
+STRANGERS = [
+    "NVIDIA A100-SXM4-40GB MIG 1g.5gb",
+    "NVIDIA A100-SXM-64GB",  # a supercomputer's own, with more multiprocessors
+    "NVIDIA H20",
+    "NVIDIA GeForce RTX 4090 D",
+    "NVIDIA GeForce RTX 4090 Laptop GPU",
+    "NVIDIA GeForce RTX 3090 Ti",
+    "Quadro RTX 6000",
+    "AMD Instinct MI300X",
+    "",
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_gpus_name_fits_one_entry_of_the_peaks_wherever_that_stands(name):
+    fitting = [p for p in precision.PEAKS if re.fullmatch(p, name.removeprefix("NVIDIA "))]
+    assert len(fitting) == 1 and known_peak(name) == NAMES[name] * 1e12
+
+
+@pytest.mark.parametrize("name", STRANGERS)
+def test_a_gpu_that_is_like_a_known_one_has_no_peak(name):
+    assert known_peak(name) is None
+
+
+@pytest.mark.parametrize("name", precision.GPUS)
+def test_each_gpu_that_can_be_planned_for_has_a_known_peak(name):
+    gpu = precision.GPUS[name]
+    assert gpu.flops == NAMES[f"NVIDIA {gpu.name}"] * 1e12
+
+
+def test_an_unknown_peak_is_told_by_rank_0_and_gives_none(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H20")
+    for rank, told in ((0, 1), (1, 0)):
+        assert peak_flops(Ranks(rank, 2, torch.device("cuda:0")), torch.bfloat16) is None
+        assert capsys.readouterr().out.count("the bfloat16 peak of NVIDIA H20 is not known") == told
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    h200 = Ranks(0, 1, torch.device("cuda:0"))
+    assert peak_flops(h200, torch.bfloat16) == 989.4e12 and capsys.readouterr().out == ""
+    assert peak_flops(h200, torch.float32) is None  # the table is of bf16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_cpus_peak_is_that_of_its_fastest_product(dtype, monkeypatch):
+    """By a clock that stands still but in products, at 100 GFLOP/s for small matrices and 200 for large."""
+    clock, product = SimpleNamespace(now=0.0), torch.Tensor.__matmul__
+
+    def timed_product(x, y):
+        assert x.dtype == y.dtype == dtype
+        clock.now += 2 * len(x) ** 3 / (1e11 if len(x) < 512 else 2e11)
+        return product(x[:1], y)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", timed_product)
+    monkeypatch.setattr(precision.time, "perf_counter", lambda: clock.now)
+    assert measured_peak(dtype) == pytest.approx(2e11) and 0.1 < clock.now < 0.2
+
+
+def test_on_a_cpu_the_peak_is_measured():
+    assert 1e8 < peak_flops(ALONE, torch.float32) < 1e15

@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from test_distributed import in_ranks
 
 from checkpoint import newest_checkpoint, open_weights
-from distributed import Ranks, wrap
+from distributed import Ranks
 from optim import make_optimizer, set_learning_rate
-from sharding import own_numbers, own_rows, shard_model, whole
+from sharding import own_numbers, own_rows, shard_model, whole, wrap
 from training import StepHistory, forward_backward
 
 TARGETS = 8 * 32 - sum(4 * row for row in range(8))
