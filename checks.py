@@ -34,7 +34,7 @@ SCRIPTS = {"pretrain_gpt.py": pretrain_gpt, "sft_gpt.py": sft_gpt, "dpo_gpt.py":
 USUAL_VOCABULARY = 49_152  # SmolLM2's, where nothing tells another
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Run:
     """What is known of a run before it starts."""
 
@@ -63,9 +63,10 @@ def find_run(config, ranks: int) -> Run | None:
         return None
     T = row_length(config.max_length, shape.max_position_embeddings)
     if tunes is dpo_gpt:
-        return Run(shape, T, "pairs", dpo_gpt.step_pairs(config.batch_pairs, ranks), config.max_steps)
+        pairs = dpo_gpt.step_pairs(config.batch_pairs, ranks)
+        return Run(shape=shape, T=T, unit="pairs", step=pairs, max_steps=config.max_steps)
     rows = step_size(config.batch_tokens, T, ranks, unit="rows", flag="max_length")
-    return Run(shape, T, "rows", rows, config.max_steps)
+    return Run(shape=shape, T=T, unit="rows", step=rows, max_steps=config.max_steps)
 
 
 def pretraining(config: pretrain_gpt.Config, ranks: int) -> Run | None:
@@ -79,7 +80,7 @@ def pretraining(config: pretrain_gpt.Config, ranks: int) -> Run | None:
     if config.init_from:
         check_shape(config.init_from, shape, flags)
         shape.max_position_embeddings = max(T, shape.max_position_embeddings)
-    return Run(shape, T, "windows", windows, config.max_steps)
+    return Run(shape=shape, T=T, unit="windows", step=windows, max_steps=config.max_steps)
 
 
 def opened_shape(model: str, out_dir: str) -> GPTConfig | None:

@@ -103,13 +103,13 @@ def layer_weights(block: nn.Module, **layout) -> LayerWeights:
         q_norm, k_norm = whole(attention.q_norm.weight), whole(attention.k_norm.weight)
         norms = torch.cat((q_norm.expand(H, -1), k_norm.expand(G, -1)))
     return LayerWeights(
-        whole(block.input_layernorm.weight),
-        joined(attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight, **layout),
-        norms,
-        joined(attention.o_proj.weight, **layout),
-        whole(block.post_attention_layernorm.weight),
-        joined(mlp.gate_proj.weight, mlp.up_proj.weight, **layout),
-        joined(mlp.down_proj.weight, **layout),
+        attention_norm=whole(block.input_layernorm.weight),
+        qkv=joined(attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight, **layout),
+        qk_norm=norms,
+        o=joined(attention.o_proj.weight, **layout),
+        mlp_norm=whole(block.post_attention_layernorm.weight),
+        gate_up=joined(mlp.gate_proj.weight, mlp.up_proj.weight, **layout),
+        down=joined(mlp.down_proj.weight, **layout),
     )
 
 

@@ -70,14 +70,8 @@ class Metrics:
         self.scores = {}  # of benchmarks: the last of each, with its step
         self.wandb_id = state["wandb_id"] if state else None  # kept while wandb is off
         self.seconds, self.steps, self.tokens = 0.0, 0, 0  # since the last report
-        if ranks.is_main:  # rows of later steps are made again
-            rows = [row for row in read_records(self.path) if row["step"] <= start]
-            write_records(self.path, rows)
-            self.row_at = self.path.stat().st_size
-            for row in rows:
-                self.note_points(row)
-            if rows and rows[-1]["step"] == start:  # it may grow
-                self.row, self.row_at = rows[-1], self.row_at - len(line_of(rows[-1]))
+        if ranks.is_main:
+            self.keep_rows(start)
         note = Path(out_dir) / "wandb_id"  # a run may die before its first checkpoint
         if running and self.wandb_id is None and note.exists():
             self.wandb_id = note.read_text()
@@ -90,6 +84,16 @@ class Metrics:
         if state:
             done = start >= max_steps
             ranks.print(f"{state['path']} is finished" if done else f"continuing from {state['path']}")
+
+    def keep_rows(self, start: int) -> None:
+        """Go on after the rows up to a step; those of later steps are made again."""
+        rows = [row for row in read_records(self.path) if row["step"] <= start]
+        write_records(self.path, rows)
+        self.row_at = self.path.stat().st_size
+        for row in rows:
+            self.note_points(row)
+        if rows and rows[-1]["step"] == start:  # it may grow
+            self.row, self.row_at = rows[-1], self.row_at - len(line_of(rows[-1]))
 
     def note_run(self, settings: dict) -> None:
         """Write run.json: how the run was started, and on what."""

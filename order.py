@@ -189,6 +189,7 @@ def validation_numbers(
     shares: Sequence[float],
     counts: Sequence[int],
     sums: Sequence[tuple[float, float, int]],
+    *,
     text_bytes: Sequence[int] | None = None,
 ) -> dict[str, float]:
     """The losses of a validation, from what `evaluate` gave for `counts` samples of each source: with the

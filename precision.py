@@ -181,6 +181,7 @@ class Gpu:
 # Multiprocessors from the architectures' whitepapers. The network is that of the DGX H100, H200, A100 and
 # B200, a 400 Gb/s port for each GPU (A100: 200); for the L4 100 Gb/s for a machine of eight, assumed.
 GPUS = {
+    # name, bandwidth, memory, capability, processors, link, network
     "h100": Gpu("H100 80GB HBM3", 3.35e12, 79.2, (9, 0), 132, 450e9, 50e9),
     "h200": Gpu("H200", 4.8e12, 139.8, (9, 0), 132, 450e9, 50e9),
     "a100": Gpu("A100-SXM4-80GB", 2.039e12, 79.2, (8, 0), 108, 300e9, 25e9),

@@ -268,7 +268,7 @@ def main(config: Config) -> None:
             sums = [evaluate(module, part, ranks) for part in batches]
             metrics.log(step, **train.epochs(step * windows_per_step))
             counts = [len(part) for part in val_windows]
-            numbers = validation_numbers(train.names, train.shares, counts, sums, val_bytes)
+            numbers = validation_numbers(train.names, train.shares, counts, sums, text_bytes=val_bytes)
             metrics.validated(step, **numbers)
             if config.samples and (ranks.is_main or ranks.sharded):
                 with ranks.autocast():

@@ -194,6 +194,19 @@ def count_instead_of_compiling(meter: Meter) -> None:
     GraphLowering._compile_to_module = compile_to_module
 
 
+class NoDevice:
+    """torch.cuda.device, where there is none to make the current one."""
+
+    def __init__(self, *_):
+        pass
+
+    def __enter__(self):
+        pass
+
+    def __exit__(self, *_):
+        pass
+
+
 def pretend(gpu: Gpu) -> None:
     """Answer what Inductor asks a driver about its GPU."""
     import torch._subclasses.fake_tensor as fake_tensor
@@ -218,16 +231,6 @@ def pretend(gpu: Gpu) -> None:
         pci_bus_id=0,
     )
 
-    class Device:
-        def __init__(self, *_):
-            pass
-
-        def __enter__(self):
-            pass
-
-        def __exit__(self, *_):
-            pass
-
     def answer(value):  # each a function of its own, as torch's compiler wants them
         return lambda *_: value
 
@@ -244,7 +247,7 @@ def pretend(gpu: Gpu) -> None:
     for key in ("is_available", "device_count", "current_device", "get_device_properties"):
         setattr(CudaInterface, key, staticmethod(getattr(torch.cuda, key)))
     CudaInterface.exchange_device = CudaInterface.maybe_exchange_device = staticmethod(answer(0))
-    CudaInterface.device = torch.cuda.device = torch.cuda._DeviceGuard = Device
+    CudaInterface.device = torch.cuda.device = torch.cuda._DeviceGuard = NoDevice
     for key in ("getDevice", "exchangeDevice", "maybeExchangeDevice", "getCurrentRawStream"):
         setattr(torch._C, f"_cuda_{key}", answer(0))
 

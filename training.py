@@ -117,13 +117,8 @@ def open_records(
         keep_last=settings["keep_last"],
         keep_every=settings["keep_every"],
     )
-    return (
-        history,
-        metrics,
-        checkpoints,
-        StopSignals(),
-        Profiler(settings["profile"], settings["out_dir"], ranks),
-    )
+    profiler = Profiler(settings["profile"], settings["out_dir"], ranks)
+    return history, metrics, checkpoints, StopSignals(), profiler
 
 
 def targets_in(batch: dict) -> torch.Tensor:

@@ -423,7 +423,7 @@ def test_validation_reads_of_each_source_its_share_of_the_windows_and_at_least_o
 def test_the_validation_loss_of_a_mix_is_that_of_a_token_drawn_by_the_shares():
     """A source that has too few windows for its share counts no less."""
     numbers = validation_numbers(
-        ["web", "math"], [0.75, 0.25], [5, 1], [(300.0, 0, 100), (40.0, 0, 20)], [400, 50]
+        ["web", "math"], [0.75, 0.25], [5, 1], [(300.0, 0, 100), (40.0, 0, 20)], text_bytes=[400, 50]
     )
     assert numbers["val_loss/web"] == 3.0 and numbers["val_loss/math"] == 2.0
     assert numbers["val_loss"] == pytest.approx(0.75 * 3.0 + 0.25 * 2.0)
@@ -431,7 +431,7 @@ def test_the_validation_loss_of_a_mix_is_that_of_a_token_drawn_by_the_shares():
     assert numbers["val_bpb"] == pytest.approx(2.75 / math.log(2) / bytes_per_token)
     own = [numbers["val_bpb/web"], numbers["val_bpb/math"]]
     assert own == pytest.approx([3.0 / math.log(2) / 4.0, 2.0 / math.log(2) / 2.5])
-    assert validation_numbers(["web"], [1.0], [7], [(300.1, 0, 77)], [401]) == {
+    assert validation_numbers(["web"], [1.0], [7], [(300.1, 0, 77)], text_bytes=[401]) == {
         "val_loss": 300.1 / 77,
         "val_bpb": 300.1 / math.log(2) / 401,
     }

@@ -350,31 +350,42 @@ def test_memory_that_does_not_suffice_names_the_flag_that_helps():
 
 def test_notes_tell_what_a_step_really_computes_and_waits_for():
     shape = GPTConfig()
-    assert notes_of(outcome(), Run(shape, 1024, "windows", 256, 9), Config(batch_tokens=256 * 1024)) == []
+    assert (
+        notes_of(
+            outcome(),
+            Run(shape=shape, T=1024, unit="windows", step=256, max_steps=9),
+            Config(batch_tokens=256 * 1024),
+        )
+        == []
+    )
     rest, padding, waiting = notes_of(
         outcome(tokens_per_step=240 * 1024, waiting_seconds_per_step=0.25),
-        Run(shape, 1024, "windows", 240, 9),
+        Run(shape=shape, T=1024, unit="windows", step=240, max_steps=9),
         Config(batch_tokens=246_000),
     )
     assert "a step has 245,760 tokens" in rest and "6.2% of the compute is padding" in padding
     assert "25% of the time; raise --batch_tokens" in waiting
-    (left_out,) = notes_of(outcome(unit="pairs"), Run(shape, 1024, "pairs", 256, 9), Preferences(max_steps=9))
+    (left_out,) = notes_of(
+        outcome(unit="pairs"),
+        Run(shape=shape, T=1024, unit="pairs", step=256, max_steps=9),
+        Preferences(max_steps=9),
+    )
     assert "the reference pass over all pairs is left out" in left_out
 
 
 def test_the_steps_of_epochs_are_those_that_the_scripts_make():
-    run = Run(GPTConfig(), 64, "rows", 32, 0)
+    run = Run(shape=GPTConfig(), T=64, unit="rows", step=32, max_steps=0)
     config = FineTuning(epochs=2.5, data_tokens=1000 * 64 - 5)
     loader = packing.PackedLoader(Lengths([64] * 1000), row_length=64, rows_per_step=32, seed=0)
     steps, rows = plan.steps_of_epochs(config, run)
     assert steps == math.ceil(2.5 * loader.steps_per_epoch) and rows == loader.most_rows
-    run = Run(GPTConfig(), 64, "pairs", 32, 0)
+    run = Run(shape=GPTConfig(), T=64, unit="pairs", step=32, max_steps=0)
     assert plan.steps_of_epochs(Preferences(epochs=2.5, pairs=1000), run) == (math.ceil(2500 / 32), 32)
     assert plan.steps_of_epochs(Preferences(epochs=3.0, pairs=20), run) == (3, 20)
     for config, flag in ((FineTuning(), "data_tokens"), (Preferences(), "pairs")):
         kind = "pairs" if flag == "pairs" else "rows"
         with pytest.raises(InputError, match=f"--epochs=2 makes depends on the data; give --{flag} or --max"):
-            plan.steps_of_epochs(config, Run(GPTConfig(), 64, kind, 32, 0))
+            plan.steps_of_epochs(config, Run(shape=GPTConfig(), T=64, unit=kind, step=32, max_steps=0))
 
 
 class Lengths(sft.SFTDataset):
