@@ -7,8 +7,8 @@
 Each comparison runs its candidates in turn, `rounds` times, and prints the median; a warm-up comes first.
 """
 
-import copy
 import math
+import os
 import statistics
 import subprocess
 import sys
@@ -44,7 +44,7 @@ from training import StepHistory, evaluate, forward_backward, targets_in
 
 @dataclass
 class Config:
-    only: str = "all"  # loss, step, optimizer, generate, save, sft; also roofline, time_to_loss
+    only: str = "all"  # loss, step, memory, optimizer, generate, save, sft; also roofline, time_to_loss
     rounds: int = 7  # times that each candidate runs
     vocab_size: int = 4096  # ids of the tokenizer
     hidden_size: int = 256  # width of the residual stream
@@ -186,45 +186,89 @@ def bench_loss(config: Config, ranks: Ranks) -> None:
         print(f"  {name:44} {largest.bytes / 2**20:9.1f} MiB in its largest tensor")
 
 
+def their_model(config: Config, device: torch.device) -> torch.nn.Module:
+    """Hugging Face's model of the same shape: a Qwen3."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    fields = model_of(config, torch.device("meta")).config.to_hf()
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields)).to(device)
+
+
+def step_of(model: torch.nn.Module, config: Config, ranks: Ranks) -> Callable[[], None]:
+    """What makes a training step of a model, ours or Hugging Face's, on random tokens."""
+    B, T = config.micro_batch_size, config.context_length
+    ids = torch.randint(config.vocab_size, (B, T + 1), device=ranks.device)
+    optimizer = optimizer_of(model, config.optimizer, config, ranks)
+    set_learning_rate(optimizer, 1.0)
+    if isinstance(model, GPTModel):
+        batch = {"input_ids": ids[:, :-1], "targets": ids[:, 1:]}
+        return partial(training_step, model, optimizer, [batch], lr_scale=1.0, ranks=ranks)
+
+    def their_step() -> None:
+        with ranks.autocast():
+            loss = model(input_ids=ids[:, :-1], labels=ids[:, :-1]).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return their_step
+
+
 def bench_step(config: Config, ranks: Ranks) -> None:
     """A training step, against Hugging Face's Qwen3 of the same shape with the same optimizer, and the share
     of the device's peak that each reaches."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    ours = model_of(config, ranks.device)
-    fields = ours.config.to_hf()
-    theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields)).to(ranks.device)
     B, T = config.micro_batch_size, config.context_length
-    ids = torch.randint(config.vocab_size, (B, T + 1), device=ranks.device)
-    optimizers = [optimizer_of(model, config.optimizer, config, ranks) for model in (ours, theirs)]
-
-    def their_step():
-        with ranks.autocast():
-            loss = theirs(input_ids=ids[:, :-1], labels=ids[:, :-1]).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
-        optimizers[1].step()
-        optimizers[1].zero_grad()
-
-    def our_step(module, optimizer):
-        batch = {"input_ids": ids[:, :-1], "targets": ids[:, 1:]}
-        training_step(module, optimizer, [batch], lr_scale=1.0, ranks=ranks)
-
-    set_learning_rate(optimizers[1], 1.0)
-    compiled = copy.deepcopy(ours)
+    ours, compiled = (model_of(config, ranks.device) for _ in range(2))
     compiled.compile_blocks()
-    optimizers.append(optimizer_of(compiled, config.optimizer, config, ranks))
-    candidates = {
-        "GPTModel": lambda: our_step(ours, optimizers[0]),
-        "GPTModel, compiled": lambda: our_step(compiled, optimizers[2]),
-        f"transformers {fields['architectures'][0]}": their_step,
-    }
+    models = {"GPTModel": ours, "GPTModel, compiled": compiled}
+    models["transformers Qwen3"] = their_model(config, ranks.device)
+    candidates = {name: step_of(model, config, ranks) for name, model in models.items()}
     title = f"step of {ours.num_parameters():,} parameters, B={B} T={T}, {config.optimizer}"
     seconds = medians(candidates, config.rounds, ranks.device)
     report(title, seconds, B * T, "tok/s")
     peak = peak_flops(ranks, ranks.dtype)
     for name, each in seconds.items() if peak else ():
         print(f"  {name:44} {100 * B * T * flops_per_token(ours.config, T) / each / peak:9.1f}% MFU")
+
+
+def most_memory(run: Callable[[], None], device: torch.device) -> int:
+    """The most bytes that tensors take while something runs, as torch's allocator counts them."""
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        return torch.cuda.max_memory_allocated(device) - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the profiler tells when it starts and stops
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profiled:
+        run()
+    changes = [e.nbytes() for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(np.cumsum(changes))
+
+
+def bench_memory(config: Config, ranks: Ranks) -> None:
+    """The memory of a training step: weights, gradients, the optimizer's state and activations, against
+    Hugging Face's Qwen3 of the same shape with the same optimizer."""
+    B, T = config.micro_batch_size, config.context_length
+
+    def two_steps(make: Callable, checkpoint_activations: bool = False) -> None:
+        model = make(config, ranks.device)
+        model.checkpoint_activations = checkpoint_activations
+        step = step_of(model, config, ranks)
+        step()
+        step()  # with the optimizer's state from its beginning on
+
+    print(f"\nmemory of a step, B={B} T={T} V={config.vocab_size}, {config.optimizer}")
+    candidates = {
+        "transformers Qwen3": partial(two_steps, their_model),
+        "GPTModel": partial(two_steps, model_of),
+        "GPTModel, activations computed again": partial(two_steps, model_of, True),
+    }
+    memory = {name: most_memory(run, ranks.device) for name, run in candidates.items()}
+    for name, most in memory.items():
+        print(f"  {name:44} {most / 1e9:9.2f} GB  {most / memory['transformers Qwen3']:5.2f} x the memory")
 
 
 def bench_optimizer(config: Config, ranks: Ranks) -> None:
@@ -392,6 +436,7 @@ def bench_roofline(config: Config, ranks: Ranks) -> None:
 BENCHMARKS = {
     "loss": bench_loss,
     "step": bench_step,
+    "memory": bench_memory,
     "optimizer": bench_optimizer,
     "generate": bench_generate,
     "save": bench_save,
