@@ -4,9 +4,9 @@
     python bench.py --only=time_to_loss --nanogpt=nanoGPT --data_dir=data/mine
 
 nanoGPT trains with each of four rates, as it is shipped and, where a CPU has bf16, under autocast. The best
-last loss is the target. Ours then trains with fewer and fewer steps, for as long as its last loss reaches the
-target. Counted is the time of the steps: median seconds of a step times their number, without evaluations.
-This takes a quarter of an hour a dataset and more.
+last loss is the target. Ours then looks for the fewest steps whose last loss reaches it. Only steps are
+timed: the median seconds of a step times the number of steps, without evaluations. This takes a quarter of an
+hour a dataset and more.
 """
 
 import contextlib
@@ -148,7 +148,7 @@ def fewest_steps(reach: Callable[[int], tuple[float, float]], target: float, sta
 
 
 def speedups(target: float, seconds: float, *, config: Config, **settings) -> list[float]:
-    """How many times faster than in so many seconds ours reaches a loss, for each seed."""
+    """For each seed `seconds`, nanoGPT's, divided by those in which ours reaches the target."""
     found, start = [], 6 * GRAIN
     for seed in range(config.seeds):
         reach = partial(run_ours, config=config, seed=seed, **settings)

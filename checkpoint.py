@@ -1,4 +1,4 @@
-"""Checkpoints: writing them so that no crash can lose one, telling whole ones from damaged ones, resuming.
+"""Checkpoints: writing them so that no crash loses one, telling whole from damaged ones, opening models.
 
 out_dir/step_0000123/    config.json, model.safetensors, tokenizer files: a Hugging Face model directory
                          training_state.pt: the optimizer and all else that a run needs to go on

@@ -84,8 +84,8 @@ def pretraining(config: pretrain_gpt.Config, ranks: int) -> Run | None:
 
 
 def opened_shape(model: str, out_dir: str) -> GPTConfig | None:
-    """The shape of the model that a run opens: of its own newest checkpoint or, when it starts, of the one
-    that it starts from. None of a hub id that is still to be downloaded."""
+    """The shape of the model that a run opens: its own newest checkpoint or, without one, the `model` that it
+    starts from. None for a hub id that is not downloaded yet."""
     fields = model_fields(out_dir if saved_in(Path(out_dir)) else model)
     return fields and GPTConfig.from_hf(fields)
 

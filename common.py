@@ -1,4 +1,4 @@
-"""What every room needs: the user's mistakes, the command line, small helpers for files."""
+"""What all scripts need: the user's mistakes, the command line, small helpers for files."""
 
 import ast
 import dataclasses
@@ -339,8 +339,8 @@ LONGEST_WAIT = 60.0  # seconds, whatever a hub asks for
 
 
 def patiently(ask: Callable):
-    """What a request to the hub gives. One that the hub was too busy for, or hung up on, is sent again: after
-    as many seconds as it says, or after 1, 2, 4 and 8."""
+    """The result of a request to the hub. If the hub is busy or hangs up, the request is sent again: after as
+    many seconds as the hub says, or else after 1, 2, 4 and 8."""
     for number in range(TRIES):
         try:
             return ask()

@@ -35,8 +35,8 @@ class Ranks:
     watchdog: "Watchdog | None" = None
     answers: int = 0  # that rank 0 has given so far
     shard: str = "none"  # how parameters are split over the ranks: none, full or hybrid
-    # All micro-batches have one shape, and all ranks as many: nothing is compiled twice, and the ranks of a
-    # split model compute together. On a CPU that does neither, smaller batches are faster.
+    # All micro-batches have one shape, and all ranks equally many. Then nothing is compiled twice, and the
+    # ranks of a split model compute together. On a CPU without either, smaller batches are faster.
     even_batches: bool = False
     precision: str = ""  # what products are computed in, see precision.py; at first bfloat16 on CUDA only
 
@@ -116,8 +116,8 @@ class Ranks:
         return values.tolist()
 
     def slow_one(self) -> str | None:
-        """Which rank keeps the others waiting, if one does: for the second time in a row its own work took
-        SLOW times the median rank's. All ranks ask together; rank 0 gets the answer."""
+        """A sentence about the rank that keeps the others waiting, or None. Twice in a row its own work took
+        over SLOW times the median rank's. All ranks call this together; only rank 0 gets the sentence."""
         seconds = self.each(self.own_work.take())
         median, slowest = statistics.median_low(seconds), max(seconds)
         before, self.slow = self.slow, seconds.index(slowest) if slowest > SLOW * median else None
@@ -135,10 +135,10 @@ class Ranks:
             dist.barrier()
 
     def from_main(self, compute: Callable):
-        """What `compute` gives on rank 0, a JSON value, on all ranks; it runs there only.
+        """Run `compute` on rank 0 only; return its result, a JSON value, on all ranks.
 
-        The others ask for it every moment. So they wait as long as rank 0 needs; a collective operation would
-        time out. After an InputError of rank 0 they end, too.
+        The others poll for it. So they wait as long as rank 0 needs; a collective operation would time out.
+        If rank 0 raises InputError, they end, too.
         """
         if self.world == 1:
             return compute()
@@ -250,7 +250,7 @@ class OwnWork:
         self.began = self.now()
 
     def end(self) -> None:
-        """The work that has begun ends here; at later calls in the same step nothing does."""
+        """End the work that has begun. Later calls in the same step do nothing."""
         if self.began is not None:
             self.spans.append((self.began, self.now()))
             self.began = None

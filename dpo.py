@@ -180,10 +180,12 @@ class PreferenceModel(nn.Module):
         reference: torch.Tensor | None = None,
         per_token: bool = False,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """Log-probabilities (2P,) of the answers in rows (2P, T), chosen and rejected in turn; or, with those
-        of the reference (2P,), the pairs' summed loss in nats; with per_token, named as in GPTModel, each
-        pair's loss (P,) and whether the chosen answer gained more on the reference than the other (P,): 1, 0,
-        or ½ if both gained the same."""
+        """Log-probabilities (2P,) of the answers in rows (2P, T), chosen and rejected in turn.
+
+        With the reference's (2P,): the pairs' summed loss in nats. With per_token, named as in GPTModel, too:
+        each pair's loss (P,), and whether the chosen answer gained more on the reference than the rejected
+        one (P,): 1, 0, or ½ for a tie.
+        """
         log_probs = -self.policy(input_ids, targets, per_token=True)[0].sum(1)
         if reference is None:
             return log_probs

@@ -92,7 +92,7 @@ class Config:
 
 
 def check(config: Config) -> None:
-    """Raise InputError for settings that can mean nothing, before anything is read."""
+    """Raise InputError for invalid settings, before anything is read."""
     check_settings(asdict(config), positive=("beta", "epochs", "batch_pairs", "max_new_tokens"))
 
 

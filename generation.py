@@ -80,11 +80,11 @@ def product(x: torch.Tensor, matrix: torch.Tensor | Int8Matrix) -> torch.Tensor:
 def joined(
     *weights: torch.Tensor, dtype: torch.dtype, for_vectors: bool, int8: bool
 ) -> torch.Tensor | Int8Matrix:
-    """Matrices (out, in) on top of each other; a single one that is as wanted is not copied.
+    """Matrices (out, in) concatenated by rows. A single one in the right type and layout is not copied.
 
-    For products with single vectors a matrix with more rows than columns is stored by columns: a CPU then
-    reads it up to twice as fast. In int8 it has a quarter of the bytes. torch's kernel for that needs whole
-    blocks of 64; other matrices stay as they are.
+    `for_vectors`: a matrix with more rows than columns is stored by columns. A CPU multiplies that by a
+    single vector up to twice as fast. `int8`: a quarter of the bytes. torch's int8 kernel needs both sizes to
+    be multiples of 64; other matrices are not rounded.
     """
     matrices = [whole(weight) for weight in weights]
     matrix = matrices[0] if len(matrices) == 1 else torch.cat(matrices)
@@ -130,10 +130,10 @@ def step_weights(model: nn.Module, **layout) -> tuple[list[LayerWeights], torch.
 class Decoding:
     """B rows that are continued, token by token; `ids` (B,) are the newest.
 
-    Products are computed, and the cache is kept, in the type of the autocast that it is made under, or in the
-    weights'. For as long as it lives it holds, besides the cache, copies of matrices: of all if that type is
-    not the weights' or the model decodes in int8, else of those that are joined and, for one row, of the
-    head. Of a model that is split over ranks each has a whole copy of all; they make and read it together.
+    Products and the cache are in autocast's type, or without autocast in the weights' type. Besides the cache
+    it holds copies of matrices: of all if that type is not the weights' or the model decodes in int8, else of
+    the joined ones and, for one row, the head. If the model is split over ranks, each rank has a whole copy
+    of all matrices, and the ranks make and read it together.
     """
 
     def __init__(self, model: nn.Module, lengths: Sequence[int], steps: int, *, choose: Callable):

@@ -140,7 +140,7 @@ def varlen_attention(
 
 
 def has_varlen(device: torch.device, head_dim: int) -> bool:
-    """Whether varlen_attention runs there: on CPUs, and on GPUs from Ampere on for these heads."""
+    """Whether varlen_attention runs: on CPUs, and from Ampere on if head_dim is a multiple of 8 up to 256."""
     if device.type != "cuda":
         return device.type in VARLEN
     return torch.cuda.get_device_capability(device) >= (8, 0) and head_dim % 8 == 0 and head_dim <= 256
@@ -300,7 +300,7 @@ class GPTModel(nn.Module):
         x = self.model.embed_tokens(input_ids)
         x = x if noise is None else x + noise
         checkpointed = self.checkpoint_activations and torch.is_grad_enabled()
-        # As a block's update is, so that the first block is compiled as the others are.
+        # Zeros that look like a block's update, so that the first block uses the same graph as the others.
         nothing = torch.zeros_like(x, dtype=product_type(x))
         update = nothing.requires_grad_(x.requires_grad and not checkpointed)
         for layer in self.model.layers:
@@ -340,11 +340,11 @@ class GPTModel(nn.Module):
         return self.lm_head(x[torch.arange(len(x), device=x.device), last])
 
     def compile_blocks(self) -> None:
-        """Compile, in place, each block, of which one graph serves all, the last norm, and on CUDA the head's
-        softmax; there decoding replays a CUDA graph, too.
+        """Compile in place the blocks, the last norm and, on CUDA, the head's softmax. One graph serves all
+        blocks. On CUDA decoding then replays a CUDA graph, too.
 
-        This computes as fast as one graph of the whole model would, by the roofline (docs/measured.md), is
-        traced in a sixth of the time, and is not split by DDP.
+        By the roofline (docs/measured.md) this is as fast as one graph of the whole model. It is traced in a
+        sixth of the time, and DDP does not split it.
         """
         for part in (*self.model.layers, self.model.norm):
             part.compile(dynamic=False)

@@ -89,7 +89,7 @@ def flat(tensors: Sequence[torch.Tensor], like: torch.Tensor, dtype: torch.dtype
 def exchange(
     sent: Sequence[torch.Tensor], sizes: Sequence[int], among: dist.ProcessGroup
 ) -> Sequence[torch.Tensor]:
-    """Give each rank of a group its tensor; returns those of so many numbers that they have for this one."""
+    """All-to-all: send each rank of a group its tensor; return what each sent here, of these `sizes`."""
     got = sent[0].new_empty(sum(sizes))
     dist.all_to_all_single(got, torch.cat(list(sent)), list(sizes), [len(t) for t in sent], group=among)
     return got.split(list(sizes))
@@ -101,10 +101,10 @@ class Muon(torch.optim.Optimizer):
 
     The update is scaled by sqrt(max(1, M/N)), so that its effect on the activations does not depend on a
     matrix's shape. Weights, gradients and all state are whole on every rank, and every rank updates all of
-    them. Divided is the work of orthogonalizing: each rank does its share of the matrices, one stack of a
-    shape after the other. One all-gather then sends all updates to all ranks, in the type that they were
-    computed in; with more ranks than matrices it is an all-reduce. So all ranks keep the same weights, bit
-    for bit.
+    them. Only the orthogonalization is divided: each rank does its share of the matrices, in stacks of one
+    shape. One all-gather then sends all updates to all ranks, in the type that they were computed in. It is
+    an all-reduce if the gathered tensor would be mostly padding. So all ranks keep the same weights, bit for
+    bit.
 
     Of a model that is split over ranks (FSDP2) each rank has its rows of every matrix and of all state. One
     all-to-all then brings each rank the other rows of its share, and a second one brings the updates' rows

@@ -63,9 +63,10 @@ def batch_order(seed: int, step: int, batch_size: int, n: int) -> np.ndarray:
 
 @lru_cache(8)
 def cycle(shares: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Which source each position of a cycle reads, and how many earlier ones read the same; sum(shares) each.
+    """For each of a cycle's sum(shares) positions: its source, and how many earlier ones have that source.
 
-    A source's positions are spread evenly. So any B positions in a row hold its share of B, but for a few.
+    A source's positions are spread evenly. So any B consecutive positions hold its share of B, give or
+    take a few.
 
         cycle((3, 1)) -> [0, 0, 1, 0], [0, 1, 0, 2]
     """
@@ -77,8 +78,8 @@ def cycle(shares: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def mixed_positions(step: int, batch_size: int, shares: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Which source each position of a step's global batch reads, and the how many-th sample of that source,
-    from 0 on. Source i gets shares[i] of every sum(shares) positions."""
+    """For each position of a step's global batch: its source, and the sample's number in that source's order,
+    from 0. Source i gets shares[i] of every sum(shares) positions."""
     sources, earlier = cycle(tuple(shares))
     cycles, place = np.divmod(
         np.arange(step * batch_size, (step + 1) * batch_size, dtype=np.int64), len(sources)
@@ -118,8 +119,8 @@ def parse_sources(
     """The sources that a flag names, with commas between them: all with a weight, or none.
 
     A weight stands behind the last colon. Weights count tokens and need not sum to one. A source of weight 0
-    is validated and never trained on. What `exists` as it is written has no weight. Raises InputError for a
-    weight that is none, or that only some have.
+    is validated and never trained on. An entry that `exists` as a whole is a path without a weight.
+    Raises InputError for an invalid weight, or if only some sources have one.
 
         a:3,b:1 -> shares 7500 and 2500
     """
@@ -178,8 +179,8 @@ def rounded_shares(names: Sequence[str], weights: Sequence[float]) -> list[int]:
 
 
 def taken(shares: Sequence[float], sizes: Sequence[int], most: int) -> list[int]:
-    """How many of each source's samples are taken for a validation: its share of `most` in all, and at least
-    one. Without a share it is `most`. All that it has for 0."""
+    """How many samples a validation takes from each source: its share of `most`, at least one. A source of
+    share 0 gives up to `most`. If `most` is 0, each gives all it has."""
     wanted = [max(1, round(most * share)) if share else most for share in shares]
     return [min(n, count) if most else n for n, count in zip(sizes, wanted)]
 
@@ -192,11 +193,11 @@ def validation_numbers(
     *,
     text_bytes: Sequence[int] | None = None,
 ) -> dict[str, float]:
-    """The losses of a validation, from what `evaluate` gave for `counts` samples of each source: with the
-    bytes of text that they spell in bits per byte, without in hits, too.
+    """A validation's losses, from what `evaluate` returned for `counts` samples of each source. With
+    text_bytes also bits per byte; without them also the accuracy.
 
     A source's sums are scaled to its share, however many samples it had. So val_loss is that of a token of
-    the mix. Of several sources each has its own val_loss/NAME and val_bpb/NAME, too.
+    the mix. With several sources each also has its own val_loss/NAME and, with text_bytes, val_bpb/NAME.
     """
     scales = [share * (sum(counts) / count) for share, count in zip(shares, counts)]
     nats, hits, targets = (

@@ -126,13 +126,13 @@ def collate(
     varlen: bool = False,
     sequences: int = 0,
 ) -> dict[str, torch.Tensor]:
-    """Rows of conversations (ids, labels) as input_ids, targets and positions (B, T) and mask (B, 1, T, T),
-    or, for variable-length attention, cu_seqlens: where in the B x T tokens each conversation begins, with
-    empty ones at the end to make so many `sequences`.
+    """Rows of conversations (ids, labels) as input_ids, targets and positions (B, T) and mask (B, 1, T, T).
+    With `varlen` cu_seqlens replaces the mask: where in the B x T tokens each conversation begins. Empty
+    conversations at the end fill it up to `sequences`.
 
-    Positions restart in every conversation, the mask keeps it to itself, and its last token has no target, so
-    that the next one's first is never predicted. What is left of a row is padding: no conversation sees it,
-    nothing is trained on it.
+    Positions restart in every conversation. The mask keeps attention inside it. Its last token has no target,
+    so the next one's first token is never predicted. The rest of a row is padding: no conversation sees it,
+    and nothing is trained on it.
     """
     B = len(rows)
     input_ids, positions = np.zeros((B, T), np.int64), np.zeros((B, T), np.int64)
@@ -150,7 +150,7 @@ def collate(
             starts.append(b * T + at)
     batch = {"input_ids": input_ids, "targets": targets, "positions": positions}
     batch = {name: torch.from_numpy(array) for name, array in batch.items()}
-    if varlen:  # more sequences than expected make another shape, of a few, as each is compiled anew
+    if varlen:  # above `sequences` round up to a power of two: each shape is compiled anew
         length = sequences if sequences >= len(starts) else 1 << len(starts).bit_length()
         return batch | {"cu_seqlens": torch.tensor(starts + [B * T] * (length + 1 - len(starts))).int()}
     owner = torch.from_numpy(owner)
@@ -173,7 +173,7 @@ class MixedLoader(PackedLoader):
 
     A row has conversations of one source, under (source, number). Source i gives shares[i] of every
     sum(shares) rows. Rows are about equally full, so these are its share of the tokens. Every source has
-    epochs of its own. One of the mix has as many rows as all sources together that have a share.
+    epochs of its own. An epoch of the mix has as many rows as all sources with a share have together.
     """
 
     def __init__(self, loaders: Sequence[PackedLoader], shares: Sequence[int], rows_per_step: int):

@@ -161,7 +161,7 @@ def rehearsal_of(config: Machines, run: Run, gpus: int, shard: str) -> Rehearsal
 
 
 def engines(config: Machines, gpus: int) -> list[str]:
-    """What --shard may become, the simplest first."""
+    """The values of --shard to try, the simplest first."""
     if config.shard != "auto" or gpus == 1:
         return ["none" if gpus == 1 else config.shard]
     whole_machines = gpus > config.gpus_per_machine and gpus % config.gpus_per_machine == 0
@@ -184,8 +184,8 @@ def largest_fitting(measure: Callable[[int], Footprint], limit: float, *, first:
 
 
 def choose(config: Machines, run: Run, gpus: int, B: int) -> tuple[str, Rehearsal, Footprint, int]:
-    """The first engine in which a micro-batch of one fits, or the last: its name, its rehearsal, a step's
-    footprint with micro-batches of B, and the largest that fits."""
+    """The first value of --shard with which a micro-batch of one fits, else the last: this value, its
+    rehearsal, a step's footprint with micro-batches of B, and the largest micro-batch that fits."""
     most = -(-run.step // gpus)  # of a GPU in a step
     for shard in engines(config, gpus):
         rehearsal = rehearsal_of(config, run, gpus, shard)

@@ -44,7 +44,7 @@ def settle_precision(ranks: Ranks, wanted: str, recorded: str | None = None) -> 
         if ranks.precision == "bfloat16" and not has_bf16():
             ranks.print(
                 "warning: this CPU has no bf16 instructions, and bfloat16 is about 100 times slower than "
-                "float32 on it; --dtype=float32 changes that, for a run that has begun with --force"
+                "float32 on it; use --dtype=float32, with --force too if the run has begun"
             )
 
 

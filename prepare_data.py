@@ -346,7 +346,7 @@ def save_progress(out_dir: Path, settings: dict, place: Place, writers: dict[str
 
 
 def check_settings(config: Config) -> None:
-    """Raise InputError for a setting that can mean nothing, before anything is read."""
+    """Raise InputError for an invalid setting, before anything is read."""
     check_numbers(asdict(config), positive=("vocab_size", "shard_tokens"))
     for name in ("split", "column", "tokenizer", "out_dir"):
         if not getattr(config, name).strip():

@@ -36,7 +36,7 @@ prepared() { [ -f "$DATA/manifest.json" ]; }
 RECIPE=(--num_hidden_layers=12 --hidden_size=512 --num_attention_heads=8 --context_length=1024
     --max_steps=2000 --batch_tokens=524_288 --micro_batch_size=32)
 
-if [ -n "${PRESET:-}" ]; then # has all of these, and the next two, for another run
+if [ -n "${PRESET:-}" ]; then # it sets prepare, prepared, RECIPE, DATA and OUT for another run
     [ -f "presets/$PRESET.sh" ] || fail "PRESET=$PRESET: expected a file of presets/ without its .sh"
     # shellcheck source=presets/qwen3-130m.sh
     source "./presets/$PRESET.sh"

@@ -99,7 +99,7 @@ PROMPTS = ("The history of", "The most important", "Water is")  # of the samples
 
 
 def check(config: Config) -> None:
-    """Raise InputError for settings that can mean nothing, before anything is read."""
+    """Raise InputError for invalid settings, before anything is read."""
     shape_fields = ("num_hidden_layers", "hidden_size", "num_attention_heads", "context_length")
     check_settings(
         asdict(config), positive=("max_steps", "batch_tokens", "eval_task_every", "rope_theta", *shape_fields)

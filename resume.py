@@ -129,13 +129,14 @@ def load_state(path: Path) -> dict:
 def check_same_run(
     state: dict, identity: dict[str, dict], *, settings: dict, defaults: dict, force: bool
 ) -> tuple[dict[str, dict], list[str]]:
-    """Compare a state with the run that wants to go on from it; the run's identity, and what has changed.
+    """Compare a saved state with the run that resumes it. Returns the run's identity and a list of changes.
 
-    `identity` has under "fixed" what a run can never change. Under "content" it has what the run's data and
-    starting point hold. None means in both that this cannot be known any more, and then it stays what it was.
-    `defaults` stand for settings that an old checkpoint lacks. Raises InputError for another run, and unless
-    `force` for other content or for other settings than FREE_FIELDS: the run would end elsewhere than an
-    undisturbed one.
+    `identity` has two parts. "fixed" is what a run can never change. "content" describes the run's data and
+    starting point. None in either part means unknown: the saved value is kept. `defaults` fill in settings
+    that an old checkpoint lacks.
+
+    Raises InputError if "fixed" differs. Without `force` it also raises if "content" or a setting outside
+    FREE_FIELDS differs: the run would not end as an undisturbed one does.
     """
     fixed = differences(state["fixed"], identity["fixed"])
     if fixed:

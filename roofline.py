@@ -276,8 +276,8 @@ class Theirs(torch.nn.Module):
 def step_costs(
     config: Config, model: torch.nn.Module, module: torch.nn.Module, meter: Meter
 ) -> dict[str, Cost]:
-    """Of a step as the scripts make it, by part. It is not the first: all is compiled, and the optimizer has
-    its state. `module` is the model as it is called."""
+    """The costs of one of the scripts' training steps, by part. A first step is not counted: it compiles and
+    makes the optimizer's state. `module` is what a step calls: the model, or a wrapper of it."""
     ranks, B, T = Ranks(0, 1, torch.device("cuda", 0)), config.micro_batch_size, config.context_length
     ids = torch.zeros(B, T, dtype=torch.long, device="cuda")
     batches = [{"input_ids": ids, "targets": ids}] * micro_batches(config)

@@ -164,8 +164,8 @@ def cut_to_length(
 def turns_before_answer(
     ids: list[int], labels: list[int], at: int, *, room: int, turns: Sequence[int]
 ) -> int | None:
-    """Where those turns behind `at` begin that fit into `room` tokens with the next answer, or with the start
-    of it; None if not even its question does."""
+    """Where to begin after `at` so that the turns before the next answer and this answer fit into `room`
+    tokens. Else where the answer's question begins, if it fits with the answer's start. Else None."""
     start, end = turns
     answer = next((i for i in range(at, len(ids)) if labels[i] != IGNORE), at)
     over = next((i + 1 for i in range(answer, len(ids)) if labels[i] == end), len(ids))
@@ -367,8 +367,8 @@ def write_splits(
     """Write folder/train, folder/val and the report on them, from where the note in the folder stands.
 
     All examples with one question fall on one side, by its hash. Examples without pieces are counted, and the
-    first of each kind is named. Raises InputError when a side is left empty, or when more than a share of
-    max_bad_rows of the rows is unusable, whatever its length.
+    first of each kind is named. Raises InputError if a side is empty, or if the share of unusable rows
+    is above max_bad_rows. Rows that are only too long do not count as unusable.
     """
     path = folder / "progress.json"
     note = read_json(path) if path.exists() else NEW_NOTE

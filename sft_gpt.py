@@ -119,7 +119,7 @@ class Config:
 
 
 def check(config: Config) -> None:
-    """Raise InputError for settings that can mean nothing, before anything is read."""
+    """Raise InputError for invalid settings, before anything is read."""
     check_settings(asdict(config), positive=("epochs", "batch_tokens", "max_new_tokens", "eval_task_every"))
     for name, choices in (("overlong", OVERLONG), ("train_on", TRAIN_ON), ("reasoning", REASONING)):
         check_choice(name, getattr(config, name), choices)

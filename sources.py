@@ -151,8 +151,8 @@ def open_maybe_compressed(path: Path) -> io.BufferedReader:
 
 
 def read_jsonl(path: Path) -> Iterator[object]:
-    """The value of each line; a ValueError for one that is no JSON, but the last of a file that is cut short
-    raises it."""
+    """The value of each line; for a line that is no JSON, its ValueError. An invalid last line without a
+    newline, as in a file cut short, raises it instead."""
     with open_maybe_compressed(path) as lines:
         for line in lines:
             if not line.strip():
@@ -183,8 +183,8 @@ def hub_commits(sources: Iterable[str], known: dict[str, str], notes: Path) -> d
 
 
 def newest_commit(dataset: str, notes: Path) -> str | None:
-    """A hub dataset's commit, which is noted in a folder. While the hub cannot be asked, as on a compute
-    node, it is the noted one; None without a note: whoever reads the dataset will say what is wrong."""
+    """A hub dataset's newest commit, kept in a note. If the hub cannot be reached, as on a compute node, the
+    noted one; None without a note. Reading the dataset then tells what is wrong."""
     from huggingface_hub import HfApi
     from huggingface_hub.utils import httpx
 

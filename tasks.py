@@ -106,9 +106,8 @@ def read_questions(names: str, most: int) -> dict[str, list[dict]]:
 
 
 def encoded(tokenizer, pairs: Sequence[tuple[str, str]], context: int) -> list[tuple[list[int], int]]:
-    """For each pair its ids and how many of them, at the end, are scored. What is longer than the model's
-    context and one more, as the last id is only a target, loses its beginning. Space at the end of what is
-    given belongs to what is scored."""
+    """For each pair its ids, and how many ids at the end are scored. Only the last context + 1 ids are kept:
+    the last one is a target only. Spaces at the end of what is given are scored with the choice."""
     given = encode(tokenizer, [before.rstrip() for before, _ in pairs])
     whole = encode(tokenizer, [before + after for before, after in pairs])
     return [(ids[-context - 1 :], len(ids) - len(start)) for start, ids in zip(given, whole)]
@@ -143,10 +142,10 @@ def batches(
 def log_likelihoods(
     model: GPTModel, requests: Sequence[tuple[list[int], int]], *, batch_tokens: int, ranks: Ranks
 ) -> list[float] | None:
-    """Of each request's scored ids together, in nats, on rank 0; the others get None.
+    """Each request's log-likelihood in nats, summed over its scored ids, on rank 0; the others get None.
 
-    The ranks divide the batches. Of a model that is split over them each takes as many: a rank that has one
-    less computes the first again, for the others' sake. So no rank waits longer than for one batch.
+    The ranks divide the batches. If the model is split over them, all must compute equally many: a rank with
+    one less computes the first batch again. So no rank waits longer than for one batch.
     """
     context = model.config.max_position_embeddings
     every = list(batches(requests, batch_tokens, context, even=ranks.even_batches))

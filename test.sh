@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Set up as quickstart.sh does, add the test tools, check the style, run the tests.
 #
-#     bash test.sh                # all
+#     bash test.sh                # the quick ones
 #     bash test.sh -k packed      # any of pytest's arguments
 #     bash test.sh -m slow        # those on real weights and in other tools, left out otherwise
 #     TYPES=1 bash test.sh        # and check each call against the annotations, slower

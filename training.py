@@ -29,7 +29,7 @@ from tokenization import TURN_END
 
 
 def check_settings(settings: dict, positive: Sequence[str]) -> None:
-    """Raise InputError for a setting of a training script that can mean nothing, before anything is read.
+    """Raise InputError for an invalid setting of a training script, before anything is read.
 
     `positive` names the script's own numbers that must be above zero; those of all scripts are added.
     """
@@ -245,7 +245,7 @@ class StepHistory:
 
 
 def spike_limits(past: torch.Tensor, spike_sigma: float) -> torch.Tensor:
-    """Beyond what a loss and a gradient norm are spikes, (2,), after those of the `past`, (2, LENGTH)."""
+    """The limits (2,) above which the next loss and gradient norm are spikes, from the `past` (2, LENGTH)."""
     count, mean = (~past.isnan()).sum(1), past.nanmean(1)
     deviation = ((past - mean[:, None]) ** 2).nansum(1).div(count - 1).sqrt()
     known = (count >= past.size(1) // 2) & (spike_sigma > 0)
@@ -264,7 +264,7 @@ def evaluate(
     module: nn.Module, micro_batches: Iterable[dict], ranks: Ranks, count: Callable[[dict], int] = targets_in
 ) -> tuple[float, float, int]:
     """Summed loss in nats, how many targets were the likeliest token, and the number of targets, over the
-    micro-batches of all ranks; or a module's own idea of the first two with a `count` to match."""
+    micro-batches of all ranks. A module may define loss and hits its own way; `count` then has to match."""
     sums, targets = [torch.zeros(2, device=ranks.device)], 0  # they stay on the device until the end
     for batch in micro_batches:
         ranks.at("an evaluation")

@@ -4,14 +4,14 @@
 #
 #     The model: 6 layers × 512, 8 heads, SwiGLU 1792, Llama 3's vocabulary of 128,256, windows of 4,096
 #         6 × (4 × 512² + 3 × 512 × 1792) = 22.8 M, two embeddings 131.3 M: 154.1 M parameters in all
-#         (three more tokens here, ChatML's: 3,072 more parameters)
+#         (here three more tokens, ChatML's, and a multiple of 64: 65,536 more parameters)
 #     The data: FineWeb-Edu, 4,959 steps × 524,288 tokens = 2.60 B
 #     The compute: 6 × 88.5 M + 12 × 6 × 4,096 × 512 = 682 MFLOP a token, 1.77e18 in all;
 #         at 40 % of an H100's 990 TFLOP/s in bf16 75 minutes on one, 10 on eight
 #     Theirs: 1.166 bits/byte on Paloma's c4_en, after 23 minutes on 16 TPU v5p
 #
-# The initial weights are this project's, see init_weights in gpt.py; theirs have a deviation of 0.02. Validated is
-# on 98 % of c4_en's validation text, in windows. The run was not made.
+# The initial weights are this project's, see init_weights in gpt.py; theirs have a deviation of 0.02. Validation
+# reads 98 % of c4_en's validation text, in windows. The run was not made.
 C4=data/c4-llama3
 FINEWEB=data/fineweb-edu-llama3
 DATA=${DATA:-$FINEWEB:1,$C4:0} # C4 is validated, not trained on
