@@ -28,6 +28,7 @@ from order import data_sources, parse_sources
 from resume import check_shape
 from sft import row_length
 from sources import source_files
+from tokenization import load_tokenizer
 from training import step_size
 
 SCRIPTS = {"pretrain_gpt.py": pretrain_gpt, "sft_gpt.py": sft_gpt, "dpo_gpt.py": dpo_gpt}
@@ -130,12 +131,15 @@ def model_fields(name: str) -> dict | None:
 
 
 def check_data(config) -> None:
-    """Raise InputError for data that are missing, too few for a window, or do not fit together."""
+    """Raise InputError for data that are missing, too few for a window, or do not fit together, and for a
+    tokenizer that cannot be loaded."""
     if isinstance(config, pretrain_gpt.Config):
         for folder in joint_folders(config.data_dir):
             require_shards(folder)
         for split in ("train", "val"):
             TokenLoader(config.data_dir, split, config.context_length, vocab_size=0)
+        if config.tokenizer:
+            load_tokenizer(config.tokenizer)
         return
     names = [config.data]
     if isinstance(config, sft_gpt.Config):

@@ -186,7 +186,8 @@ class TokenLoader:
 
     `data_dir` names a folder or several, see parse_sources. The windows of several are counted through. A
     folder's shards are those of its manifest; without one, all whose names hold the split's. Raises
-    InputError for a folder whose split has no window, and when it meets an id beyond vocab_size.
+    InputError for a folder whose split has no window, unless nothing is trained on it, and when it meets an
+    id beyond vocab_size.
     """
 
     def __init__(self, data_dir: str | Path, split: str, context_length: int, vocab_size: int):
@@ -200,7 +201,7 @@ class TokenLoader:
             windows += [max(0, (count - 1) // context_length) for count in tokens]
             self.sizes.append(sum(windows[len(self.paths) :]))
             self.paths += paths
-            if not self.sizes[-1]:
+            if not self.sizes[-1] and (split != "train" or source.share != 0):
                 amount = f"{sum(tokens)} tokens" if tokens else "no shard"
                 raise InputError(
                     f"the {split} split in {source.path} has {amount}, too few for one window of "
@@ -212,6 +213,11 @@ class TokenLoader:
 
     def __len__(self) -> int:
         return int(self.ends[-1])
+
+    @property
+    def windows_trained_on(self) -> int:
+        """All but those of sources with weight 0."""
+        return sum(size for size, source in zip(self.sizes, self.sources) if source.share != 0)
 
     @property
     def names(self) -> list[str]:

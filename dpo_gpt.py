@@ -23,10 +23,9 @@ from optim import make_optimizer, schedule, set_learning_rate
 from order import batch_order
 from report import report_end
 from resume import lock_and_resume, settle_commits, starting_point
-from sft import SFTDataset, preparation_notes, row_length
+from sft import SFTDataset, cached_as, preparation_notes, row_length
 from sharding import wrap
 from sources import source_rows
-from tokenization import tokenizer_fingerprint
 from training import (
     Prefetcher,
     check_settings,
@@ -94,6 +93,8 @@ class Config:
 def check(config: Config) -> None:
     """Raise InputError for invalid settings, before anything is read."""
     check_settings(asdict(config), positive=("beta", "epochs", "batch_pairs", "max_new_tokens"))
+    if config.val_fraction == 1:
+        raise InputError("--val_fraction=1: all rows are held out; lower --val_fraction")
 
 
 def step_pairs(pairs: int, ranks: int) -> int:
@@ -114,8 +115,8 @@ def prepare(config: Config, tokenizer, *, T: int, content: dict, ranks: Ranks) -
     """The folder of rendered pairs and its report. Rank 0 renders what is not in the cache."""
     files = settle_commits(content, [config.data], cache_dir=config.cache_dir, ranks=ranks)[0]
     source = [files, config.data_config, config.data_split]
-    key = fingerprint([source, config.val_fraction, T, tokenizer_fingerprint(tokenizer)])
-    folder = cache_folder(config.cache_dir) / f"data-{key}"
+    settings = ["pairs", config.val_fraction, T]
+    folder = cache_folder(config.cache_dir) / cached_as(source, settings, tokenizer)
     commit = content["commits"].get(config.data)
     rows = source_rows(config.data, config.data_config, config.data_split, commit=commit)
     report = ranks.from_main(

@@ -88,6 +88,13 @@ def mixed_positions(step: int, batch_size: int, shares: Sequence[int]) -> tuple[
     return source, cycles * np.asarray(shares)[source] + earlier[place]
 
 
+def source_seeds(seed: int, shares: Sequence[int]) -> dict[int, int]:
+    """The seed of the order of each source with a share, by its place. A single one has the seed itself, so a
+    source without a share changes no order."""
+    trained = [i for i, share in enumerate(shares) if share]
+    return {i: hash_of(seed, k) if len(trained) > 1 else seed for k, i in enumerate(trained)}
+
+
 def mixed_order(
     seed: int, step: int, batch_size: int, *, sizes: Sequence[int], shares: Sequence[int]
 ) -> np.ndarray:
@@ -96,11 +103,10 @@ def mixed_order(
     Source i has sizes[i] samples and epochs of its own, each a fresh permutation. See mixed_positions.
     """
     source, nth = mixed_positions(step, batch_size, shares)
-    order, first = np.empty(batch_size, np.int64), 0
-    for i, n in enumerate(sizes):
+    order, firsts = np.empty(batch_size, np.int64), np.cumsum([0, *sizes])
+    for i, own_seed in source_seeds(seed, shares).items():
         here = source == i
-        order[here] = first + samples_at(nth[here], hash_of(seed, i), n)
-        first += n
+        order[here] = firsts[i] + samples_at(nth[here], own_seed, sizes[i])
     return order
 
 
@@ -216,10 +222,11 @@ def validation_numbers(
 
 
 def epochs_read(names: Sequence[str], shares: Sequence[float], sizes: Sequence[int], read: int) -> dict:
-    """How often each of several sources was read when so many samples were, as epochs/NAME."""
+    """How often each of several sources was read when so many samples were, as epochs/NAME. Those of weight 0
+    are left out."""
     if len(names) == 1:
         return {}
-    return {f"epochs/{name}": read * share / n for name, share, n in zip(names, shares, sizes)}
+    return {f"epochs/{name}": read * share / n for name, share, n in zip(names, shares, sizes) if share}
 
 
 def mix_report(
@@ -229,6 +236,8 @@ def mix_report(
     epochs, width = epochs_read(names, shares, sizes, read), max(map(len, names))
     return [
         f"  {name:<{width}}  {share:7.2%} of the tokens; {n:,} {unit}, {epochs[f'epochs/{name}']:.2f} epochs"
+        if share
+        else f"  {name:<{width}}  validated only"
         for name, share, n in zip(names, shares, sizes)
         if epochs
     ]

@@ -173,7 +173,7 @@ class MixedLoader(PackedLoader):
 
     A row has conversations of one source, under (source, number). Source i gives shares[i] of every
     sum(shares) rows. Rows are about equally full, so these are its share of the tokens. Every source has
-    epochs of its own. An epoch of the mix has as many rows as all sources with a share have together.
+    epochs of its own. An epoch of the mix has as many rows as all sources have together.
     """
 
     def __init__(self, loaders: Sequence[PackedLoader], shares: Sequence[int], rows_per_step: int):
@@ -182,8 +182,9 @@ class MixedLoader(PackedLoader):
         self.T, self.varlen = loaders[0].T, loaders[0].varlen
         self.sequences = max(loader.sequences for loader in loaders)
         self.sizes = [len(loader.rows) for loader in loaders]  # in an epoch
-        read = sum(size for size, share in zip(self.sizes, shares) if share)
-        self.steps_per_epoch = -(-read // rows_per_step)
+        rows = sum(self.sizes)
+        # A step that has more rows than there are reads several epochs.
+        self.steps_per_epoch = -(-rows // rows_per_step) if rows >= rows_per_step else rows / rows_per_step
 
     def step_rows(self, step: int) -> list[list[tuple[int, int]]]:
         """The rows of a step's global batch, each a list of conversations."""

@@ -5,6 +5,7 @@
 Each rank tells what it has and sees; rank 0 compares. Each failure is a sentence that names the host.
 """
 
+import os
 import platform
 import secrets
 import shutil
@@ -22,6 +23,7 @@ import torch.distributed as dist
 
 from common import InputError, file_sha256, fingerprint, make_folder, one_line, run_script
 from distributed import Ranks, join_ranks
+from order import parse_sources
 
 
 @dataclass
@@ -44,9 +46,10 @@ def versions() -> dict[str, str]:
 
 
 def seen_data(data: str) -> str:
-    """A fingerprint of the names and sizes below the local paths of `data`; of the name alone for an id."""
+    """A fingerprint of the names and sizes below the local paths of `data`, which may have weights; of the
+    name alone for an id."""
     sizes = []
-    for path in map(Path, data.split(",")):
+    for path in (Path(source.path) for source in parse_sources(data, "data", os.path.exists)):
         files = sorted(path.rglob("*")) if path.is_dir() else [path]
         sizes += [[str(p), p.stat().st_size] for p in files if p.is_file() and not p.name.startswith(".")]
     return fingerprint([data, sizes])

@@ -354,8 +354,6 @@ def check_settings(config: Config) -> None:
     for name, most in (("vocab_size", MOST_IDS), ("workers", MOST_WORKERS)):
         if getattr(config, name) > most:
             raise InputError(f"--{name}={getattr(config, name)}: expected at most {most}")
-    if config.val_fraction == 1:
-        raise InputError("--val_fraction=1.0 leaves nothing to train on; expected 0 to below 1")
     if config.shard_tokens >= 2**31:  # the header's count is an int32
         raise InputError(
             f"--shard_tokens={config.shard_tokens} is no size of a shard; expected 1 to {2**31 - 1}"
@@ -391,10 +389,12 @@ def prepare(config: Config, settings: dict) -> None:
     progress.unlink()
     for split, writer in writers.items():
         print(f"{split}: " + ", ".join(f"{value:,} {name}" for name, value in writer.totals.items()))
-        if not writer.totals["documents"] and not config.part:
-            print(
-                f"no document is in {split}, pretraining needs both: delete {out_dir}, raise --val_fraction"
-            )
+        if writer.totals["documents"] or config.part:
+            continue
+        if split == "train" and config.val_fraction == 1:
+            print(f"all is held out; pretraining takes it with weight 0: --data_dir=data/mine:1,{out_dir}:0")
+            continue
+        print(f"no document is in {split}, pretraining needs both: delete {out_dir}, raise --val_fraction")
 
 
 def settings_of(config: Config) -> dict:

@@ -46,7 +46,7 @@ OUT=${OUT:-out/base}
 
 need_data() { # for a job
     prepared || [ -n "${DRY_RUN:-}" ] || fail "$PWD/$DATA is not prepared, and a job fetches" \
-        "nothing; run \`bash pretrain_full.sh prepare\` on a login node first"
+        "nothing; run \`${PRESET:+PRESET=$PRESET }bash pretrain_full.sh prepare\` on a login node first"
 }
 
 case ${1:-} in

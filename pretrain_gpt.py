@@ -227,10 +227,10 @@ def main(config: Config) -> None:
     )
     module = wrap(model, ranks, config.compile)
     ranks.print(
-        f"{model.num_parameters():,} parameters; {len(train):,} windows of {T} tokens; "
+        f"{model.num_parameters():,} parameters; {train.windows_trained_on:,} windows of {T} tokens; "
         f"{config.max_steps} steps of {windows_per_step * T:,} tokens, "
-        f"{config.max_steps * windows_per_step / len(train):.2f} epochs; {ranks.world} x {ranks.device}, "
-        f"{ranks.precision}"
+        f"{config.max_steps * windows_per_step / train.windows_trained_on:.2f} epochs; "
+        f"{ranks.world} x {ranks.device}, {ranks.precision}"
     )
     for line in train.report(config.max_steps * windows_per_step):
         ranks.print(line)

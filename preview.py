@@ -14,18 +14,19 @@ from pathlib import Path
 
 import sft_gpt
 from checkpoint import find_model
-from common import IGNORE, InputError, check_choice, check_numbers, read_json, run_script
+from common import IGNORE, InputError, check_choice, check_numbers, one_line, read_json, run_script
 from gpt import GPTConfig
 from huggingface import model_directory
+from order import data_sources
 from sft import Example, examples_of, row_length
 from sft_gpt import OVERLONG
-from tokenization import REASONING, TRAIN_ON, TURN_START, chat_template, load_tokenizer
+from tokenization import REASONING, TRAIN_ON, chat_template, load_tokenizer
 
 
 @dataclass
 class Config:
     model: str = "out/base"  # a run's folder, a model directory, or a hub id: its tokenizer and context
-    data: str = "HuggingFaceTB/smol-smoltalk"  # embedded, a hub id, or files and folders a,b
+    data: str = "HuggingFaceTB/smol-smoltalk"  # embedded, a hub id, files and folders a,b, or a mix a:3,b:1
     data_config: str = ""  # the hub dataset's configuration
     data_split: str = "train"  # the hub dataset's split
     column: str = "messages"  # the column or JSON key with the list of messages
@@ -33,8 +34,8 @@ class Config:
     overlong: str = "truncate"  # a longer conversation: truncate, split or drop
     train_on: str = "all"  # the answers of a conversation that are trained on: all or last
     reasoning: str = "keep"  # drop leaves <think>…</think> out of earlier answers; an example an answer
-    show: int = 3  # conversations that are shown
-    look: int = 1000  # conversations that the summary is made of
+    show: int = 3  # conversations that are shown, of each source
+    look: int = 1000  # conversations of each source that the summary is made of
     html: str = ""  # also write a page to this file
 
 
@@ -74,12 +75,12 @@ def page(shown: Sequence[Sequence[tuple[str, bool]]], summary: str) -> str:
     )
 
 
-def summary_of(examples: Sequence[Example], turn_start: int) -> str:
+def summary_of(examples: Sequence[Example]) -> str:
     """Turns, lengths, the share that is trained on, and what is cut or left out."""
     used = [example for example in examples if example.pieces]
     rows = [piece for example in used for piece in example.pieces]
     lengths = sorted(len(ids) for ids, _ in rows)
-    turns = Counter(sum(ids.count(turn_start) for ids, _ in example.pieces) for example in used)
+    turns = Counter(example.turns for example in used)
     trained = sum(label != IGNORE for _, labels in rows for label in labels)
     before = sum(example.answer_tokens for example in examples)
     lines = [
@@ -94,6 +95,29 @@ def summary_of(examples: Sequence[Example], turn_start: int) -> str:
     return "\n".join(lines)
 
 
+def preview(part: sft_gpt.Config, config: Config, tokenizer, length: int) -> tuple[list, str]:
+    """Of one source the conversations that are shown, and the summary. Raises InputError if none is trained
+    on."""
+    rows = itertools.islice(sft_gpt.conversations(part), config.look)
+    examples = list(examples_of(rows, tokenizer, max_length=length, overlong=config.overlong))
+    if not any(example.pieces for example in examples):
+        first = examples[0].why_skipped if examples else "it is empty"
+        raise InputError(
+            f"nothing in {part.data} would be trained on (the first conversation: {first}); mend the data, "
+            f"or name others by --data and --column"
+        )
+    pieces = (piece for example in examples for piece in example.pieces)
+    shown = [list(pieces_of_text(*piece, tokenizer)) for piece in itertools.islice(pieces, config.show)]
+    return shown, summary_of(examples)
+
+
+def write_page(path: str, content: str) -> None:
+    try:
+        Path(path).write_text(content, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"--html={path} cannot be written ({one_line(error)}); name another file") from error
+
+
 def main(config: Config) -> None:
     for name, choices in (("overlong", OVERLONG), ("train_on", TRAIN_ON), ("reasoning", REASONING)):
         check_choice(name, getattr(config, name), choices)
@@ -102,24 +126,20 @@ def main(config: Config) -> None:
     tokenizer = load_tokenizer(folder)
     tokenizer.chat_template = chat_template(config.train_on, config.reasoning)
     context = GPTConfig.from_hf(read_json(folder / "config.json")).max_position_embeddings
-    fields = {name: getattr(config, name) for name in ("data", "data_config", "data_split", "column")}
-    rows = itertools.islice(sft_gpt.conversations(sft_gpt.Config(**fields)), config.look)
     length = row_length(config.max_length, context)
-    examples = list(examples_of(rows, tokenizer, max_length=length, overlong=config.overlong))
-    if not any(example.pieces for example in examples):
-        first = examples[0].why_skipped if examples else "it is empty"
-        raise InputError(
-            f"nothing in {config.data} would be trained on (the first conversation: {first}); mend the data, "
-            f"or name others by --data and --column"
-        )
-    pieces = (piece for example in examples for piece in example.pieces)
-    shown = [list(pieces_of_text(*piece, tokenizer)) for piece in itertools.islice(pieces, config.show)]
-    summary = summary_of(examples, tokenizer.convert_tokens_to_ids(TURN_START))
-    for stretches in shown:
-        print(for_terminal(stretches, sys.stdout.isatty()) + "-" * 80)
-    print(summary)
+    fields = {name: getattr(config, name) for name in ("data", "data_config", "data_split", "column")}
+    parts = sft_gpt.source_configs(sft_gpt.Config(**fields), data_sources(config.data))
+    shown, summaries = [], []
+    for part in parts:
+        conversations, summary = preview(part, config, tokenizer, length)
+        summary = f"{part.data}\n{summary}" if len(parts) > 1 else summary
+        for stretches in conversations:
+            print(for_terminal(stretches, sys.stdout.isatty()) + "-" * 80)
+        print(summary)
+        shown += conversations
+        summaries.append(summary)
     if config.html:
-        Path(config.html).write_text(page(shown, summary), encoding="utf-8")
+        write_page(config.html, page(shown, "\n\n".join(summaries)))
 
 
 if __name__ == "__main__":

@@ -19,9 +19,16 @@ from pathlib import Path
 
 import numpy as np
 
-from common import IGNORE, InputError, locked, read_json, replace_file, sync_to_disk, write_json
+from common import IGNORE, InputError, fingerprint, locked, read_json, replace_file, sync_to_disk, write_json
 from sources import BadRows, half_surrogate, hash_fraction
-from tokenization import CHAT_TEMPLATES, TURN_END, TURN_START, encode, encode_after_newline
+from tokenization import (
+    CHAT_TEMPLATES,
+    TURN_END,
+    TURN_START,
+    encode,
+    encode_after_newline,
+    tokenizer_fingerprint,
+)
 
 ROLES = ("system", "user", "assistant", "tool", "developer")
 QUESTIONS_KEPT = 1000  # held-out questions that the report lists
@@ -181,6 +188,17 @@ def row_length(max_length: int, context: int) -> int:
     return max_length or context
 
 
+# Raise it when a row comes to be rendered otherwise. What was cached before is then rendered again.
+# 2: rows with the roles tool and developer are rendered, no longer skipped.
+RENDERING = 2
+
+
+def cached_as(source: list, settings: list, tokenizer) -> str:
+    """The name of a folder of rendered rows: a hash of all that decides what is in it."""
+    rules = [tokenizer.chat_template, tokenizer_fingerprint(tokenizer)]
+    return f"data-{fingerprint([RENDERING, source, settings, rules])}"
+
+
 class SFTDataset:
     """One split of rendered conversations in a folder, memory-mapped.
 
@@ -256,6 +274,7 @@ class Example:
     why_skipped: str | None = None
     question: str = ""  # its hash settles the side
     pieces: Sequence[tuple[list[int], list[int]]] = ()
+    turns: int = 0  # messages in the row
     answer_tokens: int = 0  # before anything was cut
     unusable: bool = False  # the row itself, whatever the length
 
@@ -285,6 +304,8 @@ def examples_of(conversations: Iterable, tokenizer, *, max_length: int, overlong
     too_long = f"longer than {max_length} tokens"
     if overlong != "drop":
         too_long = f"no answer begins within {max_length} tokens"
+    if overlong == "truncate" and CHAT_TEMPLATES.get(tokenizer.chat_template, ("all", "keep"))[0] == "last":
+        too_long = f"the last answer does not begin within {max_length} tokens; try --overlong=split"
     for rows in batched(conversations):
         reasons = [why_unusable(messages) for messages, _ in rows]
         parts = [[] if why else examples_in(row[0], tokenizer) for row, why in zip(rows, reasons)]
@@ -305,6 +326,7 @@ def examples_of(conversations: Iterable, tokenizer, *, max_length: int, overlong
                 None if pieces else too_long,
                 question=first_question(messages),
                 pieces=pieces,
+                turns=len(messages),
                 answer_tokens=answer_tokens,
             )
 
@@ -367,8 +389,9 @@ def write_splits(
     """Write folder/train, folder/val and the report on them, from where the note in the folder stands.
 
     All examples with one question fall on one side, by its hash. Examples without pieces are counted, and the
-    first of each kind is named. Raises InputError if a side is empty, or if the share of unusable rows
-    is above max_bad_rows. Rows that are only too long do not count as unusable.
+    first of each kind is named. Raises InputError if a side is empty; with val_fraction=1 train may be.
+    It also raises if the share of unusable rows is above max_bad_rows. Rows that are only too long do not
+    count as unusable.
     """
     path = folder / "progress.json"
     note = read_json(path) if path.exists() else NEW_NOTE
@@ -397,9 +420,9 @@ def write_splits(
     reasons = [{"count": n, "reason": reason, "first": first} for reason, (n, first) in ordered]
     detail = "; ".join(f"{r['count']} skipped, {r['reason']} ({r['first']})" for r in reasons)
     sizes = {split: len(writer) for split, writer in writers.items()}
-    if not sizes["train"] and sizes["val"]:
+    if not sizes["train"] and sizes["val"] and val_fraction < 1:
         raise InputError(f"all of {counts['examples']} rows are held out; lower --val_fraction")
-    if not sizes["train"]:
+    if not any(sizes.values()):
         raise InputError(f"nothing is left to train on ({detail or 'the source is empty'}); mend the data")
     bad_rows.check()
     if not sizes["val"]:

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from checkpoint import open_model, told_name, too_many_bad_steps
-from common import RESUMABLE, cache_folder, check_choice, file_sha256, fingerprint, run_script
+from common import RESUMABLE, InputError, cache_folder, check_choice, file_sha256, fingerprint, run_script
 from distributed import Ranks, join_ranks
 from gpt import has_varlen
 from metrics import flops_per_token, mean_context
@@ -29,19 +29,19 @@ from order import (
     data_sources,
     epochs_read,
     for_each,
-    hash_of,
     mix_report,
+    source_seeds,
     taken,
     validation_numbers,
 )
 from packing import MixedLoader, PackedLoader
 from report import report_end
 from resume import lock_and_resume, settle_commits, starting_point
-from sft import OVERLONG, SFTDataset, preparation_notes, prepare_conversations, row_length
+from sft import OVERLONG, SFTDataset, cached_as, preparation_notes, prepare_conversations, row_length
 from sharding import wrap
 from sources import column_of, source_rows
 from tasks import read_questions, score
-from tokenization import REASONING, TRAIN_ON, chat_template, tokenizer_fingerprint
+from tokenization import REASONING, TRAIN_ON, chat_template
 from training import (
     Prefetcher,
     check_settings,
@@ -123,6 +123,8 @@ def check(config: Config) -> None:
     check_settings(asdict(config), positive=("epochs", "batch_tokens", "max_new_tokens", "eval_task_every"))
     for name, choices in (("overlong", OVERLONG), ("train_on", TRAIN_ON), ("reasoning", REASONING)):
         check_choice(name, getattr(config, name), choices)
+    if config.val_fraction == 1:
+        raise InputError("--val_fraction=1: all rows are held out; lower --val_fraction")
 
 
 def conversations(config: Config, commit: str | None = None) -> Iterator[tuple[object, str]]:
@@ -176,12 +178,12 @@ def told_sources(sources: Sequence[Source], shares: Sequence[float]) -> str:
 
 
 def source_configs(config: Config, sources: Sequence[Source]) -> list[Config]:
-    """The settings of each source of a mix."""
+    """The settings of each source of a mix. One of weight 0 is held out whole."""
     flags = ("data_config", "data_split", "column")
     values = [for_each(flag, getattr(config, flag), len(sources)) for flag in flags]
-    return [
-        replace(config, data=source.path, **dict(zip(flags, own))) for source, *own in zip(sources, *values)
-    ]
+    own = [dict(zip(flags, some)) for some in zip(*values)]
+    own = [some if source.share != 0 else some | {"val_fraction": 1.0} for source, some in zip(sources, own)]
+    return [replace(config, data=source.path, **some) for source, some in zip(sources, own)]
 
 
 def prepare(config: Config, tokenizer, *, T: int, files: str | list, ranks: Ranks) -> tuple[Path, dict]:
@@ -193,10 +195,7 @@ def prepare(config: Config, tokenizer, *, T: int, files: str | list, ranks: Rank
         )
     source = [files, config.data_config, config.data_split, config.column]
     settings = [config.val_fraction, T, config.overlong, config.max_bad_rows]
-    if (config.train_on, config.reasoning) != ("all", "keep"):  # without it, what is cached already is found
-        settings.append(tokenizer.chat_template)
-    key = fingerprint([source, settings, tokenizer_fingerprint(tokenizer)])
-    folder = cache_folder(config.cache_dir) / f"data-{key}"
+    folder = cache_folder(config.cache_dir) / cached_as(source, settings, tokenizer)
     report = ranks.from_main(
         lambda: prepare_conversations(
             folder,
@@ -243,22 +242,26 @@ def main(config: Config) -> None:
     )
     varlen = has_varlen(ranks.device, model.config.head_dim)
 
-    def loaders(split: str, seeds: Sequence[int]) -> list[PackedLoader]:
-        settings = {"row_length": T, "rows_per_step": rows_per_step, "varlen": varlen}
-        datasets = [SFTDataset(folder / split) for folder in folders]
-        return [PackedLoader(data, seed=seed, **settings) for data, seed in zip(datasets, seeds)]
+    def loader(number: int, split: str, seed: int) -> PackedLoader:
+        data = SFTDataset(folders[number] / split)
+        return PackedLoader(data, row_length=T, rows_per_step=rows_per_step, seed=seed, varlen=varlen)
 
+    # A source of weight 0 is validated only. It changes nothing in training, and its questions are not asked.
     names, weights = [source.name for source in sources], [share / CYCLE for share in shares]
-    several = len(parts) > 1
-    seeds = [hash_of(config.seed, i) for i in range(len(parts))] if several else [config.seed]
-    trained = loaders("train", seeds)
-    train = MixedLoader(trained, shares, rows_per_step) if several else trained[0]
-    context = sum(weight * mean_context(loader.dataset.lengths()) for weight, loader in zip(weights, trained))
-    val = loaders("val", [0] * len(parts))
+    trained = source_seeds(config.seed, shares)
+    loaders = [loader(i, "train", seed) for i, seed in trained.items()]
+    train = loaders[0]
+    if len(trained) > 1:
+        train = MixedLoader(loaders, [shares[i] for i in trained], rows_per_step)
+    rows_read = dict(zip(trained, train.sizes))  # in an epoch, by source
+    sizes = [rows_read.get(i, 0) for i in range(len(parts))]
+    context = sum(weights[i] * mean_context(part.dataset.lengths()) for i, part in zip(trained, loaders))
+    val = [loader(i, "val", 0) for i in range(len(parts))]
     most = config.eval_tokens and max(1, config.eval_tokens // T)
-    val_counts = taken(weights, [len(loader.rows) for loader in val], most)
-    wanted = taken(weights, [len(report["questions"]) for report in reports], config.eval_questions)
-    questions = [question for report, n in zip(reports, wanted) for question in report["questions"][:n]]
+    val_counts = taken(weights, [len(part.rows) for part in val], most)
+    held_out = [reports[i]["questions"] for i in trained]
+    wanted = taken([weights[i] for i in trained], list(map(len, held_out)), config.eval_questions)
+    questions = [question for some, n in zip(held_out, wanted) for question in some[:n]]
     questions = questions[: config.eval_questions]
     max_steps = config.max_steps or math.ceil(config.epochs * train.steps_per_epoch)
 
@@ -275,12 +278,12 @@ def main(config: Config) -> None:
     )
     module = wrap(model, ranks, config.compile)
     ranks.print(
-        f"{model.num_parameters():,} parameters; {sum(report['train'] for report in reports):,} "
+        f"{model.num_parameters():,} parameters; {sum(reports[i]['train'] for i in trained):,} "
         f"conversations in {sum(train.sizes):,} rows of {T} tokens, {100 * train.fill():.1f}% filled; "
         f"{max_steps} steps of {rows_per_step * T:,} tokens, {max_steps / train.steps_per_epoch:.2f} epochs; "
         f"{ranks.world} x {ranks.device}, {ranks.precision}"
     )
-    for line in mix_report(names, weights, train.sizes, read=max_steps * rows_per_step, unit="rows"):
+    for line in mix_report(names, weights, sizes, read=max_steps * rows_per_step, unit="rows"):
         ranks.print(line)
     for name, report in zip(names, reports):
         for note in preparation_notes(report, T):
@@ -327,15 +330,15 @@ def main(config: Config) -> None:
         # hurry.
         if (done or step % config.eval_every == 0) and not stopped and not metrics.has(step, "val_loss"):
             batches = (
-                loader.micro_batches(loader.rows[:count], config.micro_batch_size, ranks)
-                for loader, count in zip(val, val_counts)
+                part.micro_batches(part.rows[:count], config.micro_batch_size, ranks)
+                for part, count in zip(val, val_counts)
             )
             sums = [evaluate(module, part, ranks) for part in batches]
             numbers, lines = validation_numbers(names, weights, val_counts, sums), []
             if questions:
                 answered, lines = record(step)
                 numbers |= answered
-            metrics.log(step, **epochs_read(names, weights, train.sizes, step * rows_per_step))
+            metrics.log(step, **epochs_read(names, weights, sizes, step * rows_per_step))
             metrics.validated(step, **numbers)
             metrics.print(lines)
 

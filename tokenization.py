@@ -134,7 +134,8 @@ def with_chatml(tokenizer):
             )
     tokenizer.new_ids = [id for token, id in ids.items() if token not in known]
     tokenizer.eos_token = tokenizer.pad_token = END
-    if tokenizer.chat_template not in CHAT_TEMPLATES:
+    given = tokenizer.chat_template
+    if not isinstance(given, str) or given not in CHAT_TEMPLATES:  # several by name make a dict
         tokenizer.chat_template = chat_template()
     return tokenizer
 

@@ -22,6 +22,7 @@ import socket
 import socketserver
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from http.server import BaseHTTPRequestHandler
@@ -34,6 +35,7 @@ from sft import why_unusable
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 MOST_BYTES = 2**20  # of a conversation
+MOST_WAIT = 2.0  # seconds for what a browser still sends after its answer
 PAGE = Path(__file__).with_name("chat.html")
 
 
@@ -61,12 +63,13 @@ class ChatServer(socketserver.ThreadingTCPServer):
     def shutdown_request(self, request) -> None:
         """Close when the browser has sent all it wants to. To close before that resets the connection, and a
         reply on its way is lost."""
-        left = 16 * MOST_BYTES
+        end = time.monotonic() + MOST_WAIT
         with suppress(OSError):  # it hung up, or is silent
             request.shutdown(socket.SHUT_WR)
-            request.settimeout(1)
-            while left > 0 and (received := len(request.recv(2**16))):
-                left -= received
+            while (left := end - time.monotonic()) > 0:
+                request.settimeout(left)
+                if not request.recv(2**16):
+                    break
         self.close_request(request)
 
     def handle_error(self, request, client_address) -> None:

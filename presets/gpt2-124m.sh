@@ -14,11 +14,13 @@
 DATA=${DATA:-data/fineweb10B-gpt2}
 OUT=${OUT:-out/gpt2-124m}
 
-prepared() { compgen -G "$DATA/fineweb_val_*.bin" >/dev/null; }
+prepared() { [ -e "$DATA" ]; }
 
-prepare() { # shards that others have made: 20 GB
+prepare() { # GPT-2's tokenizer, and shards that others have made: 20 GB. A download that broke off goes on.
     install
-    run "${VENV:+$VENV/bin/}hf" download kjj0/fineweb10B-gpt2 --repo-type=dataset --local-dir="$DATA" "$@"
+    run "${PYTHON%python}hf" download gpt2 config.json tokenizer.json tokenizer_config.json vocab.json merges.txt
+    run "${PYTHON%python}hf" download kjj0/fineweb10B-gpt2 --repo-type=dataset --local-dir="$DATA.partial" "$@"
+    run mv "$DATA.partial" "$DATA"
 }
 
 RECIPE=(--tokenizer=gpt2 --num_hidden_layers=12 --hidden_size=768 --num_attention_heads=12

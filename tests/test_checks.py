@@ -79,6 +79,8 @@ def test_data_that_are_missing_too_few_or_do_not_fit_are_one_sentence(
     refused("holds no token shards; make", check_data, pretrain_config(tmp_path / "no", "out"))
     refused("too few for one window", check_data, pretrain_config(data_dir, "out", context_length=10**6))
     refused("names a folder twice", check_data, pretrain_config(f"{data_dir},{data_dir}", "out"))
+    unknown = pretrain_config(data_dir, "out", tokenizer=str(tmp_path / "no"))
+    refused("no tokenizer could be loaded from", check_data, unknown)
     other = shutil.copytree(data_dir, tmp_path / "other")
     manifest = checks.read_manifest(other)
     write_json(other / "manifest.json", manifest | {"tokenizer_fingerprint": "another"})

@@ -26,7 +26,7 @@ from dpo import (
 )
 from gpt import GPTModel
 from sources import source_rows
-from tokenization import TURN_END
+from tokenization import TURN_END, chat_template, load_tokenizer
 
 
 def pairs_of(rows, tokenizer, folder, max_length: int = 64):
@@ -205,6 +205,17 @@ def test_a_resumed_tuning_equals_an_undisturbed_one_bit_for_bit(base_run, prefer
         assert losses(tmp_path / "twice") == losses(tmp_path / "straight")
     answers = [(tmp_path / name / "answers.jsonl").read_text() for name in ("straight", "twice")]
     assert answers[0] == answers[1]
+
+
+def test_pairs_are_rendered_anew_for_another_chat_template(base_run, preferences, tmp_path):
+    dropping = shutil.copytree(base_run / "step_0000006", tmp_path / "dropping")
+    (dropping / "checkpoint.json").unlink()  # whose hashes would not fit
+    tokenizer = load_tokenizer(dropping)
+    tokenizer.chat_template = chat_template("all", "drop")
+    tokenizer.save_pretrained(dropping)
+    for model, out in ((base_run, "keep"), (dropping, "drop")):
+        dpo_gpt.main(dpo_config(model, preferences, tmp_path / out, cache_dir=str(tmp_path / "cache")))
+    assert len([*(tmp_path / "cache").glob("data-*")]) == 2
 
 
 def test_the_reference_is_computed_once_and_always_by_the_starting_model(

@@ -462,8 +462,8 @@ def test_a_run_on_a_mix_reports_each_source_apart(mix, folders, tokenizer_dir, t
 
 def test_a_source_of_weight_zero_is_validated_in_full_and_never_trained_on(folders, tmp_path):
     first, last = folders[0], folders[2]
-    pretrain_gpt.main(pretrain_config(f"{first}:1", tmp_path / "alone", max_steps=4, eval_every=4))
-    zero = pretrain_config(f"{first}:1,{last}:0", tmp_path / "zero", max_steps=4, eval_every=4)
+    pretrain_gpt.main(pretrain_config(first, tmp_path / "alone", max_steps=4, eval_every=4, seed=5))
+    zero = pretrain_config(f"{first}:1,{last}:0", tmp_path / "zero", max_steps=4, eval_every=4, seed=5)
     pretrain_gpt.main(zero)
     alone, with_zero = (read_records(tmp_path / name / "metrics.jsonl")[-1] for name in ("alone", "zero"))
     assert weights(tmp_path / "zero", 4) == weights(tmp_path / "alone", 4)
@@ -478,6 +478,42 @@ def test_a_source_of_weight_zero_is_validated_in_full_and_never_trained_on(folde
     assert with_zero["val_loss/code"] == pytest.approx(own, rel=1e-5)
     card = (tmp_path / "zero" / "step_0000004" / "README.md").read_text()
     assert "100.00% text files" in card and "0.00% text" not in card.replace("100.00%", "")
+
+
+@few
+@given(
+    st.integers(-(2**40), 2**40), st.integers(0, 10**6), st.lists(st.integers(1, 50), min_size=1, max_size=4)
+)
+def test_sources_of_weight_zero_anywhere_change_no_order(seed, step, sizes):
+    """Their samples are left out of the counting; the others come as without them."""
+    shares = [3 + i for i in range(len(sizes))]
+    plain = mixed_order(seed, step, 20, sizes=sizes, shares=shares)
+    for place in range(len(sizes) + 1):
+        more = [*sizes[:place], 9, *sizes[place:]]
+        with_zero = [*shares[:place], 0, *shares[place:]]
+        order = mixed_order(seed, step, 20, sizes=more, shares=with_zero)
+        start = sum(sizes[:place])
+        assert np.array_equal(np.where(plain >= start, plain + 9, plain), order)
+    if len(sizes) == 1:
+        assert np.array_equal(plain, batch_order(seed, step, 20, sizes[0]))
+
+
+def test_a_source_that_is_all_held_out_is_taken_with_weight_zero_only(
+    folders, tokenizer_dir, tmp_path, capsys
+):
+    source = write_jsonl(tmp_path / "texts.jsonl", ({"text": text(3000 + i)} for i in range(20)))
+    places = {"source": str(source), "tokenizer": str(tokenizer_dir), "out_dir": str(tmp_path / "held")}
+    prepare_data.main(prepare_data.Config(**places, val_fraction=1.0))
+    first, held = folders[0], tmp_path / "held"
+    assert f"with weight 0: --data_dir=data/mine:1,{held}:0" in capsys.readouterr().out
+    for data_dir in (held, f"{first}:1,{held}:1", f"{first},{held}"):
+        refused("the train split in .*held has no shard", TokenLoader, data_dir, "train", 32, 320)
+    pretrain_gpt.main(pretrain_config(f"{first}:1,{held}:0", tmp_path / "run", max_steps=2))
+    out = capsys.readouterr().out
+    windows = len(TokenLoader(first, "train", 32, 320))
+    assert f" {windows:,} windows of 32 tokens" in out and "  held  validated only" in out
+    rows = [row for row in read_records(tmp_path / "run" / "metrics.jsonl") if "val_loss/held" in row]
+    assert rows and all(math.isfinite(row["val_bpb/held"]) for row in rows)
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import multiprocessing
+import re
 import shutil
 from collections import Counter
 
@@ -143,21 +144,53 @@ def test_a_run_on_a_mix_reports_each_source_apart(base_run, chat_files, tmp_path
     assert "on 25.00% the conversations of talk.jsonl; 75.00% the conversations of facts.jsonl." in card
 
 
-def test_a_source_of_weight_zero_is_validated_and_adds_no_rows_to_an_epoch(base_run, chat_files, tmp_path):
-    rows = {}
-    for name, files, weights in (("one", chat_files[:1], [1]), ("zero", chat_files, [1, 0])):
-        config = mix_config(base_run, chat_files, tmp_path / name, max_steps=0, epochs=0.5)
-        column = config.column if len(files) > 1 else "messages"
-        sft_gpt.main(dataclasses.replace(config, data=mixed(files, weights), column=column))
-        rows[name] = read_records(tmp_path / name / "metrics.jsonl")[-1]
-    one, zero = rows["one"], rows["zero"]
-    assert zero["step"] == one["step"]
-    assert zero["epochs/facts.jsonl"] == 0 < zero["epochs/talk.jsonl"]
-    assert zero["val_loss"] == pytest.approx(zero["val_loss/talk.jsonl"], rel=1e-9)
-    assert zero["val_loss"] != pytest.approx(zero["val_loss/facts.jsonl"], rel=1e-9)
-    (last,) = (tmp_path / "zero").glob(f"step_*{zero['step']}")
-    card = (last / "README.md").read_text()
-    assert "on 100.00% the conversations of talk.jsonl." in card  # and no other
+def test_a_source_of_weight_zero_is_validated_whole_and_changes_nothing_in_training(
+    base_run, chat_files, tokenizer, tmp_path, capsys
+):
+    """Alone, before and after the source that is trained on; with steps of more rows than that has, too."""
+    talk, facts = chat_files
+    ways = {
+        "alone": (talk, "messages"),
+        "after": (f"{talk}:1,{facts}:0", "messages,dialog"),
+        "before": (f"{facts}:0,{talk}:1", "dialog,messages"),
+    }
+    for batch_tokens in (512, 64 * 500):
+        rows, told, answers = {}, {}, {}
+        for name, (data, column) in ways.items():
+            out = tmp_path / f"{name}{batch_tokens}"
+            config = mix_config(base_run, chat_files, out, max_steps=0, epochs=1.5, eval_questions=5)
+            sft_gpt.main(
+                dataclasses.replace(config, data=str(data), column=column, batch_tokens=batch_tokens)
+            )
+            told[name] = re.search(r"[\d,]+ conversations in .* epochs", capsys.readouterr().out)[0]
+            rows[name] = [row for row in read_records(out / "metrics.jsonl") if "loss" in row]
+            answers[name] = (out / "answers.jsonl").read_bytes()
+        assert told["alone"] == told["after"] == told["before"]
+        assert answers["alone"] == answers["after"] == answers["before"]
+        for part in ("loss", "grad_norm", "targets"):
+            assert len({tuple(row[part] for row in some) for some in rows.values()}) == 1
+        alone, after, before = (some[-1] for some in rows.values())
+        assert after["epochs/talk.jsonl"] > 0 and "epochs/facts.jsonl" not in after
+        assert after["val_loss"] == pytest.approx(alone["val_loss"], rel=1e-9)
+        assert after["val_loss/facts.jsonl"] == before["val_loss/facts.jsonl"]
+    (last,) = out.glob(f"step_*{before['step']}")
+    assert "on 100.00% the conversations of talk.jsonl." in (last / "README.md").read_text()  # and no other
+    # All 30 conversations of the other source are validated.
+    held = [(row["dialog"], "") for row in read_records(facts)]
+    report = sft.prepare_conversations(tmp_path / "held", held, tokenizer, max_length=64, val_fraction=1.0)
+    assert (report["train"], report["val"]) == (0, 30)
+    dataset, model = SFTDataset(tmp_path / "held" / "val"), gpt.GPTModel.from_pretrained(last)
+    loss = targets = 0
+    for i in range(30):
+        batch = collate([[dataset[i]]], 64)
+        loss, targets = loss + model(**batch).item(), targets + targets_in(batch).item()
+    assert before["val_loss/facts.jsonl"] == pytest.approx(loss / targets, rel=1e-4)
+
+
+def test_a_mix_of_fewer_rows_than_a_step_has_reads_several_epochs_in_it(datasets):
+    few, many = (mixed_loader(datasets, (3, 1), rows, seed=0) for rows in (7, 500))
+    assert many.steps_per_epoch == sum(many.sizes) / 500 < 1
+    assert few.steps_per_epoch == -(-sum(few.sizes) // 7) > 1
 
 
 def test_a_killed_run_on_a_mix_ends_in_the_same_bytes_as_an_undisturbed_one(

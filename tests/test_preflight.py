@@ -52,6 +52,18 @@ def test_a_rank_that_is_unlike_the_others_is_one_sentence_with_its_host(what):
     assert sentence.startswith("rank 2 on host2 ") and re.search(words, sentence), sentence
 
 
+def test_the_data_of_a_mix_are_compared_by_what_lies_in_its_folders(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train_000000.bin").write_bytes(b"1234")
+    for data in (f"{tmp_path}/a", f"{tmp_path}/b:1,{tmp_path}/a:0"):
+        before = preflight.seen_data(data)
+        with open(tmp_path / "a" / "train_000000.bin", "ab") as file:
+            file.write(b"5")
+        assert preflight.seen_data(data) != before
+    assert preflight.seen_data("some/dataset:1,other/dataset:2")
+
+
 def test_a_slow_network_is_one_sentence():
     (sentence,) = failures([fact(0), fact(1)], 0.5, Config(min_bandwidth=1.0))
     assert "0.50 GB/s, less than 1" in sentence

@@ -51,6 +51,7 @@ def test_what_is_trained_on_is_shown_as_chosen(base_run, tmp_path, capsys):
     assert "\n<think>h</think>bb<" in out and out.count("[[") == 1 and "[[cc<" in out
     out = shown(tmp_path, base_run, rows, capsys, reasoning="drop")
     assert "[[<think>h</think>bb<" in out and "\nbb<" in out and "[[cc<" in out and "in 2 pieces" in out
+    assert "turns: 1 of 4" in out
     refused("--reasoning=hide", preview.main, Config(model=str(base_run), reasoning="hide"))
 
 
@@ -74,6 +75,24 @@ def test_text_that_looks_like_html_or_terminal_codes_is_shown_as_text(base_run, 
     assert "<script" not in page and "&lt;script&gt;alert(1)&lt;/script&gt;" in page
     assert page.count("</pre>") == page.count("<pre>") == 2 and page.count("<mark>") == 1
     assert not re.search("https?://", page)
+
+
+def test_the_sources_of_a_mix_are_shown_one_after_the_other(base_run, tmp_path, capsys):
+    first, second = (
+        write_jsonl(tmp_path / f"{name}.jsonl", [conversation(i, turns=1)])
+        for i, name in enumerate(("talk", "facts"))
+    )
+    preview.main(Config(model=str(base_run), data=f"{first}:3,{second}:0"))
+    out = capsys.readouterr().out
+    for number, path in enumerate((first, second)):
+        assert f"\n{path}\n1 of 1 conversations are trained on" in out
+        assert f"[[{conversation(number, turns=1)['messages'][1]['content']}<|im_end|>]]" in out
+
+
+def test_a_page_that_cannot_be_written_is_one_sentence(base_run, tmp_path):
+    data = write_jsonl(tmp_path / "data.jsonl", [conversation(1, turns=1)])
+    config = Config(model=str(base_run), data=str(data), html=str(tmp_path / "no" / "page.html"))
+    refused("page.html cannot be written", preview.main, config)
 
 
 @pytest.mark.slow

@@ -1,5 +1,7 @@
 """Conversations: what is trained on, and what packing keeps apart."""
 
+import copy
+import itertools
 import re
 from dataclasses import replace
 
@@ -431,6 +433,30 @@ def test_conversations_with_no_answer_within_the_length_are_counted(tokenizer, t
     assert report["skipped"] == [
         {"count": 1, "reason": "no answer begins within 64 tokens", "first": "row 10"}
     ]
+
+
+def test_a_conversation_whose_last_answer_does_not_fit_is_told_where_only_that_is_trained_on(
+    tokenizer, tmp_path
+):
+    again = copy.deepcopy(tokenizer)
+    again.chat_template = chat_template("last", "keep")
+    rows = [(turns(*["one two three"] * 20), "row 10")]
+    report = prepare([*GOOD, *rows], again, tmp_path / "data")
+    (skipped,) = report["skipped"]
+    assert skipped["reason"] == "the last answer does not begin within 64 tokens; try --overlong=split"
+    report = sft.prepare_conversations(
+        tmp_path / "split", [*GOOD, *rows], again, max_length=64, val_fraction=0.5, overlong="split"
+    )
+    assert not report["skipped"]
+
+
+def test_the_cache_tells_templates_apart(tokenizer):
+    again = copy.deepcopy(tokenizer)
+    names = set()
+    for train_on, reasoning in itertools.product(("all", "last"), ("keep", "drop")):
+        again.chat_template = chat_template(train_on, reasoning)
+        names.add(sft.cached_as(["files"], [64], again))
+    assert len(names) == 4 and sft.cached_as(["files"], [65], again) not in names
 
 
 def prepared(tokenizer, folder, max_length: int = 64) -> SFTDataset:

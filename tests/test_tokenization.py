@@ -16,6 +16,7 @@ import tokenization
 from tokenization import (
     END,
     SPECIALS,
+    chat_template,
     encode,
     encode_after_newline,
     load_tokenizer,
@@ -76,6 +77,14 @@ def test_truncation_and_padding_that_a_tokenizer_was_saved_with_do_not_change_do
     backend.save(str(path))
     found = encode(load_tokenizer(tmp_path), ["the the the the the the", "the"])
     assert found == encode(plain, ["the the the the the the", "the"])
+
+
+def test_of_several_templates_by_name_chatml_takes_the_place(tmp_path):
+    folder = plain_tokenizer(tmp_path)
+    tokenizer = load_tokenizer(folder)
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    tokenizer.save_pretrained(folder)
+    assert load_tokenizer(folder).chat_template == chat_template()
 
 
 def test_the_template_renders_chatml_and_marks_the_assistant_s_content_and_end(tmp_path):

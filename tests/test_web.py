@@ -3,9 +3,11 @@
 import http.client
 import json
 import re
+import socket
 import subprocess
 import sys
 import threading
+import time
 from contextlib import contextmanager
 
 import pytest
@@ -161,6 +163,16 @@ def test_a_closed_tab_stops_its_answer_and_the_next_in_line_gets_its_own():
         first.close()
         assert [json.loads(row) for row in line] == [{"text": "mine"}, {"done": True}]
         assert stopped.is_set()
+
+
+def test_a_browser_that_never_stops_sending_is_hung_up_on(monkeypatch):
+    monkeypatch.setattr(web, "MOST_WAIT", 0.2)
+    with served() as server, socket.create_connection(server.server_address[:2], timeout=60) as client:
+        client.sendall(b"GET /about HTTP/1.0\r\nHost: localhost\r\n\r\n")
+        with pytest.raises(ConnectionError):
+            for _ in range(6000):  # a minute at least
+                client.sendall(b"x")
+                time.sleep(0.01)
 
 
 def test_an_address_or_port_that_cannot_be_had_is_one_sentence():
