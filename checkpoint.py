@@ -320,8 +320,9 @@ def damage(checkpoint: Path, *, for_resuming: bool) -> str | None:
     return next((what for what in results if what), None)
 
 
-def file_damage(folder: Path, name: str, expected: tuple[int, str]) -> str | None:
-    """What is wrong with a file of this name that should have so many bytes and this SHA-256."""
+def file_damage(folder: Path, name: str, expected: tuple) -> str | None:
+    """What is wrong with a file of this name. Its bytes and SHA-256 are expected as checkpoint.json has them,
+    which may itself be damaged and hold anything."""
     path = folder / name
     try:
         if Path(name).name != name:

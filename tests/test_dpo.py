@@ -256,6 +256,7 @@ def test_mistakes_in_a_tuning_run_are_told(base_run, preferences, tmp_path):
         ({"max_length": 65}, "--max_length=65 is beyond the model's context of 64"),
         ({"data": str(empty)}, "nothing is left to train on .1 skipped, in chosen, messages is no list"),
         ({"batch_pairs": 0}, "--batch_pairs=0: expected a number above zero"),
+        ({"val_fraction": 1.0}, "--val_fraction=1: all rows are held out; lower --val_fraction"),
         ({"val_fraction": 0.0}, "of 60 rows is held out for validation; raise --val_fraction"),
     ):
         fields = {"model": base_run, "data": preferences, "out_dir": tmp_path / "run"}

@@ -360,7 +360,7 @@ def kept_bytes(model, ids) -> tuple[int, dict]:
     return sum(seen.values()), {name: p.grad for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_checkpointed_activations_keep_less_and_give_the_same_gradients(compiled):
     ids, found = random_ids(2, 49), {}
     for checkpointed in (False, True):

@@ -281,6 +281,7 @@ def refused(result, *words: str) -> None:
 # -- data ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", TEXTS)
 def test_a_hub_dataset_and_tokenizer_give_the_same_bytes_as_local_ones(kind, run, local, tmp_path):
     succeeded(run("prepare_data", *flags(preparation(tmp_path / "data", **TEXTS[kind]))))

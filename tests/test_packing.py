@@ -144,8 +144,9 @@ def test_a_run_on_a_mix_reports_each_source_apart(base_run, chat_files, tmp_path
     assert "on 25.00% the conversations of talk.jsonl; 75.00% the conversations of facts.jsonl." in card
 
 
+@pytest.mark.parametrize("batch_tokens", [pytest.param(512, marks=pytest.mark.slow), 64 * 500])
 def test_a_source_of_weight_zero_is_validated_whole_and_changes_nothing_in_training(
-    base_run, chat_files, tokenizer, tmp_path, capsys
+    batch_tokens, base_run, chat_files, tokenizer, tmp_path, capsys
 ):
     """Alone, before and after the source that is trained on; with steps of more rows than that has, too."""
     talk, facts = chat_files
@@ -154,25 +155,22 @@ def test_a_source_of_weight_zero_is_validated_whole_and_changes_nothing_in_train
         "after": (f"{talk}:1,{facts}:0", "messages,dialog"),
         "before": (f"{facts}:0,{talk}:1", "dialog,messages"),
     }
-    for batch_tokens in (512, 64 * 500):
-        rows, told, answers = {}, {}, {}
-        for name, (data, column) in ways.items():
-            out = tmp_path / f"{name}{batch_tokens}"
-            config = mix_config(base_run, chat_files, out, max_steps=0, epochs=1.5, eval_questions=5)
-            sft_gpt.main(
-                dataclasses.replace(config, data=str(data), column=column, batch_tokens=batch_tokens)
-            )
-            told[name] = re.search(r"[\d,]+ conversations in .* epochs", capsys.readouterr().out)[0]
-            rows[name] = [row for row in read_records(out / "metrics.jsonl") if "loss" in row]
-            answers[name] = (out / "answers.jsonl").read_bytes()
-        assert told["alone"] == told["after"] == told["before"]
-        assert answers["alone"] == answers["after"] == answers["before"]
-        for part in ("loss", "grad_norm", "targets"):
-            assert len({tuple(row[part] for row in some) for some in rows.values()}) == 1
-        alone, after, before = (some[-1] for some in rows.values())
-        assert after["epochs/talk.jsonl"] > 0 and "epochs/facts.jsonl" not in after
-        assert after["val_loss"] == pytest.approx(alone["val_loss"], rel=1e-9)
-        assert after["val_loss/facts.jsonl"] == before["val_loss/facts.jsonl"]
+    rows, told, answers = {}, {}, {}
+    for name, (data, column) in ways.items():
+        out = tmp_path / name
+        config = mix_config(base_run, chat_files, out, max_steps=0, epochs=1.5, eval_questions=5)
+        sft_gpt.main(dataclasses.replace(config, data=str(data), column=column, batch_tokens=batch_tokens))
+        told[name] = re.search(r"[\d,]+ conversations in .* epochs", capsys.readouterr().out)[0]
+        rows[name] = [row for row in read_records(out / "metrics.jsonl") if "loss" in row]
+        answers[name] = (out / "answers.jsonl").read_bytes()
+    assert told["alone"] == told["after"] == told["before"]
+    assert answers["alone"] == answers["after"] == answers["before"]
+    for part in ("loss", "grad_norm", "targets"):
+        assert len({tuple(row[part] for row in some) for some in rows.values()}) == 1
+    alone, after, before = (some[-1] for some in rows.values())
+    assert after["epochs/talk.jsonl"] > 0 and "epochs/facts.jsonl" not in after
+    assert after["val_loss"] == pytest.approx(alone["val_loss"], rel=1e-9)
+    assert after["val_loss/facts.jsonl"] == before["val_loss/facts.jsonl"]
     (last,) = out.glob(f"step_*{before['step']}")
     assert "on 100.00% the conversations of talk.jsonl." in (last / "README.md").read_text()  # and no other
     # All 30 conversations of the other source are validated.

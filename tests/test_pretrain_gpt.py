@@ -59,6 +59,7 @@ def test_mistakes_in_a_pretraining_run_are_told(data_dir, tmp_path):
                 pretrain_gpt.main(pretrain_config(data_dir, tmp_path / "run", **change))
 
 
+@pytest.mark.slow
 def test_compiled_training_gives_the_same_losses(data_dir, tmp_path):
     for name in ("true", "false"):
         pretrain_gpt.main(pretrain_config(data_dir, tmp_path / name, compile=name, max_steps=2))
