@@ -72,6 +72,7 @@ def test_a_model_that_does_not_know_chatml_is_told_apart(tmp_path, tokenizer):
         chat.load(str(tmp_path))
 
 
+@pytest.mark.slow
 def test_a_prompt_of_bytes_that_are_no_utf_8_is_one_sentence():
     result = run("chat.py", "--model=nowhere", "--prompt=caf\udce9")  # é in Latin-1
     assert (result.returncode, result.stdout) == (1, "")
@@ -157,6 +158,7 @@ def test_a_conversation_in_the_terminal(base_run):
     assert one.returncode == 0 and one.stdout.strip() and one.stdout.splitlines()[0] in result.stdout
 
 
+@pytest.mark.slow
 def test_a_line_that_is_no_utf_8_is_told_and_the_conversation_goes_on(base_run):
     result = run(
         "chat.py",

@@ -288,6 +288,7 @@ def test_a_hub_dataset_and_tokenizer_give_the_same_bytes_as_local_ones(kind, run
     assert shards(tmp_path / "data") == local()
 
 
+@pytest.mark.slow
 def test_max_tokens_stops_before_the_other_files_are_downloaded(hub, environment, local, tmp_path):
     hub.log.clear()
     config = preparation(tmp_path / "data", max_tokens=2000)
@@ -297,6 +298,7 @@ def test_max_tokens_stops_before_the_other_files_are_downloaded(hub, environment
     assert {Path(path).name for path in hub.log if path.endswith(".parquet")} == {"train-0.parquet"}
 
 
+@pytest.mark.slow
 def test_processes_divide_the_files_of_a_hub_dataset(hub, run, tokenizer_dir, tmp_path):
     read = []
     for part in ("1/2", "2/2"):
@@ -396,6 +398,7 @@ def test_a_mistake_about_hub_data_is_one_sentence_that_names_what_exists(mistake
 # -- models --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_hub_model_fine_tunes_on_hub_data_to_the_same_bytes_as_on_local_copies(hub, run, tmp_path):
     succeeded(run("sft_gpt", *flags(sft_config("someone/model", "someone/chats", tmp_path / "hub"))))
     model, data = hub.folder / "models/someone/model", hub.folder / "datasets/someone/chats"

@@ -116,6 +116,7 @@ def test_bf16_on_a_cpu_without_its_instructions_is_done_with_a_warning(cpu, caps
     assert "--dtype=float32" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_run_in_bf16_is_killed_and_resumed_bit_for_bit_and_trains_as_one_in_fp32(data_dir, tmp_path, cpu):
     """The first choice is bf16; when it goes on, this CPU would choose fp32."""
     cpu(True, mkl=4, onednn=4, bf16=1)

@@ -204,6 +204,7 @@ def test_a_model_answers_over_http_and_ctrl_c_ends_the_server(base_run):
     assert "".join(event["text"] for event in events) == one.stdout[:-1]
 
 
+@pytest.mark.slow
 def test_a_prompt_for_the_page_is_refused(base_run):
     result = run("chat.py", f"--model={base_run}", "--web", "--prompt=hello")
     assert (result.returncode, result.stdout) == (1, "") and "exclude each other" in result.stderr
