@@ -13,13 +13,13 @@ import os
 import re
 import sys
 import time
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
 
 from checkpoint import find_model
-from common import InputError, check_choice, check_numbers, one_line, run_script
+from common import InputError, check_choice, check_numbers, home_expanded, one_line, run_script
 from distributed import Ranks, usable_device
 from generation import SAMPLING, check_sampling
 from gpt import GPTModel
@@ -73,10 +73,10 @@ def drop_oldest(messages: list[dict], tokenizer, room: int) -> tuple[list[dict],
     A system message at the start stays. Raises InputError if the last message alone is too long.
     """
     system, turns = (messages[:1], messages[1:]) if messages[0]["role"] == "system" else ([], messages)
-    for dropped in range(len(turns)):
-        kept = system + turns[dropped:]
-        if turns[dropped]["role"] == "user" and len(prompt_ids(kept, tokenizer)) <= room:
-            return kept, dropped
+    starts = [i for i, turn in enumerate(turns) if turn["role"] == "user"]
+    first = bisect_left(starts, True, key=lambda i: len(prompt_ids(system + turns[i:], tokenizer)) <= room)
+    if first < len(starts):
+        return system + turns[starts[first] :], starts[first]
     length = len(prompt_ids(system + turns[-1:], tokenizer))
     raise InputError(f"the message takes {length} tokens and the context leaves it {room}; shorten it")
 
@@ -169,14 +169,17 @@ def system_turn(text: str) -> list[dict]:
 
 def save(messages: list[dict], name: str) -> str:
     """Add a conversation to a file of conversations; returns what to tell. Raises InputError if it cannot."""
-    path = Path(name).expanduser()
+    path = home_expanded(name)
     if path.suffix != ".jsonl":
         raise InputError(f"/save {name}: expected a file whose name ends in .jsonl, as chats.jsonl")
     if not any(message["role"] == "assistant" for message in messages):
         raise InputError("there is no answer yet, so nothing was saved; ask something first")
     try:
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
+        row = json.dumps({"messages": messages}, ensure_ascii=False) + "\n"
+        with open(path, "ab+") as file:
+            if file.tell() and (file.seek(-1, os.SEEK_END), file.read())[1] != b"\n":
+                row = "\n" + row  # the last line was not ended
+            file.write(row.encode())
     except OSError as error:
         raise InputError(f"{path} cannot be written ({one_line(error)}); choose another file") from error
     return f"added {len(messages)} messages to {path}; sft_gpt.py --data={path} trains on them"

@@ -296,16 +296,28 @@ def lock_folder(out_dir: str | Path) -> typing.IO:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold a lock file for the block; wait while another process holds it."""
+    """Hold a lock file for the block; wait while another process holds it. On a disk without locks it warns
+    and goes on."""
     with open(path, "a") as file:
-        fcntl.lockf(file, fcntl.LOCK_EX)
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX)
+        except OSError as error:
+            print(f"warning: {path} cannot be locked ({error}); start nothing else there", file=sys.stderr)
         yield
+
+
+def home_expanded(path: str) -> Path:
+    """The path with ~ replaced by the user's home; InputError for a ~name of nobody."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise InputError(f"{path} names the home of nobody here; write ~/ or a whole path") from error
 
 
 def cache_folder(cache_dir: str) -> Path:
     """--cache_dir, or if that is empty the project's folder in the user's cache; made if it is not there."""
     users = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    folder = Path(cache_dir or f"{users}/{Path(__file__).parent.name}").expanduser()
+    folder = home_expanded(cache_dir or f"{users}/{Path(__file__).parent.name}")
     make_folder(folder)
     return folder
 

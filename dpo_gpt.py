@@ -115,7 +115,7 @@ def prepare(config: Config, tokenizer, *, T: int, content: dict, ranks: Ranks) -
     """The folder of rendered pairs and its report. Rank 0 renders what is not in the cache."""
     files = settle_commits(content, [config.data], cache_dir=config.cache_dir, ranks=ranks)[0]
     source = [files, config.data_config, config.data_split]
-    settings = ["pairs", config.val_fraction, T]
+    settings = ["pairs", config.val_fraction, T, config.max_bad_rows]
     folder = cache_folder(config.cache_dir) / cached_as(source, settings, tokenizer)
     commit = content["commits"].get(config.data)
     rows = source_rows(config.data, config.data_config, config.data_split, commit=commit)
@@ -177,8 +177,8 @@ def main(config: Config) -> None:
 
     # What the starting model makes of the answers; a resumed run has to open it again if this is lost.
     ranks.watch(config.timeout_minutes)
-    weights = identity["content"]["weights"] or fingerprint(config.model)
-    paths = {split: folder / f"reference-{split}-{weights}.npy" for split in ("train", "val")}
+    made_by = fingerprint([identity["content"]["weights"] or config.model, ranks.precision])
+    paths = {split: folder / f"reference-{split}-{made_by}.npy" for split in ("train", "val")}
     starting_model = module
     if state and ranks.any(
         read_reference(paths["train"], train) is None or read_reference(paths["val"], val) is None

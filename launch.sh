@@ -49,8 +49,8 @@ submit() { # SCRIPT SBATCH'S FLAGS: sbatch, and a sentence if the cluster wants 
     echo "$message"
 }
 
-newest_step() { # of the checkpoints in a run's folder
-    find "$1" -maxdepth 1 -name 'step_*' 2>/dev/null | sort | tail -n 1
+steps() { # the checkpoints in a run's folder; a damaged one may be newer than what a run saves
+    find "$1" -maxdepth 1 -name 'step_*' -printf '%p %T@\n' 2>/dev/null | sort
 }
 
 processes() { # on this node
@@ -105,14 +105,14 @@ slurm_job() { # SCRIPT DATA OUT FLAGS
     if [ -n "${DRY_RUN:-}" ]; then run "${srun[@]}"; return; fi
     mkdir -p "$out"
     rm -f "$RESUMABLE_FILE"
-    before=$(newest_step "$out")
+    before=$(steps "$out")
     "${srun[@]}" &
     pid=$!
     trap 'kill -s USR1 "$pid"' USR1 # srun sends it on to each node's torchrun
     trap : TERM                     # the ranks get it, too; this shell waits for them
     while kill -0 "$pid" 2>/dev/null; do wait "$pid" && status=0 || status=$?; done
     [ -e "$RESUMABLE_FILE" ] || exit "$status"
-    [ "$(newest_step "$out")" != "$before" ] || fail "no step was made since this start, so the job is not requeued;" \
+    [ "$(steps "$out")" != "$before" ] || fail "no step was made since this start, so the job is not requeued;" \
         "ask for more --time, or look why a step takes so long"
     # A job that somebody cancelled, or that Slurm itself requeues, does not run any more.
     if scontrol show job "$SLURM_JOB_ID" | grep -q 'JobState=RUNNING'; then scontrol requeue "$SLURM_JOB_ID"; fi

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import make_folder, read_records, replace_file, write_json, write_records
+from common import InputError, make_folder, read_json, read_records, replace_file, write_json, write_records
 from distributed import Ranks
 from gpt import GPTConfig
 
@@ -70,10 +70,10 @@ class Metrics:
         self.scores = {}  # of benchmarks: the last of each, with its step
         self.wandb_id = state["wandb_id"] if state else None  # kept while wandb is off
         self.seconds, self.steps, self.tokens = 0.0, 0, 0  # since the last report
-        if ranks.is_main:
-            self.keep_rows(start)
+        if ranks.is_main:  # at step 0 nothing was saved, and what stands there may be another run's
+            self.keep_rows(start or -1)
         note = Path(out_dir) / "wandb_id"  # a run may die before its first checkpoint
-        if running and self.wandb_id is None and note.exists():
+        if running and self.wandb_id is None and note.exists() and self.noted_settings() == (settings or {}):
             self.wandb_id = note.read_text()
         if running:
             self.note_run(settings or {})
@@ -94,6 +94,14 @@ class Metrics:
             self.note_points(row)
         if rows and rows[-1]["step"] == start:  # it may grow
             self.row, self.row_at = rows[-1], self.row_at - len(line_of(rows[-1]))
+
+    def noted_settings(self) -> dict | None:
+        """Those in run.json, of the last start in this folder; None without any."""
+        path = self.path.with_name("run.json")
+        try:
+            return read_json(path).get("settings") if path.exists() else None
+        except (InputError, AttributeError):  # damaged: it is written anew
+            return None
 
     def note_run(self, settings: dict) -> None:
         """Write run.json: how the run was started, and on what."""

@@ -7,7 +7,7 @@ folders. So the shards do not depend on the number of processes: a shard ends wh
 import shutil
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from data import read_manifest
 from prepare_data import (
     PARTS,
     Config,
+    known_commit,
     make_tokenizer,
     prepare_folder,
     refuse_foreign_files,
@@ -62,23 +63,32 @@ def prepare_share(config: Config) -> None:
         )
     refuse_foreign_files(out_dir)
     make_folder(out_dir / PARTS)
-    share_tokenizer(whole, makes_it=first == 0)
-    files = count_files(config.source, config.config, config.split)
+    commit = share_tokenizer(whole, makes_it=first == 0)
+    files = count_files(config.source, config.config, config.split, commit)
     for number in range(first, files, every):
-        if wanted_parts(out_dir, files, config.max_tokens) is not None:
+        if manifest.exists() or wanted_parts(out_dir, files, config.max_tokens) is not None:
             break
-        prepare_folder(part_config(whole, number, files))
+        prepare_folder(part_config(whole, number, files), commit)
     with locked(out_dir / ".lock"):
         wanted = None if manifest.exists() else wanted_parts(out_dir, files, config.max_tokens)
         if wanted is not None:
-            join_parts(whole, wanted, files)
-    if manifest.exists():  # with max_tokens others may still be at parts that nobody wants any more
-        for number in range(files):
-            folder = part_folder(out_dir, number)
-            if number % every == first or (folder / "manifest.json").exists():
-                shutil.rmtree(folder, ignore_errors=True)
-        if not any((out_dir / PARTS).iterdir()):
-            (out_dir / PARTS).rmdir()
+            join_parts(whole, wanted, files, commit)
+        if manifest.exists():
+            remove_parts(out_dir, range(first, files, every))
+
+
+def remove_parts(out_dir: Path, own: Sequence[int]) -> None:
+    """After the join: remove this process's parts, and those that are finished. With max_tokens others may
+    still be at parts that nobody wants any more."""
+    places = out_dir / PARTS
+    if not places.exists():  # another process was the last
+        return
+    for folder in places.iterdir():
+        mine = folder.name.isdecimal() and int(folder.name) in own
+        if mine or ((folder / "manifest.json").exists() and not (folder / "progress.json").exists()):
+            shutil.rmtree(folder, ignore_errors=True)
+    if not any(folder.is_dir() for folder in places.iterdir()):
+        shutil.rmtree(places)
 
 
 def part_folder(out_dir: Path, number: int) -> Path:
@@ -92,18 +102,28 @@ def part_config(config: Config, number: int, files: int) -> Config:
     return replace(config, part=part, max_tokens=0, **places)
 
 
-def share_tokenizer(config: Config, *, makes_it: bool) -> None:
-    """Make the tokenizer in out_dir, unless it is there, or wait until another process has."""
-    folder, new = Path(config.out_dir) / "tokenizer", Path(config.out_dir) / "tokenizer.new"
-    if folder.exists():
-        return
-    if makes_it:
-        save_tokenizer(make_tokenizer(config), new)
+def share_tokenizer(config: Config, *, makes_it: bool) -> str | None:
+    """Make the tokenizer in out_dir, unless it is there, or wait until another process has. Returns the
+    commit at which all processes read a hub dataset. Raises InputError if other flags made the tokenizer."""
+    out_dir = Path(config.out_dir)
+    folder, new, note = out_dir / "tokenizer", out_dir / "tokenizer.new", out_dir / PARTS / "begun.json"
+    flags = {"tokenizer": config.tokenizer, "vocab_size": config.vocab_size}
+    if makes_it and not folder.exists():
+        commit = known_commit(config)
+        write_json(note, flags | {"commit": commit})
+        save_tokenizer(make_tokenizer(config, commit), new)
         new.rename(folder)
-        return
-    print("waiting for the first part, which makes the tokenizer", flush=True)
+    if not folder.exists():
+        print("waiting for the first part, which makes the tokenizer", flush=True)
     while not folder.exists():
         time.sleep(WAIT)
+    begun = read_json(note) if note.exists() else flags  # parts of an older version have no note
+    differing = [f"{k}={begun.get(k)!r} there, {v!r} here" for k, v in flags.items() if begun.get(k) != v]
+    if differing:
+        raise InputError(
+            f"{out_dir} holds parts with another tokenizer ({', '.join(differing)}); choose another delete it"
+        )
+    return begun.get("commit")
 
 
 def wanted_parts(out_dir: Path, files: int, max_tokens: int) -> int | None:
@@ -119,7 +139,7 @@ def wanted_parts(out_dir: Path, files: int, max_tokens: int) -> int | None:
     return files
 
 
-def join_parts(config: Config, wanted: int, files: int) -> None:
+def join_parts(config: Config, wanted: int, files: int, commit: str | None) -> None:
     """Move the parts' shards into out_dir, numbered through, and write the manifest. A stop does no harm."""
     out_dir, shards = Path(config.out_dir), {"train": [], "val": []}
     totals = {split: Counter(documents=0, tokens=0, bytes=0) for split in shards}
@@ -140,7 +160,7 @@ def join_parts(config: Config, wanted: int, files: int) -> None:
     write_json(
         out_dir / "manifest.json",
         {
-            "settings": settings_of(config),
+            "settings": settings_of(config, commit),
             "source": config.source,
             "tokenizer": config.tokenizer,
             "tokenizer_fingerprint": manifest["tokenizer_fingerprint"],
@@ -159,7 +179,7 @@ def mend_parts(config: Config, manifest: dict, damaged: Mapping[str, str]) -> No
     having changed nothing, if a file does not give them as they were."""
     out_dir, lost = Path(config.out_dir), [s for s in manifest["shards"] if s["file"] in damaged]
     for number in sorted({shard["part"] for shard in lost}):
-        prepare_folder(part_config(config, number, manifest["files"]))
+        prepare_folder(part_config(config, number, manifest["files"]), manifest["settings"].get("commit"))
     for shard in lost:
         path = part_folder(out_dir, shard["part"]) / shard["was"]
         if not path.exists() or file_sha256(path) != shard["sha256"]:

@@ -40,7 +40,7 @@ from common import (
     write_json,
 )
 from data import ShardWriter, damaged_shards, read_manifest
-from sources import BadRows, hash_fraction, rows_by_file, source_files, text_of
+from sources import BadRows, hash_fraction, newest_commit, rows_by_file, source_files, text_of
 from tokenization import (
     END,
     MOST_IDS,
@@ -111,10 +111,10 @@ class Place:
 
 
 def documents(
-    config: Config, bad_rows: BadRows | None = None, start: File = File()
+    config: Config, bad_rows: BadRows | None = None, start: File = File(), commit: str | None = None
 ) -> Iterator[tuple[File, str]]:
-    """The source's texts from a file on, each with its file, in an order that never changes. Empty ones are
-    left out, unusable rows counted."""
+    """The source's texts from a file on, each with its file, in an order that never changes; those of a hub
+    dataset at a commit. Empty ones are left out, unusable rows counted."""
     if config.source == "embedded":
         import embedded
 
@@ -123,7 +123,8 @@ def documents(
     bad_rows = bad_rows or BadRows(config.max_bad_rows)
     bad_rows.rows, bad_rows.bad, bad_rows.first = start.bad_rows
     share, source = share_of(config.part), (config.source, config.config, config.split)
-    for number, rows in enumerate(rows_by_file(*source, share=share, start=start.number), start.number):
+    files = rows_by_file(*source, share=share, start=start.number, commit=commit)
+    for number, rows in enumerate(files, start.number):
         file = File(number, bad_rows.counts())
         for row, where in rows:
             try:
@@ -150,14 +151,14 @@ def read_ahead(texts: Iterator) -> Iterator[list]:
             yield batch
 
 
-def make_tokenizer(config: Config):
-    """The tokenizer of this preparation."""
+def make_tokenizer(config: Config, commit: str | None = None):
+    """The tokenizer of this preparation; a new one learns from a hub dataset at a commit."""
     if config.tokenizer != "train":
         return load_tokenizer(config.tokenizer)
 
     def beginning():
         read = 0
-        for _, text in documents(replace(config, part="")):
+        for _, text in documents(replace(config, part=""), commit=commit):
             yield text
             read += len(text)
             if read >= TOKENIZER_BYTES:
@@ -213,11 +214,26 @@ def check_same_preparation(out_dir: Path, settings: dict) -> None:
             for k, v in settings.items()
             if there.get(k) != v and k not in free
         ]
+        if name == "progress.json":
+            check_files_read(out_dir, noted, settings)
         if differing:
             raise InputError(
                 f"{out_dir} holds another preparation ({', '.join(differing)}); choose another --out_dir or "
                 f"delete it"
             )
+
+
+def check_files_read(out_dir: Path, noted: dict, settings: dict) -> None:
+    """Raise InputError if the files that a begun preparation has read are not the source's first ones any
+    more. The one that it was amid may have been mended, and more may follow."""
+    there, here = noted["settings"].get("source_files", []), settings["source_files"]
+    number = noted["file"] if isinstance(noted.get("file"), int) else 0
+    names = [[name for name, _ in files[: number + 1]] for files in (there, here)]
+    if names[0] != names[1] or there[:number] != here[:number]:
+        raise InputError(
+            f"the source's files up to the one that {out_dir} stopped in ({', '.join(names[0])}) are others "
+            f"now; bring them back as they were, or choose another --out_dir or delete it"
+        )
 
 
 def whole_tokenizer(folder: Path, manifest: dict):
@@ -239,7 +255,7 @@ def mend(config: Config, settings: dict) -> None:
     manifest = read_manifest(out_dir)
     tokenizer = whole_tokenizer(out_dir, manifest)
     if tokenizer is None:
-        tokenizer = make_tokenizer(config)
+        tokenizer = make_tokenizer(config, settings.get("commit"))
         if tokenizer_fingerprint(tokenizer) != manifest["tokenizer_fingerprint"]:
             raise InputError(
                 f"{out_dir}/tokenizer is damaged and {config.tokenizer} is not the tokenizer that made the "
@@ -288,7 +304,8 @@ def write_shards(config: Config, tokenizer, settings: dict) -> dict[str, ShardWr
         writer.seek(positions.get(split, writer.position()))
     if place.documents:
         print(f"continuing after {place.documents:,} documents", flush=True)
-    rest = itertools.islice(documents(config, bad_rows, place.file), place.documents_in_file, None)
+    texts = documents(config, bad_rows, place.file, settings.get("commit"))
+    rest = itertools.islice(texts, place.documents_in_file, None)
 
     def tokens() -> int:
         return sum(writer.totals["tokens"] for writer in writers.values())
@@ -368,7 +385,7 @@ def prepare(config: Config, settings: dict) -> None:
     if progress.exists() and read_progress(out_dir)[0].documents:
         tokenizer = load_tokenizer(out_dir / "tokenizer")
     else:
-        tokenizer = make_tokenizer(config)
+        tokenizer = make_tokenizer(config, settings.get("commit"))
         save_progress(out_dir, settings, Place(), {})  # from here on the folder is ours
         save_tokenizer(tokenizer, out_dir / "tokenizer")
 
@@ -397,22 +414,39 @@ def prepare(config: Config, settings: dict) -> None:
         print(f"no document is in {split}, pretraining needs both: delete {out_dir}, raise --val_fraction")
 
 
-def settings_of(config: Config) -> dict:
-    """What decides about the shards: flags, names and sizes of the files."""
+def known_commit(config: Config) -> str | None:
+    """The commit at which a hub dataset is read: the one that out_dir began with, else the newest. None of
+    local files, and where nobody knows it."""
+    if config.source == "embedded" or source_files(config.source) is not None:
+        return None
+    for name in ("manifest.json", "progress.json"):
+        path = Path(config.out_dir) / name
+        noted = read_json(path) if path.exists() else {}
+        settings = noted.get("settings") if isinstance(noted, dict) else None
+        if isinstance(settings, dict) and noted.get("documents") != 0:
+            return settings.get("commit")
+    return newest_commit(config.source)
+
+
+def settings_of(config: Config, commit: str | None) -> dict:
+    """What decides about the shards: flags, names and sizes of the files, a hub dataset's commit."""
     free = ("out_dir", "workers", "max_bad_rows", *(() if config.part else ("part",)))
     settings = {name: value for name, value in asdict(config).items() if name not in free}
     files, (first, every) = [], share_of(config.part)
     if config.source != "embedded":
         files = (source_files(config.source) or [])[first::every]
-    return settings | {"source_files": [[path.name, path.stat().st_size] for path in files]}
+    settings["source_files"] = [[path.name, path.stat().st_size] for path in files]
+    return settings | ({"commit": commit} if commit else {})
 
 
-def prepare_folder(config: Config) -> None:
-    """Make the shards of a source in out_dir, go on making them, or see that they are whole."""
-    out_dir, settings = Path(config.out_dir), settings_of(config)
+def prepare_folder(config: Config, commit: str | None = None) -> None:
+    """Make the shards of a source in out_dir, go on making them, or see that they are whole. A hub dataset is
+    read at a commit, without one at known_commit."""
+    out_dir = Path(config.out_dir)
     refuse_foreign_files(out_dir)
     make_folder(out_dir)
     with lock_folder(out_dir):
+        settings = settings_of(config, commit or known_commit(config))
         check_same_preparation(out_dir, settings)
         if (out_dir / "manifest.json").exists():
             (out_dir / "progress.json").unlink(missing_ok=True)  # stopped between the manifest and this

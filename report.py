@@ -20,7 +20,8 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from checkpoint import list_checkpoints
-from common import InputError, read_json, read_records, replace_file
+from common import InputError, one_line, read_json, read_records, replace_file
+from huggingface import weight_files
 
 # What a logged step has; all else in a row is an evaluation's.
 STEP_VALUES = (
@@ -84,12 +85,17 @@ class Run:
         """How many numbers the newest checkpoint's weights are; None without a readable one."""
         for checkpoint in reversed(list_checkpoints(self.folder)):
             try:
-                with safe_open(checkpoint / "model.safetensors", "pt") as file:
-                    names = file.keys()
-                    return sum(math.prod(file.get_slice(name).get_shape()) for name in names)
-            except (OSError, SafetensorError) as error:
+                return sum(numbers_in(path) for path in set(weight_files(checkpoint)))
+            except (OSError, SafetensorError, InputError) as error:
                 print(f"warning: the weights in {checkpoint} cannot be read ({error})", file=sys.stderr)
         return None
+
+
+def numbers_in(path: Path) -> int:
+    """How many numbers a file of weights holds; they are not read."""
+    with safe_open(path, "pt") as file:
+        names = file.keys()
+        return sum(math.prod(file.get_slice(name).get_shape()) for name in names)
 
 
 def heads_of(runs: Sequence[Run]) -> list[str]:
@@ -384,7 +390,13 @@ def write_report(*folders: str | Path) -> Path:
     runs = [Run.read(folder) for folder in folders]
     names = "_".join(["report", *(run.folder.resolve().name for run in runs if len(runs) > 1)])
     path = runs[-1].folder / f"{names}.html"
-    replace_file(path, page(runs).encode("utf-8", errors="replace"))
+    content = page(runs).encode("utf-8", errors="replace")
+    try:
+        replace_file(path, content)
+    except OSError as error:
+        raise InputError(
+            f"{path} cannot be written ({one_line(error)}); copy the run to a folder of yours"
+        ) from error
     return path
 
 

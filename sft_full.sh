@@ -25,9 +25,10 @@ OUT=${OUT:-out/chat}
 # The training split's files, and the model if it is one of the hub's. A download that broke off goes on.
 prepare() {
     install
+    if [ "$MODEL" != out/base ] && [ ! -d "$MODEL" ]; then run "${PYTHON%python}hf" download "$MODEL"; fi
+    if [ -e "$DATA" ]; then return; fi
     run "${PYTHON%python}hf" download HuggingFaceTB/smol-smoltalk --repo-type=dataset --include="data/train*" \
         --local-dir="$DATA.partial"
-    if [ "$MODEL" != out/base ] && [ ! -d "$MODEL" ]; then run "${PYTHON%python}hf" download "$MODEL"; fi
     run mv "$DATA.partial" "$DATA"
 }
 

@@ -168,10 +168,10 @@ def read_jsonl(path: Path) -> Iterator[object]:
             yield row
 
 
-def count_files(source: str, name: str, split: str) -> int:
+def count_files(source: str, name: str, split: str, commit: str | None = None) -> int:
     """How many files a source has that shares can be made of."""
     files = source_files(source)
-    return hub_stream(source, name, split).num_shards if files is None else len(files)
+    return hub_stream(source, name, split, commit).num_shards if files is None else len(files)
 
 
 def hub_commits(sources: Iterable[str], known: dict[str, str], notes: Path) -> dict[str, str]:
@@ -182,18 +182,19 @@ def hub_commits(sources: Iterable[str], known: dict[str, str], notes: Path) -> d
     return {source: commit for source, commit in commits.items() if commit}
 
 
-def newest_commit(dataset: str, notes: Path) -> str | None:
+def newest_commit(dataset: str, notes: Path | None = None) -> str | None:
     """A hub dataset's newest commit, kept in a note. If the hub cannot be reached, as on a compute node, the
     noted one; None without a note. Reading the dataset then tells what is wrong."""
     from huggingface_hub import HfApi
     from huggingface_hub.utils import httpx
 
-    note = notes / f"commit-{fingerprint(dataset)}.json"
+    note = notes and notes / f"commit-{fingerprint(dataset)}.json"
     try:
         commit = patiently(lambda: HfApi().dataset_info(dataset, timeout=10).sha)
     except (OSError, ValueError, httpx.HTTPError):
-        return read_json(note)["commit"] if note.exists() else None
-    write_json(note, {"dataset": dataset, "commit": commit})
+        return read_json(note)["commit"] if note and note.exists() else None
+    if note:
+        write_json(note, {"dataset": dataset, "commit": commit})
     return commit
 
 

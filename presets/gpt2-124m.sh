@@ -19,6 +19,7 @@ prepared() { [ -e "$DATA" ]; }
 prepare() { # GPT-2's tokenizer, and shards that others have made: 20 GB. A download that broke off goes on.
     install
     run "${PYTHON%python}hf" download gpt2 config.json tokenizer.json tokenizer_config.json vocab.json merges.txt
+    if [ -e "$DATA" ]; then return; fi
     run "${PYTHON%python}hf" download kjj0/fineweb10B-gpt2 --repo-type=dataset --local-dir="$DATA.partial" "$@"
     run mv "$DATA.partial" "$DATA"
 }

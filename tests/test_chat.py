@@ -115,6 +115,20 @@ def test_a_full_context_drops_the_oldest_turns_and_keeps_the_system_message(talk
         chat.drop_oldest(messages, tokenizer, lengths[2] - 1)
 
 
+def test_however_long_a_conversation_is_few_renderings_find_what_fits(talker, monkeypatch):
+    _, tokenizer = talker
+    messages, rendered, original = turns(*["a"] * 5001), [], chat.prompt_ids
+
+    def prompt_ids(*given):
+        rendered.append(1)
+        return original(*given)
+
+    monkeypatch.setattr(chat, "prompt_ids", prompt_ids)
+    kept, dropped = chat.drop_oldest(messages, tokenizer, 60)
+    assert kept == messages[dropped:] and len(original(kept, tokenizer)) <= 60
+    assert len(original(messages[dropped - 2 :], tokenizer)) > 60 and len(rendered) < 20
+
+
 def test_the_streamed_pieces_are_the_answer(talker):
     model, tokenizer = talker
     config = chat.Config(temperature=0.0, max_new_tokens=20)
@@ -192,6 +206,10 @@ def test_saved_conversations_are_rows_that_fine_tuning_reads(tmp_path):
         assert f"--data={path}" in chat.command(f"/save {path}", messages, config)[2]
     rows = sft_gpt.conversations(sft_gpt.Config(data=str(path)))
     assert [row for row, _ in rows] == [turns("hello", "hi"), turns("naïve\nlines", "<b>漢字</b>")]
+    path.write_text(path.read_text().rstrip("\n"))  # as an editor may leave it
+    chat.command(f"/save {path}", turns("last", "one"), config)
+    rows = [row for row, _ in sft_gpt.conversations(sft_gpt.Config(data=str(path)))]
+    assert rows[1:] == [turns("naïve\nlines", "<b>漢字</b>"), turns("last", "one")]
 
 
 @pytest.mark.parametrize(
@@ -199,6 +217,7 @@ def test_saved_conversations_are_rows_that_fine_tuning_reads(tmp_path):
     [
         ("/save", r"/save : expected a file whose name ends in \.jsonl"),
         ("/save chat.py", r"/save chat\.py: expected a file whose name ends in \.jsonl"),
+        ("/save ~nobody-is-here.jsonl", r"names the home of nobody here"),
         ("/save nowhere/mine.jsonl", r"nowhere/mine\.jsonl cannot be written"),
         ("/etc/passwd is what?", r"/etc/passwd is no command; /help lists them"),
     ],

@@ -13,11 +13,21 @@ from conftest import ROOT, SMALL, pretrain_config, run, torchrun
 
 import bench
 import chat
+import common
 import dpo_gpt
 import prepare_data
 import pretrain_gpt
 import sft_gpt
-from common import InputError, field_comments, lock_folder, parse_config, read_records, run_script
+from common import (
+    InputError,
+    cache_folder,
+    field_comments,
+    lock_folder,
+    locked,
+    parse_config,
+    read_records,
+    run_script,
+)
 
 SCRIPTS = {
     script.__name__ + ".py": script.Config
@@ -210,6 +220,22 @@ def test_a_lock_that_is_another_users_is_one_sentence(tmp_path):
     (tmp_path / ".lock").mkdir()  # root may write any file, but no folder
     with pytest.raises(InputError, match=r"\.lock cannot be written .*another user's.*choose another"):
         lock_folder(tmp_path)
+
+
+def test_a_disk_without_locks_is_warned_of_and_used(tmp_path, monkeypatch, capsys):
+    def lockf(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(common.fcntl, "lockf", lockf)
+    with locked(tmp_path / "a.lock"):
+        assert (tmp_path / "a.lock").exists()
+    lock_folder(tmp_path).close()
+    assert capsys.readouterr().err.count("cannot be locked ([Errno 37] No locks available)") == 2
+
+
+def test_a_home_of_nobody_is_one_sentence():
+    with pytest.raises(InputError, match="~nobody-is-here/x names the home of nobody here"):
+        cache_folder("~nobody-is-here/x")
 
 
 def test_a_character_that_the_terminal_lacks_is_printed_as_a_question_mark(tmp_path):

@@ -218,6 +218,13 @@ def test_pairs_are_rendered_anew_for_another_chat_template(base_run, preferences
     assert len([*(tmp_path / "cache").glob("data-*")]) == 2
 
 
+def test_the_reference_is_computed_anew_in_another_precision(base_run, preferences, tmp_path, capsys):
+    for dtype, times in (("float32", 2), ("float32", 0), ("bfloat16", 2)):
+        out = tmp_path / f"{dtype}{times}"
+        dpo_gpt.main(dpo_config(base_run, preferences, out, dtype=dtype, cache_dir=str(tmp_path / "cache")))
+        assert capsys.readouterr().out.count("computing the reference") == times
+
+
 def test_the_reference_is_computed_once_and_always_by_the_starting_model(
     base_run, preferences, tmp_path, capsys
 ):

@@ -104,6 +104,8 @@ def test_preparing_installs_only_when_no_environment_is_given():
     assert prepare.startswith("python prepare_data.py ")
     *_, download, mark = dry("sft_full.sh", "prepare", VENV="/env")
     assert download.startswith("/env/bin/hf download HuggingFaceTB/smol-smoltalk ") and mark.startswith("mv ")
+    (model,) = dry("sft_full.sh", "prepare", VENV="/env", MODEL="some/model", DATA=str(ROOT))  # it is there
+    assert model.split() == ["/env/bin/hf", "download", "some/model"]
 
 
 @pytest.mark.parametrize("job", [{}, {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "9", "MASTER_ADDR": "n1"}])
@@ -137,6 +139,7 @@ def test_what_slurm_refuses_is_one_sentence_with_the_flags_that_mend_it(data_dir
     ("steps", "state", "requeued", "status"),
     [
         ("step_0000004 step_0000008", "RUNNING", True, 75),
+        ("step_0000003", "RUNNING", True, 75),  # the newest one was damaged
         ("step_0000004", "RUNNING", False, 1),  # none since this start
         ("step_0000004 step_0000008", "CANCELLED", False, 75),  # by somebody
         ("", None, False, 3),  # the ranks failed

@@ -105,6 +105,25 @@ def test_the_last_row_grows_on_after_a_resume(tmp_path):
     ]
 
 
+def test_a_run_from_the_beginning_takes_nothing_from_another_that_died_before_it_saved(tmp_path, monkeypatch):
+    asked = []
+
+    def start(mode, out_dir, *, run_id, settings):
+        asked.append(run_id)
+        return SimpleNamespace(id=f"run {len(asked)}", finish=lambda: None, log=lambda row: None)
+
+    monkeypatch.setattr(metrics, "start_wandb", start)
+    for model in ("big", "small", "small"):
+        log = recorder(tmp_path, settings={"model": model})
+        assert not log.has(0, "val_loss") and not read_records(log.path)
+        log.log(0, val_loss=4.0)
+        log.close()
+    assert asked == [None, None, "run 2"]
+    (tmp_path / "run.json").write_text("{")
+    recorder(tmp_path, settings={"model": "small"}).close()
+    assert asked[-1] is None
+
+
 def test_a_resumed_run_drops_the_rows_of_later_steps_and_knows_what_was_validated(tmp_path):
     log = recorder(tmp_path)
     for step in range(6):

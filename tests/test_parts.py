@@ -110,7 +110,9 @@ def stopped_after(monkeypatch, name: str, count: int):
     return Killed
 
 
-@pytest.mark.parametrize(("name", "count"), [("prepare_folder", 3), ("write_json", 1), ("sync_to_disk", 1)])
+@pytest.mark.parametrize(
+    ("name", "count"), [("prepare_folder", 3), ("write_json", 1), ("write_json", 2), ("sync_to_disk", 1)]
+)
 def test_a_process_that_dies_at_a_file_or_amid_the_joining_goes_on(
     name, count, crawl, tokenizer_dir, tmp_path, monkeypatch
 ):
@@ -122,6 +124,38 @@ def test_a_process_that_dies_at_a_file_or_amid_the_joining_goes_on(
     refused("holds parts of a preparation by several", prepare, tmp_path / "out", crawl, tokenizer_dir)
     divided(tmp_path / "out", crawl, tokenizer_dir, 3)  # also by another number of processes
     assert data_of(tmp_path / "out") == data_of(undisturbed)
+
+
+def test_parts_with_another_tokenizer_are_not_joined_by_its_name(crawl, tokenizer_dir, tmp_path):
+    out = divided(tmp_path / "out", crawl, tokenizer_dir, 2, [0])
+    for tokenizer, told in ((str(tokenizer_dir) + "/", "tokenizer="), ("train", "tokenizer=.*'train' here")):
+        refused(told, divided, out, crawl, tokenizer, 2, [1], vocab_size=300)
+    divided(out, crawl, tokenizer_dir, 2, [1])
+    assert json.loads((out / "manifest.json").read_text())["tokenizer"] == str(tokenizer_dir)
+
+
+def test_who_is_still_at_work_when_others_have_joined_the_data_stops(
+    crawl, tokenizer_dir, tmp_path, monkeypatch
+):
+    """The third of three is at its first file while the first two reach max_tokens."""
+    whole = divided(tmp_path / "whole", crawl, tokenizer_dir, 1)
+    most = len(read_ids(whole, "train")) // 3
+    some = divided(tmp_path / "some", crawl, tokenizer_dir, 1, max_tokens=most)
+    out, original, prepared = tmp_path / "out", parts.prepare_folder, []
+    divided(out, crawl, tokenizer_dir, 5, [0], max_tokens=most)
+
+    def prepare_folder(*given):
+        prepared.append(given)
+        original(*given)
+        monkeypatch.setattr(parts, "prepare_folder", original)
+        divided(out, crawl, tokenizer_dir, 5, [1], max_tokens=most)
+        monkeypatch.setattr(parts, "prepare_folder", prepare_folder)
+
+    monkeypatch.setattr(parts, "prepare_folder", prepare_folder)
+    divided(out, crawl, tokenizer_dir, 3, [2], max_tokens=most)  # of files 2 and 5
+    assert len(prepared) == 1 and data_of(out) == data_of(some)
+    parts.remove_parts(out, range(3))  # nothing is there any more
+    assert data_of(out) == data_of(some)
 
 
 @pytest.mark.slow
@@ -169,9 +203,9 @@ def test_a_damaged_shard_is_made_again_from_its_file_alone(crawl, tokenizer_dir,
     out = divided(tmp_path / "out", crawl, tokenizer_dir, 2)
     before, read, original = data_of(out), [], prepare_data.rows_by_file
 
-    def noted(*source, share, start):
+    def noted(*source, share, **place):
         read.append(share)
-        return original(*source, share=share, start=start)
+        return original(*source, share=share, **place)
 
     monkeypatch.setattr(prepare_data, "rows_by_file", noted)
     (out / "train_000001.bin").write_bytes(b"damaged")

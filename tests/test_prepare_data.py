@@ -129,8 +129,8 @@ def stopped(monkeypatch, name: str, after: int, out, *arguments, **changes) -> N
     """Prepare until prepare_data.<name>, `documents` or `encode`, has given so many documents or batches."""
     real = getattr(prepare_data, name)
 
-    def texts(*arguments):
-        yield from itertools.islice(real(*arguments), after)
+    def texts(*arguments, **options):
+        yield from itertools.islice(real(*arguments, **options), after)
         raise Stop
 
     calls = itertools.count()
@@ -180,6 +180,53 @@ def test_stopped_after_shards_finished_since_the_last_place_to_continue_from_giv
     positions = json.loads((out / "progress.json").read_text())["positions"]
     assert len(positions["train"]["shards"]) + 1 < len(list(out.glob("train_*.bin")))
     assert contents(prepare(out, source, tokenizer_dir)) == contents(prepared)
+
+
+def test_a_preparation_goes_on_only_if_the_files_that_it_has_read_are_still_the_first(
+    tmp_path, monkeypatch, tokenizer_dir, often
+):
+    folder, out = tmp_path / "source", tmp_path / "out"
+    folder.mkdir()
+    for i in range(4):
+        write_jsonl(folder / f"{i}.jsonl", [{"text": text} for text in TEXTS[i * 9 : i * 9 + 9]])
+    undisturbed = prepare(tmp_path / "undisturbed", folder, tokenizer_dir)
+    stopped(monkeypatch, "encode", 5, out, folder, tokenizer_dir)
+    before = contents(out)
+    assert json.loads(before["progress.json"])["file"] > 0
+    for name, content in (("+.jsonl", '{"text": "new"}\n'), ("0.jsonl", '{"text": "another"}\n')):
+        was = (folder / name).read_bytes() if (folder / name).exists() else None
+        (folder / name).write_text(content)
+        refused("the source's files up to the one that .* others now", prepare, out, folder, tokenizer_dir)
+        assert contents(out) == before
+        (folder / name).write_bytes(was) if was else (folder / name).unlink()
+    assert data_files(prepare(out, folder, tokenizer_dir)) == data_files(undisturbed)
+
+
+def data_files(folder) -> dict[str, bytes]:
+    return {name: raw for name, raw in contents(folder).items() if name.endswith(".bin")}
+
+
+def test_a_hub_dataset_is_read_at_the_commit_that_its_preparation_began_with(
+    tmp_path, monkeypatch, tokenizer_dir, often
+):
+    newest, read = ["a" * 40], []
+
+    def rows_by_file(*source, commit, start, share):
+        read.append(commit)
+        rows = [({"text": text}, "a row") for text in TEXTS]
+        return iter([iter(rows)][start:])
+
+    monkeypatch.setattr(prepare_data, "newest_commit", lambda dataset: newest[0])
+    monkeypatch.setattr(prepare_data, "rows_by_file", rows_by_file)
+    stopped(monkeypatch, "encode", 3, tmp_path / "out", "some/dataset", tokenizer_dir)
+    newest[0] = "b" * 40
+    out = prepare(tmp_path / "out", "some/dataset", tokenizer_dir)
+    assert read == ["a" * 40] * 2
+    assert json.loads((out / "manifest.json").read_text())["settings"]["commit"] == "a" * 40
+    (out / "train_000000.bin").write_bytes(b"damaged")
+    prepare(out, "some/dataset", tokenizer_dir)
+    prepare(tmp_path / "new", "some/dataset", tokenizer_dir)
+    assert read == ["a" * 40] * 3 + ["b" * 40]
 
 
 @pytest.mark.parametrize("after", [3, 5, 7, 8])
@@ -469,7 +516,7 @@ def test_a_tokenizer_is_trained_on_no_more_than_the_beginning(tmp_path, monkeypa
     read = []
     monkeypatch.setattr(prepare_data, "TOKENIZER_BYTES", 5000)
     monkeypatch.setattr(
-        prepare_data, "documents", lambda c: ((read.append(i), text(i)) for i in itertools.count())
+        prepare_data, "documents", lambda c, **_: ((read.append(i), text(i)) for i in itertools.count())
     )
     tokenizer = prepare_data.make_tokenizer(prepare_config(tmp_path, "endless", "train", vocab_size=280))
     assert sum(len(text(i)) for i in read[:-1]) < 5000 <= sum(len(text(i)) for i in read)

@@ -7,7 +7,8 @@ from html.parser import HTMLParser
 
 import pytest
 from chromium import DESKTOP, PHONE, browser, needs_chromium
-from conftest import pretrain_config, refused, run, sft_config, write_jsonl
+from conftest import pretrain_config, refused, run, sft_config, small_model, write_jsonl
+from safetensors.torch import save_file
 
 import chat
 import pretrain_gpt
@@ -181,6 +182,29 @@ WRONG = [
     (["a", "b", "c"], "3 folders were named"),
     (["nowhere"], "nowhere holds no metrics.jsonl with rows; name a training run's --out_dir"),
 ]
+
+
+def test_weights_in_several_files_are_counted_together(tmp_path, capsys):
+    checkpoint, model = tmp_path / "step_0000001", small_model()
+    checkpoint.mkdir()
+    tensors = sorted(model.state_dict().items())
+    places = {name: f"model-{i % 2}.safetensors" for i, (name, _) in enumerate(tensors)}
+    for file in set(places.values()):
+        save_file({name: t for name, t in tensors if places[name] == file}, checkpoint / file)
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    assert Run.read(tmp_path).parameters() == model.num_parameters()
+    (checkpoint / "model-1.safetensors").unlink()
+    assert Run.read(tmp_path).parameters() is None and "cannot be read" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written_to_is_one_sentence(tmp_path, monkeypatch):
+    def replace_file(*_):
+        raise PermissionError(13, "Permission denied")
+
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    monkeypatch.setattr(report, "replace_file", replace_file)
+    refused("report.html cannot be written .*copy the run to a folder of yours", write_report, tmp_path)
 
 
 @pytest.mark.parametrize(("arguments", "words"), WRONG)
