@@ -245,7 +245,7 @@ def most_memory(run: Callable[[], None], device: torch.device) -> int:
     ) as profiled:
         run()
     changes = [e.nbytes() for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
-    return max(np.cumsum(changes))
+    return int(max(np.cumsum(changes)))
 
 
 def bench_memory(config: Config, ranks: Ranks) -> None:
