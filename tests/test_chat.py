@@ -151,6 +151,7 @@ def test_ctrl_c_stops_the_answer_and_the_chat_goes_on(talker, monkeypatch, capsy
     assert "so far [stopped]" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_conversation_in_the_terminal(base_run):
     result = run(
         "chat.py",

@@ -108,7 +108,15 @@ def test_preparing_installs_only_when_no_environment_is_given():
     assert model.split() == ["/env/bin/hf", "download", "some/model"]
 
 
-@pytest.mark.parametrize("job", [{}, {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "9", "MASTER_ADDR": "n1"}])
+@pytest.mark.parametrize(
+    "job",
+    [
+        {},
+        pytest.param(
+            {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "9", "MASTER_ADDR": "n1"}, marks=pytest.mark.slow
+        ),
+    ],
+)
 def test_a_run_that_would_fail_ends_in_a_sentence_before_any_rank_is_started(job, data_dir, tmp_path):
     flags = "--num_hidden_layers=2", "--context_length=64", f"--batch_tokens={64 * 8 * 8}", "--hidden_size=64"
     places = {"VENV": sys.prefix, "NPROC": "80" if not job else "8", "DATA": str(data_dir)}
