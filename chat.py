@@ -177,8 +177,9 @@ def save(messages: list[dict], name: str) -> str:
     try:
         row = json.dumps({"messages": messages}, ensure_ascii=False) + "\n"
         with open(path, "ab+") as file:
-            if file.tell() and (file.seek(-1, os.SEEK_END), file.read())[1] != b"\n":
-                row = "\n" + row  # the last line was not ended
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                row = row if file.read() == b"\n" else "\n" + row  # an editor may leave the last line open
             file.write(row.encode())
     except OSError as error:
         raise InputError(f"{path} cannot be written ({one_line(error)}); choose another file") from error

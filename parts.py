@@ -16,6 +16,7 @@ from data import read_manifest
 from prepare_data import (
     PARTS,
     Config,
+    differing,
     known_commit,
     make_tokenizer,
     prepare_folder,
@@ -118,10 +119,9 @@ def share_tokenizer(config: Config, *, makes_it: bool) -> str | None:
     while not folder.exists():
         time.sleep(WAIT)
     begun = read_json(note) if note.exists() else flags  # parts of an older version have no note
-    differing = [f"{k}={begun.get(k)!r} there, {v!r} here" for k, v in flags.items() if begun.get(k) != v]
-    if differing:
+    if told := differing(begun, flags):
         raise InputError(
-            f"{out_dir} holds parts with another tokenizer ({', '.join(differing)}); choose another delete it"
+            f"{out_dir} holds parts with another tokenizer ({told}); choose another --out_dir or delete it"
         )
     return begun.get("commit")
 

@@ -209,30 +209,34 @@ def check_same_preparation(out_dir: Path, settings: dict) -> None:
             raise InputError(f"{out_dir / name} was not written by prepare_data.py; choose another --out_dir")
         # A source that broke off may be mended before the preparation continues, not after it is finished.
         free = () if name == "manifest.json" else ("source_files",)
-        differing = [
-            f"{k}={there.get(k)!r} there, {v!r} here"
-            for k, v in settings.items()
-            if there.get(k) != v and k not in free
-        ]
-        if name == "progress.json":
-            check_files_read(out_dir, noted, settings)
-        if differing:
+        if told := differing(there, {k: v for k, v in settings.items() if k not in free}):
             raise InputError(
-                f"{out_dir} holds another preparation ({', '.join(differing)}); choose another --out_dir or "
-                f"delete it"
+                f"{out_dir} holds another preparation ({told}); choose another --out_dir or delete it"
             )
+        if name == "progress.json":
+            check_files_read(out_dir, noted, settings["source_files"])
 
 
-def check_files_read(out_dir: Path, noted: dict, settings: dict) -> None:
+def differing(there: dict, here: dict) -> str:
+    """The settings that are others here than there, as a sentence names them; empty if there are none."""
+    pairs = ((name, there.get(name), value) for name, value in here.items())
+    return ", ".join(f"{name}={old!r} there, {new!r} here" for name, old, new in pairs if old != new)
+
+
+def check_files_read(out_dir: Path, noted: dict, files: list) -> None:
     """Raise InputError if the files that a begun preparation has read are not the source's first ones any
     more. The one that it was amid may have been mended, and more may follow."""
-    there, here = noted["settings"].get("source_files", []), settings["source_files"]
-    number = noted["file"] if isinstance(noted.get("file"), int) else 0
-    names = [[name for name, _ in files[: number + 1]] for files in (there, here)]
-    if names[0] != names[1] or there[:number] != here[:number]:
+    there, number = noted["settings"].get("source_files", []), noted.get("file", 0)
+    if not isinstance(there, list) or not isinstance(number, int):  # read_progress tells what is wrong
+        return
+    amid = [
+        [file[:1] if isinstance(file, list) else file for file in some[number:][:1]]
+        for some in (there, files)
+    ]
+    if there[:number] != files[:number] or amid[0] != amid[1]:
         raise InputError(
-            f"the source's files up to the one that {out_dir} stopped in ({', '.join(names[0])}) are others "
-            f"now; bring them back as they were, or choose another --out_dir or delete it"
+            f"the first {number + 1} files of the source, up to where {out_dir} stopped, are others now; "
+            f"bring them back as they were, or choose another --out_dir or delete it"
         )
 
 
