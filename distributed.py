@@ -4,6 +4,7 @@ import ctypes
 import faulthandler
 import json
 import os
+import platform
 import re
 import signal
 import socket
@@ -329,6 +330,8 @@ def join_ranks(name: str, out_dir: str | Path = ".", *, shard: str = "none", com
     Raises InputError for a device that cannot be used here, and as check_ranks does.
     """
     device = usable_device(name)
+    if device.type == "cpu":
+        keep_freed_memory()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     check_ranks(device, world, shard)
     store = None
@@ -354,6 +357,18 @@ def join_ranks(name: str, out_dir: str | Path = ".", *, shard: str = "none", com
         )
     even = device.type == "cuda" or compile == "true" or (world > 1 and shard != "none")
     return Ranks(rank, world, device, store, shard=shard, even_batches=even)
+
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of <malloc.h>
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what freed tensors leave, for those of the next step. By default it gives large blocks
+    back to Linux, which then fills each new one with zeros, page by page."""
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_MAX, 0)  # no block gets a mapping of its own, which free would give back
+        libc.mallopt(M_TRIM_THRESHOLD, -1)  # no free end of the heap is given back
 
 
 PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>

@@ -189,7 +189,15 @@ class FeedForward(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = for_products(x)
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return self.gated(gate, up)
+        # Backward computes silu(gate) and the product again. Kept, they would double an MLP's memory.
+        return checkpoint(self.gated, gate, up, use_reentrant=False, preserve_rng_state=False)
+
+    def gated(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        """The output (B, T, C) of the gate and what passes it, (B, T, I) each."""
+        return self.down_proj(F.silu(gate) * up)
 
 
 class TransformerBlock(nn.Module):

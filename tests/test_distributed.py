@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import platform
 import subprocess
 import sys
 import time
@@ -361,3 +362,32 @@ def test_without_a_gpu_auto_means_the_cpu(machine):
     assert distributed.usable_device("auto").type == "cpu"
     with pytest.raises(InputError, match="no CUDA device is visible"):
         distributed.usable_device("cuda")
+
+
+MEMORY = """
+import sys
+import torch
+from distributed import keep_freed_memory
+
+def megabytes():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096 // 2**20
+
+if sys.argv[1] == "kept":
+    keep_freed_memory()
+before = megabytes()
+tensor = torch.ones(64 * 2**20)
+assert megabytes() >= before + 250
+del tensor
+print(megabytes() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told")
+def test_what_a_tensor_leaves_is_kept_for_the_next_one():
+    left = {}
+    for how in ("kept", "as it is"):
+        command = [sys.executable, "-c", MEMORY, how]
+        ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+        assert ended.returncode == 0, ended.stderr
+        left[how] = int(ended.stdout)
+    assert left["kept"] >= 250 and left["as it is"] < 50

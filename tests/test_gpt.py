@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from conftest import SWITCHES, random_ids, small_model
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM
@@ -358,6 +359,27 @@ def kept_bytes(model, ids) -> tuple[int, dict]:
         loss = model(ids[:, :-1], ids[:, 1:])
     loss.backward()
     return sum(seen.values()), {name: p.grad for name, p in model.named_parameters()}
+
+
+def test_an_mlp_keeps_its_input_gate_and_up_alone_and_its_gradients_are_those_of_the_formula():
+    mlp, x = small_model().model.layers[0].mlp, torch.randn(2, 50, 32, requires_grad=True)
+    kept = {}
+
+    def note(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.numel()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        y = mlp(x)
+    for parameter in mlp.parameters():
+        kept.pop(parameter.untyped_storage().data_ptr(), None)
+    inner = 100 * mlp.gate_proj.out_features
+    assert sorted(kept.values()) == [x.numel(), inner, inner]
+    found = torch.autograd.grad(y.sum(), [x, *mlp.parameters()])
+    gate, up = F.linear(x, mlp.gate_proj.weight), F.linear(x, mlp.up_proj.weight)
+    y = F.linear(F.silu(gate) * up, mlp.down_proj.weight)
+    for one, other in zip(found, torch.autograd.grad(y.sum(), [x, *mlp.parameters()])):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
