@@ -9,6 +9,7 @@ Every field of Config is a flag. The same command, started again, continues from
 B windows in a micro-batch, T tokens in a window.
 """
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
@@ -17,7 +18,7 @@ from pathlib import Path
 import torch
 
 from checkpoint import open_weights, told_name, too_many_bad_steps
-from common import RESUMABLE, run_script
+from common import RESUMABLE, InputError, run_script
 from data import TokenLoader, verified_manifests
 from distributed import join_ranks
 from gpt import GPTConfig, GPTModel
@@ -39,6 +40,7 @@ class Config:
     tokenizer: str = ""  # hub id or directory; empty for the one in data_dir
     out_dir: str = "out/base"  # folder for checkpoints, metrics.jsonl and loss.png
     # model
+    depth: int = 0  # one dial: this many blocks; by_depth gives what else is at its default; 0: it stays
     init_from: str = ""  # run, checkpoint or model whose weights, shape and optimizer state a new phase takes
     num_hidden_layers: int = 12  # blocks
     hidden_size: int = 512  # width of the residual stream
@@ -90,11 +92,21 @@ class Config:
     checkpoint_activations: bool = False  # keep each block's input only, compute the rest again: less memory
     shard: str = "none"  # split the model over the ranks: full, hybrid (within each machine) or none
 
+    def __post_init__(self):
+        if self.depth > 0:
+            ruled = by_depth(self.depth, self.batch_tokens)
+            vars(self).update(ruled | changed_flags(self, ruled))
+
 
 SHAPE_FLAGS = (  # taken from init_from's model if they are at their default
     "num_hidden_layers hidden_size num_attention_heads num_key_value_heads intermediate_size qk_norm "
     "tie_word_embeddings"
 ).split()
+HEAD_DIM = 64  # of a model by depth, whose width is as many times its depth
+PEAK_RATES = {"matrix_lr": 0.02, "embedding_lr": 0.15, "head_lr": 0.0075, "lr": 0.025}
+# Tokens of a step and of a run at GPT-2's 124 M, as modded-nanogpt and nanochat have them.
+LARGE_BATCH, LARGE_RUN, BATCH_EXPONENT = 2**19, 1.7e9, 0.7
+TOKENS_PER_PARAMETER = 20  # Hoffmann et al. 2022, https://arxiv.org/abs/2203.15556; of the blocks' parameters
 PROMPTS = ("The history of", "The most important", "Water is")  # of the samples
 
 
@@ -104,6 +116,38 @@ def check(config: Config) -> None:
     check_settings(
         asdict(config), positive=("max_steps", "batch_tokens", "eval_task_every", "rope_theta", *shape_fields)
     )
+    if config.depth and config.init_from:
+        raise InputError(
+            f"--depth={config.depth} shapes a new model, but --init_from={config.init_from} has its shape; "
+            f"use one of the two"
+        )
+
+
+def by_depth(depth: int, batch_tokens: int) -> dict:
+    """Settings of a run by the number of its blocks alone: shape, steps, batch, rates and their schedule.
+
+    The best batch grows with the run's tokens D, here as D^BATCH_EXPONENT. The peak rates are the same for
+    all depths. With other batch_tokens than these, they go with the square root. docs/measured.md tells at
+    which sizes this was tried; larger ones are extrapolated.
+    """
+    width = HEAD_DIM * depth
+    tokens = TOKENS_PER_PARAMETER * 12 * depth * width**2  # of a block: attention 4 width², SwiGLU 8
+    runs = math.log2(tokens) - math.log2(LARGE_RUN)  # how often as long, as a power of two
+    best_batch = 2 ** round(math.log2(LARGE_BATCH) + BATCH_EXPONENT * runs)
+    batch = best_batch if batch_tokens == Config.batch_tokens else max(1, batch_tokens)
+    steps, scale = -(-tokens // batch), math.sqrt(batch / best_batch)
+    return {
+        "num_hidden_layers": depth,
+        "hidden_size": width,
+        "num_attention_heads": depth,
+        "batch_tokens": batch,
+        "max_steps": steps,
+        "warmup_steps": max(10, steps // 40),
+        "decay_fraction": 0.7,
+        **{name: round(scale * rate, 5) for name, rate in PEAK_RATES.items()},
+        "beta1": 0.8,
+        "beta2": 0.97,
+    }
 
 
 def model_config(config: Config, vocab_size: int) -> GPTConfig:
@@ -168,6 +212,9 @@ def main(config: Config) -> None:
     check(config)
     sources, flags = parse_sources(config.data_dir), changed_flags(config, SHAPE_FLAGS)
     ranks = join_ranks(config.device, config.out_dir, shard=config.shard, compile=config.compile)
+    if config.depth:
+        ruled = {name: getattr(config, name) for name in by_depth(config.depth, config.batch_tokens)}
+        ranks.print(f"--depth={config.depth} gives", *(f"--{name}={value}" for name, value in ruled.items()))
     asked = ranks.from_main(lambda: read_questions(config.eval_tasks, config.eval_task_questions))
 
     # Data: the tokenizer, and the windows of a step and of a validation, by source.

@@ -1,6 +1,7 @@
 """Whole pretraining runs."""
 
 import math
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ import pretrain_gpt
 import sft_gpt
 from checkpoint import newest_checkpoint
 from common import InputError, read_records
+from gpt import GPTModel
+from pretrain_gpt import Config, model_config
 from tokenization import load_tokenizer
 
 
@@ -51,12 +54,49 @@ def test_mistakes_in_a_pretraining_run_are_told(data_dir, tmp_path):
         ({"resume": str(tmp_path / "nothing")}, "cannot be resumed: checkpoint.json is missing"),
         ({"device": "abacus"}, "--device=abacus cannot be used here"),
         ({"rope_theta": 0.0}, "--rope_theta=0.0: expected a number above zero"),
+        ({"depth": -1}, "--depth=-1: expected a number from zero up"),
+        ({"depth": 4, "batch_tokens": 0}, "--batch_tokens=0: expected a number above zero"),
+        ({"depth": 2, "init_from": "out/base"}, "--depth=2 shapes a new model, but --init_from=out/base has"),
         ({"eval_every": 0}, "--eval_every=0: expected a number above zero"),
         ({"micro_batch_size": -1}, "--micro_batch_size=-1: expected a number above zero"),
     ):
         if not (change.get("device") and torch.cuda.is_available()):
             with pytest.raises(InputError, match=message):
                 pretrain_gpt.main(pretrain_config(data_dir, tmp_path / "run", **change))
+
+
+@pytest.mark.parametrize("depth", [1, 4, 12, 32])
+def test_a_depth_gives_a_shape_and_the_steps_that_read_its_tokens(depth):
+    config = Config(depth=depth)
+    width = 64 * depth
+    assert (config.num_hidden_layers, config.hidden_size, config.num_attention_heads) == (depth, width, depth)
+    tokens = 20 * 12 * depth * width**2
+    assert 0 <= config.max_steps * config.batch_tokens - tokens < config.batch_tokens
+    assert config.batch_tokens.bit_count() == 1 and config.warmup_steps < config.max_steps
+    with torch.device("meta"):
+        blocks = GPTModel(model_config(config, 64)).num_parameters() - 2 * 64 * width
+    assert blocks == pytest.approx(12 * depth * width**2, rel=0.1)  # the SwiGLU's width is rounded up
+
+
+def test_what_is_given_beside_a_depth_stays_and_another_batch_has_its_steps_and_rates():
+    config = Config(depth=8)
+    assert config == Config(**asdict(config)) and Config(depth=0) == Config()
+    own = Config(depth=8, max_steps=7, lr=0.5, num_attention_heads=4)
+    assert (own.max_steps, own.lr, own.num_attention_heads) == (7, 0.5, 4)
+    assert (own.hidden_size, own.matrix_lr) == (512, config.matrix_lr)
+    large = Config(depth=8, batch_tokens=4 * config.batch_tokens)
+    assert large.max_steps == -(-config.max_steps // 4)
+    for name in ("lr", "matrix_lr", "embedding_lr", "head_lr"):
+        assert getattr(large, name) == pytest.approx(2 * getattr(config, name))
+
+
+def test_a_run_of_a_depth_tells_its_settings_and_goes_on_by_the_same_command(data_dir, tmp_path, capfd):
+    settings = {"out_dir": str(tmp_path), "depth": 1, "context_length": 32, "batch_tokens": 256}
+    settings |= {"micro_batch_size": 4, "eval_tokens": 512, "samples": False, "wandb": "off", "save_every": 1}
+    for steps in (1, 2):
+        pretrain_gpt.main(Config(data_dir=str(data_dir), max_steps=steps, force=True, **settings))
+    assert "--depth=1 gives --num_hidden_layers=1 --hidden_size=64" in capfd.readouterr().out
+    assert [row["step"] for row in read_records(tmp_path / "metrics.jsonl")][-1] == 2
 
 
 @pytest.mark.slow
