@@ -244,7 +244,7 @@ def copy_to_host(state: dict, *, keep: bool) -> dict:
         elif keep or isinstance(value, DTensor):
             tensor = whole(value.detach())
             if keep:
-                copied[name] = tensor.to("cpu", copy=True, non_blocking=True)
+                copied[name] = tensor.to("cpu", copy=True, non_blocking=tensor.is_cuda)
     return copied
 
 

@@ -301,12 +301,24 @@ class TokenLoader:
 
 
 def shard_paths(folder: Path, split: str) -> list[Path]:
-    """A split's shards, in order: those of the manifest, or without one all that are named after it."""
+    """A split's shards, in order: those of the manifest, or without one all with a word in their names that
+    begins with the split's, as fineweb_train_000001.bin. Raises InputError for a name that is of both splits.
+    """
     if (folder / "manifest.json").exists():
         names = [shard["file"] for shard in read_manifest(folder)["shards"]]
     else:
         names = [path.name for path in folder.glob("*.bin")]
-    return sorted(folder / name for name in names if split in name)
+    paths = []
+    for name in sorted(names):
+        words = re.split(r"[^a-z]+", name.lower())
+        splits = [part for part in ("train", "val") if any(word.startswith(part) for word in words)]
+        if len(splits) > 1:
+            raise InputError(
+                f"{folder / name} is named after both splits, train and val; give it a name with one of them"
+            )
+        if splits == [split]:
+            paths.append(folder / name)
+    return paths
 
 
 def joint_folders(data_dir: str) -> list[Path]:

@@ -199,8 +199,9 @@ class Ranks:
         return {name: tensor.pin_memory() for name, tensor in batch.items()}
 
     def to_device(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """A pinned batch on this rank's device, without waiting for it."""
-        return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+        """A batch on this rank's device. A GPU's is pinned, so nobody waits for it."""
+        on_gpu = self.device.type == "cuda"
+        return {name: tensor.to(self.device, non_blocking=on_gpu) for name, tensor in batch.items()}
 
     def to_host(self, values: torch.Tensor) -> tuple[torch.Tensor, Callable]:
         """Values on their way to the host, and what waits until they are there."""

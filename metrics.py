@@ -137,9 +137,10 @@ class Metrics:
             if self.row and self.row["step"] != step:
                 self.row, self.row_at = {}, self.row_at + len(line_of(self.row))
             self.row = {"step": step, **self.row, **row}
-            with open(self.path, "r+b") as file:  # the last row is written over as it grows
+            with open(self.path, "r+b") as file:  # the last row is written over
                 file.seek(self.row_at)
                 file.write(line_of(self.row))
+                file.truncate()  # numbers logged anew may be shorter
             self.note_points({"step": step, **row})
         if self.run:  # with an axis of its own: wandb drops what is logged below its last step
             self.run.log({"step": step, **row})

@@ -7,6 +7,7 @@
 #     NPROC=2 bash pretrain_full.sh --micro_batch_size=8
 #     bash pretrain_full.sh prepare               # install, download, tokenize: on a login node, before the next
 #     sbatch -N4 --gpus-per-node=8 --exclusive --time=4:00:00 pretrain_full.sh        # more in launch.sh
+#     bash pretrain_full.sh --depth=16            # another size: pretrain_gpt.py's by_depth gives the rest
 #     PRESET=qwen3-130m bash pretrain_full.sh     # or gpt2-124m: runs to compare with, see presets/
 #
 # The model, 12 layers × 512, 8 heads, SwiGLU 1408, SmolLM2's vocabulary of 49,152:
@@ -40,6 +41,10 @@ if [ -n "${PRESET:-}" ]; then # it sets prepare, prepared, RECIPE, DATA and OUT 
     [ -f "presets/$PRESET.sh" ] || fail "PRESET=$PRESET: expected a file of presets/ without its .sh"
     # shellcheck source=presets/qwen3-130m.sh
     source "./presets/$PRESET.sh"
+fi
+if [ -n "$(flag depth "" "$@")" ]; then # it gives what RECIPE would set
+    [ -z "${PRESET:-}" ] || fail "PRESET=$PRESET is a run of its own; leave it out, or --depth"
+    RECIPE=(--context_length=1024 --micro_batch_size=32)
 fi
 DATA=${DATA:-data/fineweb-edu}
 OUT=${OUT:-out/base}

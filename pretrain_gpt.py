@@ -40,7 +40,7 @@ class Config:
     tokenizer: str = ""  # hub id or directory; empty for the one in data_dir
     out_dir: str = "out/base"  # folder for checkpoints, metrics.jsonl and loss.png
     # model
-    depth: int = 0  # one dial: this many blocks; by_depth gives what else is at its default; 0: it stays
+    depth: int = 0  # one dial: so many blocks, and by by_depth all else that is not set; 0: the defaults
     init_from: str = ""  # run, checkpoint or model whose weights, shape and optimizer state a new phase takes
     num_hidden_layers: int = 12  # blocks
     hidden_size: int = 512  # width of the residual stream
@@ -92,10 +92,15 @@ class Config:
     checkpoint_activations: bool = False  # keep each block's input only, compute the rest again: less memory
     shard: str = "none"  # split the model over the ranks: full, hybrid (within each machine) or none
 
+    def __new__(cls, *_, **given):
+        config = super().__new__(cls)
+        vars(config).update({"given": given} if given else {})  # what somebody sets, be it the default
+        return config
+
     def __post_init__(self):
+        given = vars(self).pop("given", {})
         if self.depth > 0:
-            ruled = by_depth(self.depth, self.batch_tokens)
-            vars(self).update(ruled | changed_flags(self, ruled))
+            vars(self).update(by_depth(self.depth, given))
 
 
 SHAPE_FLAGS = (  # taken from init_from's model if they are at their default
@@ -121,22 +126,31 @@ def check(config: Config) -> None:
             f"--depth={config.depth} shapes a new model, but --init_from={config.init_from} has its shape; "
             f"use one of the two"
         )
+    if config.depth and config.optimizer != "muon":
+        raise InputError(
+            f"--depth={config.depth} sets rates for Muon, not for --optimizer={config.optimizer}; use "
+            f"--optimizer=muon, or set shape, steps, batch and rates yourself"
+        )
 
 
-def by_depth(depth: int, batch_tokens: int) -> dict:
-    """Settings of a run by the number of its blocks alone: shape, steps, batch, rates and their schedule.
+def by_depth(depth: int, given: dict) -> dict:
+    """Settings of a run by the number of its blocks: shape, steps, batch, rates and their schedule. What is
+    `given` stays, and the others follow it.
 
     The best batch grows with the run's tokens D, here as D^BATCH_EXPONENT. The peak rates are the same for
-    all depths. With other batch_tokens than these, they go with the square root. docs/measured.md tells at
-    which sizes this was tried; larger ones are extrapolated.
+    all depths; with another batch than the best they go with its square root. docs/measured.md tells at which
+    sizes this was tried. Larger ones are extrapolated.
     """
     width = HEAD_DIM * depth
     tokens = TOKENS_PER_PARAMETER * 12 * depth * width**2  # of a block: attention 4 width², SwiGLU 8
     runs = math.log2(tokens) - math.log2(LARGE_RUN)  # how often as long, as a power of two
     best_batch = 2 ** round(math.log2(LARGE_BATCH) + BATCH_EXPONENT * runs)
-    batch = best_batch if batch_tokens == Config.batch_tokens else max(1, batch_tokens)
-    steps, scale = -(-tokens // batch), math.sqrt(batch / best_batch)
-    return {
+    batch = max(1, given.get("batch_tokens", best_batch))
+    steps = given.get("max_steps", -(-tokens // batch))
+    rates = {name: round(math.sqrt(batch / best_batch) * rate, 5) for name, rate in PEAK_RATES.items()}
+    if given.get("tie_word_embeddings"):  # as an output embedding it bears no more than the head's
+        rates["embedding_lr"] = rates["head_lr"]
+    ruled = {
         "num_hidden_layers": depth,
         "hidden_size": width,
         "num_attention_heads": depth,
@@ -144,10 +158,11 @@ def by_depth(depth: int, batch_tokens: int) -> dict:
         "max_steps": steps,
         "warmup_steps": max(10, steps // 40),
         "decay_fraction": 0.7,
-        **{name: round(scale * rate, 5) for name, rate in PEAK_RATES.items()},
+        **rates,
         "beta1": 0.8,
         "beta2": 0.97,
     }
+    return {name: given.get(name, value) for name, value in ruled.items()}
 
 
 def model_config(config: Config, vocab_size: int) -> GPTConfig:
@@ -213,7 +228,7 @@ def main(config: Config) -> None:
     sources, flags = parse_sources(config.data_dir), changed_flags(config, SHAPE_FLAGS)
     ranks = join_ranks(config.device, config.out_dir, shard=config.shard, compile=config.compile)
     if config.depth:
-        ruled = {name: getattr(config, name) for name in by_depth(config.depth, config.batch_tokens)}
+        ruled = by_depth(config.depth, asdict(config))
         ranks.print(f"--depth={config.depth} gives", *(f"--{name}={value}" for name, value in ruled.items()))
     asked = ranks.from_main(lambda: read_questions(config.eval_tasks, config.eval_task_questions))
 

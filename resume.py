@@ -30,8 +30,8 @@ from tokenization import tokenizer_fingerprint
 # Fields you may change on resume: results stay the same up to rounding. Paths and models are compared by
 # content.
 FREE_FIELDS = (
-    "data_dir tokenizer model init_from out_dir cache_dir log_every eval_every eval_tokens eval_questions "
-    "eval_tasks eval_task_every eval_task_questions "
+    "data_dir tokenizer model init_from depth out_dir cache_dir log_every eval_every eval_tokens "
+    "eval_questions eval_tasks eval_task_every eval_task_questions "
     "samples max_new_tokens save_every keep_last keep_every wandb profile micro_batch_size timeout_minutes "
     "resume force device compile shard checkpoint_activations dtype"
 ).split()
@@ -68,11 +68,12 @@ def find_resumable(out_dir: str | Path, choice: str) -> Path | None:
     """The checkpoint to go on from, or None to start afresh.
 
     `choice` is "auto" (the newest whole checkpoint in out_dir, if any), "none" or a checkpoint's path. When
-    torchrun restarts a run that has saved, it is "auto". Raises InputError when out_dir holds checkpoints
-    that the choice does not lead to.
+    torchrun restarts a run that has saved, or Slurm requeues its job, it is "auto". Raises InputError when
+    out_dir holds checkpoints that the choice does not lead to.
     """
     existing = list_checkpoints(out_dir)
-    if existing and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+    restarts = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+    if existing and any(int(os.environ.get(name, 0)) for name in restarts):
         choice = "auto"
     if choice == "none" and existing:
         raise InputError(

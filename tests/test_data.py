@@ -87,6 +87,16 @@ def test_a_file_with_another_header_or_another_length_is_refused_by_name(tmp_pat
         refused(rf"has {len(raw)} bytes, its header says 1124", TokenLoader, tmp_path, "train", 4, 320)
 
 
+def test_a_shard_without_a_manifest_is_of_the_split_that_begins_a_word_of_its_name(tmp_path):
+    names = {"train": ["retrieval_train_000001.bin", "train.bin"], "val": ["retrieval_validation_0.bin"]}
+    for name in [*names["train"], *names["val"], "medieval_0.bin"]:
+        write_shard(tmp_path / name, range(50))
+    for split, own in names.items():
+        assert [path.name for path in data.shard_paths(tmp_path, split)] == own
+    write_shard(tmp_path / "pretrain-val_train.bin", range(50))
+    refused("pretrain-val_train.bin is named after both splits", data.shard_paths, tmp_path, "val")
+
+
 def test_shards_found_right_are_not_hashed_again_until_they_change(copied, monkeypatch):
     hashed = []
     monkeypatch.setattr(

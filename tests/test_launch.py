@@ -210,6 +210,16 @@ def test_a_preset_is_a_run_that_others_have_made(preset, tmp_path):
     )
 
 
+def test_a_depth_replaces_the_recipe_and_does_not_go_with_a_preset():
+    *_, run = dry("pretrain_full.sh", "--depth=16", VENV=sys.prefix, NPROC="8", DATA=str(ROOT / "tests"))
+    assert "--depth=16" in run and "--micro_batch_size=32" in run
+    for name in ("num_hidden_layers", "hidden_size", "num_attention_heads", "max_steps", "batch_tokens"):
+        assert f"--{name}=" not in run
+    both = shell("pretrain_full.sh", "--depth=16", PRESET="gpt2-124m", DRY_RUN="1")
+    assert both.returncode == 1
+    assert both.stderr == "error: PRESET=gpt2-124m is a run of its own; leave it out, or --depth\n"
+
+
 def test_shellcheck_finds_nothing():
     if not shutil.which("shellcheck"):
         pytest.skip("shellcheck is not installed")

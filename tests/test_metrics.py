@@ -105,6 +105,14 @@ def test_the_last_row_grows_on_after_a_resume(tmp_path):
     ]
 
 
+def test_numbers_that_are_logged_anew_and_are_shorter_leave_nothing_of_the_old_row(tmp_path):
+    log = recorder(tmp_path)
+    log.log(1, accuracy=0.38123456789)
+    log.log(1, accuracy=0.5)
+    log.close()
+    assert log.path.read_text() == '{"step": 1, "accuracy": 0.5}\n'
+
+
 def test_a_run_from_the_beginning_takes_nothing_from_another_that_died_before_it_saved(tmp_path, monkeypatch):
     asked = []
 

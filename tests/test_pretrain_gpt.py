@@ -1,18 +1,21 @@
 """Whole pretraining runs."""
 
+import copy
 import math
+import pickle
+import shutil
 from dataclasses import asdict
 
 import pytest
 import torch
-from conftest import dpo_config, flags, losses, pretrain_config, run, sft_config
+from conftest import dpo_config, flags, losses, pretrain_config, run, sft_config, weights
 
 import chat
 import dpo_gpt
 import pretrain_gpt
 import sft_gpt
 from checkpoint import newest_checkpoint
-from common import InputError, read_records
+from common import InputError, parse_config, read_records
 from gpt import GPTModel
 from pretrain_gpt import Config, model_config
 from tokenization import load_tokenizer
@@ -56,6 +59,7 @@ def test_mistakes_in_a_pretraining_run_are_told(data_dir, tmp_path):
         ({"rope_theta": 0.0}, "--rope_theta=0.0: expected a number above zero"),
         ({"depth": -1}, "--depth=-1: expected a number from zero up"),
         ({"depth": 4, "batch_tokens": 0}, "--batch_tokens=0: expected a number above zero"),
+        ({"depth": 2, "optimizer": "adamw"}, "--depth=2 sets rates for Muon, not for --optimizer=adamw"),
         ({"depth": 2, "init_from": "out/base"}, "--depth=2 shapes a new model, but --init_from=out/base has"),
         ({"eval_every": 0}, "--eval_every=0: expected a number above zero"),
         ({"micro_batch_size": -1}, "--micro_batch_size=-1: expected a number above zero"),
@@ -78,25 +82,37 @@ def test_a_depth_gives_a_shape_and_the_steps_that_read_its_tokens(depth):
     assert blocks == pytest.approx(12 * depth * width**2, rel=0.1)  # the SwiGLU's width is rounded up
 
 
-def test_what_is_given_beside_a_depth_stays_and_another_batch_has_its_steps_and_rates():
+def test_what_is_given_beside_a_depth_stays_even_at_its_default_and_the_rest_follows_it():
     config = Config(depth=8)
     assert config == Config(**asdict(config)) and Config(depth=0) == Config()
-    own = Config(depth=8, max_steps=7, lr=0.5, num_attention_heads=4)
-    assert (own.max_steps, own.lr, own.num_attention_heads) == (7, 0.5, 4)
-    assert (own.hidden_size, own.matrix_lr) == (512, config.matrix_lr)
-    large = Config(depth=8, batch_tokens=4 * config.batch_tokens)
+    assert copy.deepcopy(config) == pickle.loads(pickle.dumps(config)) == config
+    own = Config(depth=8, max_steps=200, lr=3e-3, num_attention_heads=4, hidden_size=768)
+    assert (own.max_steps, own.lr, own.num_attention_heads, own.hidden_size) == (200, 3e-3, 4, 768)
+    assert (own.warmup_steps, own.matrix_lr) == (10, config.matrix_lr)
+    usual = Config().batch_tokens
+    assert config.batch_tokens != usual == Config(depth=8, batch_tokens=usual).batch_tokens
+    large = parse_config(Config, ["--depth=8", f"--batch_tokens={4 * config.batch_tokens}"])
     assert large.max_steps == -(-config.max_steps // 4)
     for name in ("lr", "matrix_lr", "embedding_lr", "head_lr"):
         assert getattr(large, name) == pytest.approx(2 * getattr(config, name))
+    assert Config(depth=8, tie_word_embeddings=True).embedding_lr == config.head_lr < config.embedding_lr
 
 
-def test_a_run_of_a_depth_tells_its_settings_and_goes_on_by_the_same_command(data_dir, tmp_path, capfd):
-    settings = {"out_dir": str(tmp_path), "depth": 1, "context_length": 32, "batch_tokens": 256}
-    settings |= {"micro_batch_size": 4, "eval_tokens": 512, "samples": False, "wandb": "off", "save_every": 1}
-    for steps in (1, 2):
-        pretrain_gpt.main(Config(data_dir=str(data_dir), max_steps=steps, force=True, **settings))
-    assert "--depth=1 gives --num_hidden_layers=1 --hidden_size=64" in capfd.readouterr().out
-    assert [row["step"] for row in read_records(tmp_path / "metrics.jsonl")][-1] == 2
+def test_a_run_of_a_depth_tells_its_settings_and_goes_on_by_them_as_by_the_same_command(
+    data_dir, tmp_path, capfd
+):
+    settings = ["--context_length=32", "--batch_tokens=256", "--micro_batch_size=4", "--max_steps=3"]
+    settings += ["--samples=false", "--wandb=off", "--save_every=1", "--keep_last=0", "--dtype=float32"]
+    settings += [f"--data_dir={data_dir}", f"--out_dir={tmp_path}", "--eval_tokens=512", "--device=cpu"]
+    pretrain_gpt.main(parse_config(Config, [*settings, "--depth=1"]))
+    line = next(line for line in capfd.readouterr().out.splitlines() if line.startswith("--depth=1 gives "))
+    told = line.removeprefix("--depth=1 gives ").split()
+    assert told[:2] == ["--num_hidden_layers=1", "--hidden_size=64"]
+    once = weights(tmp_path, 3)
+    for again in (["--depth=1"], told):
+        shutil.rmtree(tmp_path / "step_0000003")
+        pretrain_gpt.main(parse_config(Config, [*settings, *again]))
+        assert weights(tmp_path, 3) == once
 
 
 @pytest.mark.slow

@@ -102,6 +102,19 @@ def test_a_folder_with_another_runs_checkpoints_is_refused(change, data_dir, bas
     assert sorted(base_run.rglob("*")) == before
 
 
+@pytest.mark.parametrize("counter", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
+def test_a_start_by_torchrun_or_slurm_after_the_first_goes_on_whatever_was_said_at_first(
+    counter, base_run, monkeypatch
+):
+    monkeypatch.setenv(counter, "0")
+    for choice, message in (("none", "holds checkpoints already"), (str(base_run / "step_0000002"), "other")):
+        with pytest.raises(InputError, match=message):
+            resume.find_resumable(base_run, choice)
+        monkeypatch.setenv(counter, "1")
+        assert resume.find_resumable(base_run, choice).name == "step_0000006"
+        monkeypatch.setenv(counter, "0")
+
+
 def test_changed_settings_are_listed_and_those_that_break_exactness_need_force(data_dir, tmp_path, capsys):
     pretrain_gpt.main(pretrain_config(data_dir, tmp_path, max_steps=3))
     free = {"micro_batch_size": 8, "log_every": 2}
