@@ -54,7 +54,16 @@ steps() { # the checkpoints in a run's folder; a damaged one may be newer than w
 }
 
 processes() { # on this node
-    echo "${NPROC:-$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')}"
+    if [ -n "${NPROC:-}" ]; then
+        echo "$NPROC"
+    elif command -v "$PYTHON" > /dev/null; then
+        "$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))'
+    elif [ -n "${DRY_RUN:-}" ]; then
+        echo "there is no $PYTHON yet; one process is assumed" >&2
+        echo 1
+    else
+        fail "there is no $PYTHON; name an environment by VENV=, or make one by \`bash quickstart.sh setup\`"
+    fi
 }
 
 check() { # RANKS SCRIPT FLAGS: what of the run will certainly fail
@@ -94,14 +103,15 @@ node() { # SCRIPT DATA OUT FLAGS
 
 # A Slurm job: node() on each node. A job that was warned of its end, and saved, is put into the queue again.
 slurm_job() { # SCRIPT DATA OUT FLAGS
-    local script=$1 out=$3 before pid status=0
+    local script=$1 out=$3 ranks before pid status=0
     export NNODES=${SLURM_JOB_NUM_NODES:-1} RDZV_ID=$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0} HF_HUB_OFFLINE=1
     export MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
     export MASTER_PORT=${MASTER_PORT:-$((20000 + 2 * (SLURM_JOB_ID % 5000)))}
     export RESUMABLE_FILE=$out/.resumable VENV # the ranks make the file when they leave with 75
     local srun=(srun --ntasks-per-node=1 --kill-on-bad-exit=0 --cpu-bind=none
         --cpus-per-task="${SLURM_CPUS_ON_NODE:-1}" bash launch.sh "$@")
-    check $(($(processes) * NNODES)) "$script" "${@:4}"
+    ranks=$(processes)
+    check $((ranks * NNODES)) "$script" "${@:4}"
     if [ -n "${DRY_RUN:-}" ]; then run "${srun[@]}"; return; fi
     mkdir -p "$out"
     rm -f "$RESUMABLE_FILE"
@@ -120,6 +130,7 @@ slurm_job() { # SCRIPT DATA OUT FLAGS
 }
 
 launch() { # SCRIPT DATA OUT FLAGS
+    on_a_cluster || install
     if [ -n "${SLURM_JOB_ID:-}" ]; then
         slurm_job "$@"
         return

@@ -9,6 +9,7 @@ V vocabulary, T tokens that attention reaches over.
 
 import json
 import math
+import os
 import shlex
 import sys
 from array import array
@@ -107,7 +108,13 @@ class Metrics:
         """Write run.json: how the run was started, and on what."""
         device = self.ranks.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+        launcher = "python"
+        if self.ranks.world > 1:
+            local = int(os.environ.get("LOCAL_WORLD_SIZE", self.ranks.world))
+            nodes = f"--nnodes={self.ranks.world // local} " if self.ranks.world > local else ""
+            launcher = f"torchrun {nodes}--nproc_per_node={local}"
         facts = {
+            "launcher": launcher,
             "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
             "devices": f"{self.ranks.world} x {name}, {self.ranks.precision}",
             "unit": self.unit,

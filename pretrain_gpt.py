@@ -109,8 +109,9 @@ SHAPE_FLAGS = (  # taken from init_from's model if they are at their default
 ).split()
 HEAD_DIM = 64  # of a model by depth, whose width is as many times its depth
 PEAK_RATES = {"matrix_lr": 0.02, "embedding_lr": 0.15, "head_lr": 0.0075, "lr": 0.025}
-# Tokens of a step and of a run at GPT-2's 124 M, as modded-nanogpt and nanochat have them.
-LARGE_BATCH, LARGE_RUN, BATCH_EXPONENT = 2**19, 1.7e9, 0.7
+# Tokens of a run and of its best step, at GPT-2's 124 M: modded-nanogpt's and nanochat's. In shorter runs the best
+# step grows as measured here, in longer ones as in Bergsma et al. 2025, https://arxiv.org/abs/2505.13738.
+KNOWN_RUN, KNOWN_BATCH, SHORTER_EXPONENT, LONGER_EXPONENT = 1.7e9, 2**19, 0.775, 0.383
 TOKENS_PER_PARAMETER = 20  # Hoffmann et al. 2022, https://arxiv.org/abs/2203.15556; of the blocks' parameters
 PROMPTS = ("The history of", "The most important", "Water is")  # of the samples
 
@@ -137,14 +138,15 @@ def by_depth(depth: int, given: dict) -> dict:
     """Settings of a run by the number of its blocks: shape, steps, batch, rates and their schedule. What is
     `given` stays, and the others follow it.
 
-    The best batch grows with the run's tokens D, here as D^BATCH_EXPONENT. The peak rates are the same for
-    all depths; with another batch than the best they go with its square root. docs/measured.md tells at which
-    sizes this was tried. Larger ones are extrapolated.
+    The best batch is a power of the run's tokens. The peak rates are the same for all depths; with another
+    batch than the best they go with its square root. docs/measured.md tells at which sizes this was tried.
+    Larger ones are extrapolated.
     """
     width = HEAD_DIM * depth
     tokens = TOKENS_PER_PARAMETER * 12 * depth * width**2  # of a block: attention 4 width², SwiGLU 8
-    runs = math.log2(tokens) - math.log2(LARGE_RUN)  # how often as long, as a power of two
-    best_batch = 2 ** round(math.log2(LARGE_BATCH) + BATCH_EXPONENT * runs)
+    longer = math.log2(tokens) - math.log2(KNOWN_RUN)  # than the known run, as a power of two
+    exponent = SHORTER_EXPONENT if longer < 0 else LONGER_EXPONENT
+    best_batch = 2 ** round(math.log2(KNOWN_BATCH) + exponent * longer)
     batch = max(1, given.get("batch_tokens", best_batch))
     steps = given.get("max_steps", -(-tokens // batch))
     rates = {name: round(math.sqrt(batch / best_batch) * rate, 5) for name, rate in PEAK_RATES.items()}

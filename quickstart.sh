@@ -20,7 +20,14 @@ case "${1:-}" in
 esac
 
 if [ -z "${PYTHON:-}" ] && ! cmp -s requirements.txt "$VENV/installed.txt"; then
+    if [ -e "$VENV" ] && [ ! -e "$VENV/installed.txt" ]; then
+        echo "error: $VENV is there already and was not made here; delete it, name another by VENV=, or give your" \
+            "own environment's python by PYTHON=" >&2
+        exit 1
+    fi
     python3 -c 'import sys; sys.exit(sys.version_info < (3, 10) and "error: Python 3.10 or newer is needed")'
+    mkdir -p "$VENV"
+    touch "$VENV/installed.txt" # it is ours, also if this breaks off
     python3 -m venv "$VENV"
     "$VENV/bin/pip" install --quiet -r requirements.txt
     cp requirements.txt "$VENV/installed.txt"

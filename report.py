@@ -303,7 +303,7 @@ def commands(run: Run) -> list[tuple[str, str]]:
     if "command" in run.facts:
         stopped = run.rows[-1]["step"] < run.facts["max_steps"]
         what = "it is not finished; the same command continues it" if stopped else "it was made by"
-        told.append((what, f"python {run.facts['command']}"))
+        told.append((what, f"{run.facts.get('launcher', 'python')} {run.facts['command']}"))
     if "data_dir" in run.settings:
         told += [
             ("fine-tune it to chat", f"python sft_gpt.py --model={folder} --out_dir=out/chat"),

@@ -41,6 +41,9 @@ need_data() { # for a job
 
 case ${1:-} in
 prepare)
+    shift
+    for word in "$@"; do [[ $word == --model=* ]] || fail "prepare takes --model= only, not $word"; done
+    MODEL=$(flag model "$MODEL" "$@")
     prepare
     exit
     ;;

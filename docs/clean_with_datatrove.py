@@ -6,10 +6,14 @@
     sbatch --array=1-64 --wrap="python prepare_data.py --source=clean/ --out_dir=data/clean"
 
 Each task reads its share of the .jsonl, .jsonl.gz or .jsonl.zst files, and writes one file. What datatrove's
-other blocks filter, extract or deduplicate goes into `steps`. A finished task is not run again.
+other blocks filter, extract or deduplicate goes into `steps`. A finished task is not run again. Its mark knows
+the task's number alone, so other settings need another folder.
 """
 
 import argparse
+import json
+import sys
+from pathlib import Path
 
 from datatrove.executor import LocalPipelineExecutor, SlurmPipelineExecutor
 from datatrove.pipeline.filters import LambdaFilter
@@ -35,10 +39,13 @@ def main() -> None:
     parser.add_argument("--partition", default="", help="of Slurm; empty to work on this machine")
     parser.add_argument("--time", default="4:00:00", help="that Slurm gives a task")
     options = parser.parse_args()
-    work, places = (
-        steps(options.source, options.out, options.least_words),
-        {"logging_dir": f"{options.out}.logs"},
-    )
+    logs = Path(f"{options.out.rstrip('/')}.logs")
+    note, settings = logs / "settings.json", vars(options) | {"partition": "", "time": ""}
+    if note.exists() and json.loads(note.read_text()) != settings:
+        sys.exit(f"error: {options.out} was made with other settings, see {note}; name another folder")
+    logs.mkdir(parents=True, exist_ok=True)
+    note.write_text(json.dumps(settings))
+    work, places = steps(options.source, options.out, options.least_words), {"logging_dir": str(logs)}
     if options.partition:
         slurm = {"partition": options.partition, "time": options.time, "job_name": "clean"}
         SlurmPipelineExecutor(work, tasks=options.tasks, **slurm, **places).run()

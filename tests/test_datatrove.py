@@ -32,4 +32,7 @@ def test_what_datatrove_leaves_of_a_corpus_becomes_shards_by_any_number_of_proce
     for out in (tmp_path / "parts", prepare(tmp_path / "one", tmp_path / "clean", tokenizer_dir)):
         found = read_documents(out, "train", tokenizer) + read_documents(out, "val", tokenizer)
         assert sorted(found) == sorted(expected)
+    for other in ("--tasks=4", "--least_words=90"):  # marks of finished tasks know neither
+        done = subprocess.run([*recipe, "--tasks=3", "--least_words=100", other], **options)
+        assert done.returncode == 1 and "clean was made with other settings, see clean.logs" in done.stderr
     assert prepare_data.PARTS not in [path.name for path in (tmp_path / "parts").iterdir()]

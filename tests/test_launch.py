@@ -220,6 +220,37 @@ def test_a_depth_replaces_the_recipe_and_does_not_go_with_a_preset():
     assert both.stderr == "error: PRESET=gpt2-124m is a run of its own; leave it out, or --depth\n"
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_where_there_is_no_environment_yet_it_is_made_first_or_its_lack_is_told(script, tmp_path):
+    for path in (*ROOT.glob("*.sh"), *ROOT.glob("*.py")):
+        (tmp_path / path.name).symlink_to(path)
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d/manifest.json").write_text("{}")
+    command = ["bash", script, "--data=d" if "sft" in script else "--data_dir=d"]
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "MASTER_ADDR": "n1"}
+    found = []
+    for environment in ({"DRY_RUN": "1"}, job):
+        environment = CLEAN | environment
+        environment.pop("PYTHON", None)
+        found.append(
+            subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+        )
+    planned, lacking = found
+    assert planned.returncode == 0 and planned.stdout.startswith("bash quickstart.sh setup")
+    assert "--nproc_per_node=1" in planned.stdout
+    assert planned.stderr == "there is no .venv/bin/python yet; one process is assumed\n"
+    assert lacking.returncode == 1 and lacking.stderr.startswith(
+        "error: there is no .venv/bin/python; name an"
+    )
+
+
+def test_sft_s_prepare_fetches_the_model_that_is_named_and_takes_no_other_flag(tmp_path):
+    made = dry("sft_full.sh", "prepare", "--model=some/model", VENV="", DATA=str(tmp_path))
+    assert made == ["hf download some/model "]
+    other = shell("sft_full.sh", "prepare", "--lr=1", DRY_RUN="1", VENV="")
+    assert other.returncode == 1 and other.stderr == "error: prepare takes --model= only, not --lr=1\n"
+
+
 def test_shellcheck_finds_nothing():
     if not shutil.which("shellcheck"):
         pytest.skip("shellcheck is not installed")

