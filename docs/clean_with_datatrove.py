@@ -6,8 +6,8 @@
     sbatch --array=1-64 --wrap="python prepare_data.py --source=clean/ --out_dir=data/clean"
 
 Each task reads its share of the .jsonl, .jsonl.gz or .jsonl.zst files, and writes one file. What datatrove's
-other blocks filter, extract or deduplicate goes into `steps`. A finished task is not run again. Its mark knows
-the task's number alone, so other settings need another folder.
+other blocks filter, extract or deduplicate goes into `steps`. A finished task is not run again. It is marked
+by its number alone, so other settings need another folder.
 """
 
 import argparse
