@@ -18,6 +18,7 @@ from checkpoint import open_model, told_name, too_many_bad_steps
 from common import RESUMABLE, InputError, cache_folder, fingerprint, run_script
 from distributed import Ranks, join_ranks
 from dpo import PreferenceModel, micro_batches, pairs_in, prepare_pairs, read_reference, reference_log_probs
+from huggingface import model_directory
 from metrics import flops_per_token, mean_context
 from optim import make_optimizer, schedule, set_learning_rate
 from order import batch_order
@@ -143,6 +144,8 @@ def main(config: Config) -> None:
         asdict(config), asdict(Config()), fixed={"optimizer": config.optimizer}, content=content, ranks=ranks
     )
     model, tokenizer = open_model(state["path"] if state else base, ranks)
+    if not state and identity["content"]["weights"] is None:  # a model of the hub, known by its commit
+        identity["content"]["weights"] = model_directory(base).name
     model.checkpoint_activations = config.checkpoint_activations
     T = row_length(config.max_length, model.config.max_position_embeddings)
 

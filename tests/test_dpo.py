@@ -225,6 +225,23 @@ def test_the_reference_is_computed_anew_in_another_precision(base_run, preferenc
         assert capsys.readouterr().out.count("computing the reference") == times
 
 
+def test_the_reference_is_computed_anew_when_a_model_of_the_hub_has_changed(
+    base_run, preferences, tmp_path, monkeypatch, capsys
+):
+    cached = tmp_path / "models--some--model"
+    (cached / "refs").mkdir(parents=True)
+    for commit, step in (("a", 2), ("b", 6)):
+        shutil.copytree(base_run / f"step_{step:07d}", cached / "snapshots" / commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for name, commit, computed in (("first", "a", 2), ("second", "b", 2), ("third", "a", 0)):
+        (cached / "refs" / "main").write_text(commit)
+        dpo_gpt.main(
+            dpo_config("some/model", preferences, tmp_path / name, cache_dir=str(tmp_path / "cache"))
+        )
+        assert capsys.readouterr().out.count("computing the reference") == computed
+
+
 def test_the_reference_is_computed_once_and_always_by_the_starting_model(
     base_run, preferences, tmp_path, capsys
 ):
