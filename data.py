@@ -185,7 +185,7 @@ class TokenLoader:
     """The windows of one split: T inputs each, and the same T shifted by one as targets. None crosses shards.
 
     `data_dir` names a folder or several, see parse_sources. The windows of several are counted through. A
-    folder's shards are those of its manifest; without one, all whose names hold the split's. Raises
+    folder's shards are those of its manifest; without one, see shard_paths. Raises
     InputError for a folder whose split has no window, unless nothing is trained on it, and when it meets an
     id beyond vocab_size.
     """
@@ -202,7 +202,7 @@ class TokenLoader:
             self.sizes.append(sum(windows[len(self.paths) :]))
             self.paths += paths
             if not self.sizes[-1] and (split != "train" or source.share != 0):
-                amount = f"{sum(tokens)} tokens" if tokens else "no shard"
+                amount = f"{sum(tokens)} tokens" if tokens else f"no shard as {split}_000000.bin"
                 raise InputError(
                     f"the {split} split in {source.path} has {amount}, too few for one window of "
                     f"{context_length + 1}; prepare more data, raise --val_fraction, or lower "
@@ -300,18 +300,20 @@ class TokenLoader:
         return total
 
 
+SPLITS = {"train": r".*train$|train", "val": r"val"}  # and a word in the names of their shards
+
+
 def shard_paths(folder: Path, split: str) -> list[Path]:
-    """A split's shards, in order: those of the manifest, or without one all with a word in their names that
-    begins with the split's, as fineweb_train_000001.bin. Raises InputError for a name that is of both splits.
-    """
+    """A split's shards, in order: those of the manifest, or without one all that are named after it, as
+    fineweb_train_000001.bin. Raises InputError for a name that is of both splits."""
     if (folder / "manifest.json").exists():
         names = [shard["file"] for shard in read_manifest(folder)["shards"]]
     else:
         names = [path.name for path in folder.glob("*.bin")]
     paths = []
     for name in sorted(names):
-        words = re.split(r"[^a-z]+", name.lower())
-        splits = [part for part in ("train", "val") if any(word.startswith(part) for word in words)]
+        words = re.split(r"[^a-z]+", name.lower())  # pretrain is train, validation is val, retrieval is not
+        splits = [word for word in SPLITS if any(re.match(SPLITS[word], other) for other in words)]
         if len(splits) > 1:
             raise InputError(
                 f"{folder / name} is named after both splits, train and val; give it a name with one of them"

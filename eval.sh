@@ -21,6 +21,10 @@ MODEL=${1:?the model to score: a run\'s folder, a model directory, or a hub id; 
 shift
 
 [ -n "$VENV_GIVEN" ] || env -u PYTHON bash quickstart.sh setup
+if ! command -v "$PYTHON" > /dev/null; then
+    echo "error: there is no $PYTHON; name another environment by VENV=" >&2
+    exit 1
+fi
 [ "$MODEL" = prepare ] || MODEL=$("$PYTHON" -c 'import sys, checkpoint, huggingface
 try: print(huggingface.model_directory(checkpoint.find_model(sys.argv[1])))
 except checkpoint.InputError as error: sys.exit(f"error: {error}")' "$MODEL")

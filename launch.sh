@@ -36,8 +36,14 @@ flag() { # the last value of --$1= among the flags after $2, which is the defaul
 
 on_a_cluster() { [ -n "${SLURM_JOB_ID:-}" ] || [ "${NNODES:-1}" != 1 ]; }
 
+need_python() {
+    command -v "$PYTHON" > /dev/null || [ -n "${DRY_RUN:-}" ] || fail "there is no $PYTHON; name an environment" \
+        "by VENV=, or make one by \`bash quickstart.sh setup\`"
+}
+
 install() { # an environment of the user's is not changed
-    [ -n "$VENV_GIVEN" ] || run bash quickstart.sh setup
+    [ -n "$VENV_GIVEN" ] || run env -u PYTHON bash quickstart.sh setup
+    need_python
 }
 
 submit() { # SCRIPT SBATCH'S FLAGS: sbatch, and a sentence if the cluster wants to know more
@@ -56,19 +62,18 @@ steps() { # the checkpoints in a run's folder; a damaged one may be newer than w
 processes() { # on this node
     if [ -n "${NPROC:-}" ]; then
         echo "$NPROC"
-    elif command -v "$PYTHON" > /dev/null; then
+    elif need_python && command -v "$PYTHON" > /dev/null; then
         "$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))'
-    elif [ -n "${DRY_RUN:-}" ]; then
+    else
         echo "there is no $PYTHON yet; one process is assumed" >&2
         echo 1
-    else
-        fail "there is no $PYTHON; name an environment by VENV=, or make one by \`bash quickstart.sh setup\`"
     fi
 }
 
 check() { # RANKS SCRIPT FLAGS: what of the run will certainly fail
     local ranks=$1
     shift
+    need_python
     run env WORLD_SIZE="$ranks" "$PYTHON" checks.py "$@"
 }
 

@@ -111,8 +111,12 @@ class Metrics:
         launcher = "python"
         if self.ranks.world > 1:
             local = int(os.environ.get("LOCAL_WORLD_SIZE", self.ranks.world))
-            nodes = f"--nnodes={self.ranks.world // local} " if self.ranks.world > local else ""
-            launcher = f"torchrun {nodes}--nproc_per_node={local}"
+            launcher = f"torchrun --nproc_per_node={local}"
+            if self.ranks.world > local:  # on each node
+                endpoint = f"{os.environ.get('MASTER_ADDR', 'HOST')}:29500"
+                launcher += (
+                    f" --nnodes={self.ranks.world // local} --rdzv_backend=c10d --rdzv_endpoint={endpoint}"
+                )
         facts = {
             "launcher": launcher,
             "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),

@@ -26,7 +26,6 @@ from prepare_data import (
     share_of,
 )
 from sources import count_files
-from tokenization import load_tokenizer
 
 WAIT = 1.0  # seconds between two looks for what another process makes
 
@@ -116,9 +115,10 @@ def share_tokenizer(config: Config, *, makes_it: bool) -> str | None:
         save_tokenizer(make_tokenizer(config, commit), new)
         new.rename(folder)
     if not folder.exists():
-        if config.tokenizer != "train":
-            load_tokenizer(config.tokenizer)  # what the first part cannot load, no other waits for
-        print("waiting for the first part, which makes the tokenizer", flush=True)
+        print(
+            "waiting for the first part, which makes the tokenizer; if it has failed, end this one",
+            flush=True,
+        )
     while not folder.exists():
         time.sleep(WAIT)
     begun = read_json(note) if note.exists() else flags  # parts of an older version have no note

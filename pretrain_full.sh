@@ -7,7 +7,8 @@
 #     NPROC=2 bash pretrain_full.sh --micro_batch_size=8
 #     bash pretrain_full.sh prepare               # install, download, tokenize: on a login node, before the next
 #     sbatch -N4 --gpus-per-node=8 --exclusive --time=4:00:00 pretrain_full.sh        # more in launch.sh
-#     bash pretrain_full.sh --depth=16            # another size: pretrain_gpt.py's by_depth gives the rest
+#     bash pretrain_full.sh --depth=16            # another size, pretrain_gpt.py's by_depth gives the rest; to
+#                                                 # prepare as many tokens, the same flag
 #     PRESET=qwen3-130m bash pretrain_full.sh     # or gpt2-124m: runs to compare with, see presets/
 #
 # The model, 12 layers × 512, 8 heads, SwiGLU 1408, SmolLM2's vocabulary of 49,152:
@@ -25,11 +26,17 @@ if [ ! -f "$PROJECT/launch.sh" ]; then # sbatch runs a copy in a spool folder; S
 fi
 cd "${PROJECT:-$SLURM_SUBMIT_DIR}"
 source ./launch.sh
+DEPTH=$(flag depth "" "$@")
+[[ $DEPTH =~ ^[0-9]*$ ]] || fail "--depth=$DEPTH: expected a number of blocks"
 # The training tokens, half a percent more for validation, and some to spare, so that no window is read twice.
+# With a depth: by_depth's 20 for each of the blocks' 12 × depth × (64 × depth)² parameters.
 prepare() {
+    local word flags=() tokens=1_100_000_000
+    for word in "$@"; do [[ $word == --depth=* ]] || flags+=("$word"); done
+    [ -z "$DEPTH" ] || tokens=$((983040 * DEPTH ** 3 * 105 / 100))
     install
     run "$PYTHON" prepare_data.py --source=HuggingFaceFW/fineweb-edu --config=sample-10BT \
-        --tokenizer=HuggingFaceTB/SmolLM2-135M --max_tokens=1_100_000_000 --out_dir="$DATA" "$@"
+        --tokenizer=HuggingFaceTB/SmolLM2-135M --max_tokens="$tokens" --out_dir="$DATA" "${flags[@]}"
 }
 
 prepared() { [ -f "$DATA/manifest.json" ]; }
@@ -42,7 +49,7 @@ if [ -n "${PRESET:-}" ]; then # it sets prepare, prepared, RECIPE, DATA and OUT 
     # shellcheck source=presets/qwen3-130m.sh
     source "./presets/$PRESET.sh"
 fi
-if [ -n "$(flag depth "" "$@")" ]; then # it gives what RECIPE would set
+if [ -n "$DEPTH" ]; then # it gives what RECIPE would set
     [ -z "${PRESET:-}" ] || fail "PRESET=$PRESET is a run of its own; leave it out, or --depth"
     RECIPE=(--context_length=1024 --micro_batch_size=32)
 fi

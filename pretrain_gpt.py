@@ -142,20 +142,22 @@ def by_depth(depth: int, given: dict) -> dict:
     batch than the best they go with its square root. docs/measured.md tells at which sizes this was tried.
     Larger ones are extrapolated.
     """
-    width = HEAD_DIM * depth
-    tokens = TOKENS_PER_PARAMETER * 12 * depth * width**2  # of a block: attention 4 width², SwiGLU 8
+    layers = max(1, given.get("num_hidden_layers", depth))
+    width = max(1, given.get("hidden_size", HEAD_DIM * depth))
+    tokens = TOKENS_PER_PARAMETER * 12 * layers * width**2  # of a block: attention 4 width², SwiGLU 8
     longer = math.log2(tokens) - math.log2(KNOWN_RUN)  # than the known run, as a power of two
     exponent = SHORTER_EXPONENT if longer < 0 else LONGER_EXPONENT
     best_batch = 2 ** round(math.log2(KNOWN_BATCH) + exponent * longer)
     batch = max(1, given.get("batch_tokens", best_batch))
     steps = given.get("max_steps", -(-tokens // batch))
-    rates = {name: round(math.sqrt(batch / best_batch) * rate, 5) for name, rate in PEAK_RATES.items()}
+    scale = 2 ** ((math.log2(batch) - math.log2(best_batch)) / 2)
+    rates = {name: round(scale * rate, 5) for name, rate in PEAK_RATES.items()}
     if given.get("tie_word_embeddings"):  # as an output embedding it bears no more than the head's
         rates["embedding_lr"] = rates["head_lr"]
     ruled = {
-        "num_hidden_layers": depth,
+        "num_hidden_layers": layers,
         "hidden_size": width,
-        "num_attention_heads": depth,
+        "num_attention_heads": max(1, width // HEAD_DIM),
         "batch_tokens": batch,
         "max_steps": steps,
         "warmup_steps": max(10, steps // 40),

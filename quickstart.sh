@@ -21,8 +21,8 @@ esac
 
 if [ -z "${PYTHON:-}" ] && ! cmp -s requirements.txt "$VENV/installed.txt"; then
     if [ -e "$VENV" ] && [ ! -e "$VENV/installed.txt" ]; then
-        echo "error: $VENV is there already and was not made here; delete it, name another by VENV=, or give your" \
-            "own environment's python by PYTHON=" >&2
+        echo "error: $VENV is there already and was not made here; delete it, or use it as it is: by" \
+            "PYTHON=$VENV/bin/python here, and by VENV=$VENV in the other scripts" >&2
         exit 1
     fi
     python3 -c 'import sys; sys.exit(sys.version_info < (3, 10) and "error: Python 3.10 or newer is needed")'

@@ -39,13 +39,16 @@ def main() -> None:
     parser.add_argument("--partition", default="", help="of Slurm; empty to work on this machine")
     parser.add_argument("--time", default="4:00:00", help="that Slurm gives a task")
     options = parser.parse_args()
-    logs = Path(f"{options.out.rstrip('/')}.logs")
-    note, settings = logs / "settings.json", vars(options) | {"partition": "", "time": ""}
+    source, out = options.source.rstrip("/"), options.out.rstrip("/")
+    logs, settings = Path(f"{out}.logs"), [source, options.tasks, options.least_words]
+    note = logs / "settings.json"
     if note.exists() and json.loads(note.read_text()) != settings:
-        sys.exit(f"error: {options.out} was made with other settings, see {note}; name another folder")
+        sys.exit(
+            f"error: {out} was made with other settings, see {note}; delete both folders, or name another"
+        )
     logs.mkdir(parents=True, exist_ok=True)
     note.write_text(json.dumps(settings))
-    work, places = steps(options.source, options.out, options.least_words), {"logging_dir": str(logs)}
+    work, places = steps(source, out, options.least_words), {"logging_dir": str(logs)}
     if options.partition:
         slurm = {"partition": options.partition, "time": options.time, "job_name": "clean"}
         SlurmPipelineExecutor(work, tasks=options.tasks, **slurm, **places).run()

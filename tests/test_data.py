@@ -87,8 +87,11 @@ def test_a_file_with_another_header_or_another_length_is_refused_by_name(tmp_pat
         refused(rf"has {len(raw)} bytes, its header says 1124", TokenLoader, tmp_path, "train", 4, 320)
 
 
-def test_a_shard_without_a_manifest_is_of_the_split_that_begins_a_word_of_its_name(tmp_path):
-    names = {"train": ["retrieval_train_000001.bin", "train.bin"], "val": ["retrieval_validation_0.bin"]}
+def test_a_shard_without_a_manifest_is_of_the_split_that_a_word_of_its_name_tells(tmp_path):
+    names = {
+        "train": ["FineWebTrain_0.bin", "edu_pretrain_1.bin", "retrieval_train_000001.bin", "train.bin"],
+        "val": ["retrieval_validation_0.bin", "val.bin"],
+    }
     for name in [*names["train"], *names["val"], "medieval_0.bin"]:
         write_shard(tmp_path / name, range(50))
     for split, own in names.items():
@@ -192,7 +195,7 @@ def test_a_validation_split_without_a_window_is_refused_with_the_flags_that_mend
     tmp_path, source, tokenizer_dir, prepared
 ):
     out = prepare(tmp_path / "out", source, tokenizer_dir, val_fraction=0.0)
-    refused("the val split in .* has no shard, .* --val_fraction", TokenLoader, out, "val", 8, 320)
+    refused("the val split in .* has no shard as val_000000.bin, .* --val_fraction", TokenLoader, out, "val", 8, 320)
     tokens = json.loads((prepared / "manifest.json").read_text())["splits"]["val"]["tokens"]
     refused(
         f"has {tokens} tokens, too few for one window of 1025.*--context_length",

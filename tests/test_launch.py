@@ -99,7 +99,8 @@ def test_in_a_slurm_job_there_is_one_launcher_a_node_and_nothing_is_fetched(scri
 
 def test_preparing_installs_only_when_no_environment_is_given():
     setup, prepare = dry("pretrain_full.sh", "prepare", "--max_tokens=5")
-    assert setup.split() == ["bash", "quickstart.sh", "setup"] and prepare.rstrip().endswith("--max_tokens=5")
+    assert setup.split() == ["env", "-u", "PYTHON", "bash", "quickstart.sh", "setup"]
+    assert prepare.rstrip().endswith("--max_tokens=5")
     (prepare,) = dry("pretrain_full.sh", "prepare", VENV="")
     assert prepare.startswith("python prepare_data.py ")
     *_, download, mark = dry("sft_full.sh", "prepare", VENV="/env")
@@ -215,6 +216,10 @@ def test_a_depth_replaces_the_recipe_and_does_not_go_with_a_preset():
     assert "--depth=16" in run and "--micro_batch_size=32" in run
     for name in ("num_hidden_layers", "hidden_size", "num_attention_heads", "max_steps", "batch_tokens"):
         assert f"--{name}=" not in run
+    made = dry("pretrain_full.sh", "prepare", "--depth=16", "--workers=4", VENV=sys.prefix)
+    assert "--max_tokens=4227858432 " in made[-1] and made[-1].rstrip().endswith("--workers=4")
+    other = shell("pretrain_full.sh", "--depth=large", DRY_RUN="1")
+    assert other.returncode == 1 and other.stderr == "error: --depth=large: expected a number of blocks\n"
     both = shell("pretrain_full.sh", "--depth=16", PRESET="gpt2-124m", DRY_RUN="1")
     assert both.returncode == 1
     assert both.stderr == "error: PRESET=gpt2-124m is a run of its own; leave it out, or --depth\n"
@@ -230,18 +235,25 @@ def test_where_there_is_no_environment_yet_it_is_made_first_or_its_lack_is_told(
     job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "MASTER_ADDR": "n1"}
     found = []
     for environment in ({"DRY_RUN": "1"}, job):
-        environment = CLEAN | environment
-        environment.pop("PYTHON", None)
+        environment = CLEAN | environment | {"PYTHON": sys.executable}  # which is for test.sh alone
         found.append(
             subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
         )
     planned, lacking = found
-    assert planned.returncode == 0 and planned.stdout.startswith("bash quickstart.sh setup")
+    assert planned.returncode == 0 and planned.stdout.startswith("env -u PYTHON bash quickstart.sh setup")
     assert "--nproc_per_node=1" in planned.stdout
     assert planned.stderr == "there is no .venv/bin/python yet; one process is assumed\n"
     assert lacking.returncode == 1 and lacking.stderr.startswith(
         "error: there is no .venv/bin/python; name an"
     )
+
+
+@pytest.mark.parametrize("arguments", [["prepare"], ["submit", "-N2"], ["--data_dir=tests"]])
+def test_an_environment_that_is_not_there_is_told(arguments, tmp_path):
+    (tmp_path / "manifest.json").write_text("{}")
+    result = shell("pretrain_full.sh", *arguments, VENV=str(tmp_path), NPROC="1", DATA=str(tmp_path))
+    assert result.returncode == 1, result.stderr
+    assert result.stderr.splitlines()[-1].startswith(f"error: there is no {tmp_path}/bin/python; name an env")
 
 
 def test_sft_s_prepare_fetches_the_model_that_is_named_and_takes_no_other_flag(tmp_path):

@@ -307,12 +307,16 @@ def test_a_run_notes_how_it_was_started_and_a_finished_one_keeps_its_note(tmp_pa
 
 @pytest.mark.parametrize(
     ("world", "local", "launcher"),
-    [(2, "2", "torchrun --nproc_per_node=2"), (16, "8", "torchrun --nnodes=2 --nproc_per_node=8")],
+    [
+        (2, "2", "torchrun --nproc_per_node=2"),
+        (16, "8", "torchrun --nproc_per_node=8 --nnodes=2 --rdzv_backend=c10d --rdzv_endpoint=n1:29500"),
+    ],
 )
 def test_a_run_on_several_ranks_notes_how_many_torchrun_is_to_start(
     world, local, launcher, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
+    monkeypatch.setenv("MASTER_ADDR", "n1")
     log = recorder(tmp_path)
     log.close()
     log.ranks = Ranks(0, world, torch.device("cpu"))

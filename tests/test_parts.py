@@ -135,12 +135,6 @@ def test_parts_with_another_tokenizer_are_not_joined_by_its_name(crawl, tokenize
     assert json.loads((out / "manifest.json").read_text())["tokenizer"] == str(tokenizer_dir)
 
 
-def test_a_tokenizer_that_cannot_be_had_ends_all_parts_and_none_waits_for_the_first(crawl, tmp_path):
-    (tmp_path / "nothing").mkdir()
-    for part in ("2/2", "1/2"):
-        refused("nothing", prepare, tmp_path / "out", crawl, tmp_path / "nothing", part=part)
-
-
 def test_who_is_still_at_work_when_others_have_joined_the_data_stops(
     crawl, tokenizer_dir, tmp_path, monkeypatch
 ):

@@ -86,11 +86,14 @@ def test_what_is_given_beside_a_depth_stays_even_at_its_default_and_the_rest_fol
     config = Config(depth=8)
     assert config == Config(**asdict(config)) and Config(depth=0) == Config()
     assert copy.deepcopy(config) == pickle.loads(pickle.dumps(config)) == config
-    own = Config(depth=8, max_steps=200, lr=3e-3, num_attention_heads=4, hidden_size=768)
-    assert (own.max_steps, own.lr, own.num_attention_heads, own.hidden_size) == (200, 3e-3, 4, 768)
+    own = Config(depth=8, max_steps=200, lr=3e-3, num_attention_heads=4, hidden_size=512)
+    assert (own.max_steps, own.lr, own.num_attention_heads, own.hidden_size) == (200, 3e-3, 4, 512)
     assert (own.warmup_steps, own.matrix_lr) == (10, config.matrix_lr)
     usual = Config().batch_tokens
     assert config.batch_tokens != usual == Config(depth=8, batch_tokens=usual).batch_tokens
+    wide = Config(depth=8, hidden_size=1024)
+    assert wide.num_attention_heads == 16
+    assert wide.max_steps * wide.batch_tokens == pytest.approx(4 * 20 * 12 * 8 * 512**2, rel=0.01)
     large = parse_config(Config, ["--depth=8", f"--batch_tokens={4 * config.batch_tokens}"])
     assert large.max_steps == -(-config.max_steps // 4)
     for name in ("lr", "matrix_lr", "embedding_lr", "head_lr"):
