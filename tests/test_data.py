@@ -195,7 +195,8 @@ def test_a_validation_split_without_a_window_is_refused_with_the_flags_that_mend
     tmp_path, source, tokenizer_dir, prepared
 ):
     out = prepare(tmp_path / "out", source, tokenizer_dir, val_fraction=0.0)
-    refused("the val split in .* has no shard as val_000000.bin, .* --val_fraction", TokenLoader, out, "val", 8, 320)
+    told = "the val split in .* has no shard as val_000000.bin, .* --val_fraction"
+    refused(told, TokenLoader, out, "val", 8, 320)
     tokens = json.loads((prepared / "manifest.json").read_text())["splits"]["val"]["tokens"]
     refused(
         f"has {tokens} tokens, too few for one window of 1025.*--context_length",
