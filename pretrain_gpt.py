@@ -109,8 +109,8 @@ SHAPE_FLAGS = (  # taken from init_from's model if they are at their default
 ).split()
 HEAD_DIM = 64  # of a model by depth, whose width is as many times its depth
 PEAK_RATES = {"matrix_lr": 0.02, "embedding_lr": 0.15, "head_lr": 0.0075, "lr": 0.025}
-# Tokens of a run of depth 12 and of its step, as modded-nanogpt and nanochat have it. In shorter runs the best
-# step grows as measured here, in longer ones as in Bergsma et al. 2025, https://arxiv.org/abs/2505.13738.
+# Tokens of a run of depth 12, and of its step as modded-nanogpt and nanochat have it. In shorter runs the
+# best step grows as measured here, in longer ones as in Bergsma et al. 2025, https://arxiv.org/abs/2505.13738.
 KNOWN_RUN, KNOWN_BATCH, SHORTER_EXPONENT, LONGER_EXPONENT = 1.7e9, 2**19, 0.775, 0.383
 TOKENS_PER_PARAMETER = 20  # Hoffmann et al. 2022, https://arxiv.org/abs/2203.15556; of the blocks' parameters
 PROMPTS = ("The history of", "The most important", "Water is")  # of the samples
