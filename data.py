@@ -185,9 +185,8 @@ class TokenLoader:
     """The windows of one split: T inputs each, and the same T shifted by one as targets. None crosses shards.
 
     `data_dir` names a folder or several, see parse_sources. The windows of several are counted through. A
-    folder's shards are those of its manifest; without one, see shard_paths. Raises
-    InputError for a folder whose split has no window, unless nothing is trained on it, and when it meets an
-    id beyond vocab_size.
+    folder's shards are those of its manifest; without one, see shard_paths. Raises InputError for a folder
+    whose split has no window, unless nothing is trained on it, and when it meets an id beyond vocab_size.
     """
 
     def __init__(self, data_dir: str | Path, split: str, context_length: int, vocab_size: int):

@@ -218,8 +218,10 @@ def test_a_depth_replaces_the_recipe_and_does_not_go_with_a_preset():
         assert f"--{name}=" not in run
     made = dry("pretrain_full.sh", "prepare", "--depth=16", "--workers=4", VENV=sys.prefix)
     assert "--max_tokens=4227858432 " in made[-1] and made[-1].rstrip().endswith("--workers=4")
-    other = shell("pretrain_full.sh", "--depth=large", DRY_RUN="1")
-    assert other.returncode == 1 and other.stderr == "error: --depth=large: expected a number of blocks\n"
+    for depth in ("large", "0", "08"):  # a prepare without a limit; octal
+        other = shell("pretrain_full.sh", f"--depth={depth}", DRY_RUN="1")
+        told = f"error: --depth={depth}: expected a number of blocks, from 1 up\n"
+        assert other.returncode == 1 and other.stderr == told
     both = shell("pretrain_full.sh", "--depth=16", PRESET="gpt2-124m", DRY_RUN="1")
     assert both.returncode == 1
     assert both.stderr == "error: PRESET=gpt2-124m is a run of its own; leave it out, or --depth\n"
