@@ -27,7 +27,8 @@ fi
 cd "${PROJECT:-$SLURM_SUBMIT_DIR}"
 source ./launch.sh
 DEPTH=$(flag depth "" "$@")
-[[ $DEPTH =~ ^([1-9][0-9]*)?$ ]] || fail "--depth=$DEPTH: expected a number of blocks, from 1 up"
+[[ $DEPTH =~ ^(0|[1-9][0-9]*)?$ ]] || fail "--depth=$DEPTH: expected a number of blocks, from 1 up"
+[ "$DEPTH" != 0 ] || DEPTH= # as in pretrain_gpt.py: no depth
 # The training tokens, half a percent more for validation, and some to spare, so that no window is read twice.
 # With a depth: by_depth's 20 for each of the blocks' 12 × depth × (64 × depth)² parameters.
 prepare() {

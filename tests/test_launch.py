@@ -218,7 +218,12 @@ def test_a_depth_replaces_the_recipe_and_does_not_go_with_a_preset():
         assert f"--{name}=" not in run
     made = dry("pretrain_full.sh", "prepare", "--depth=16", "--workers=4", VENV=sys.prefix)
     assert "--max_tokens=4227858432 " in made[-1] and made[-1].rstrip().endswith("--workers=4")
-    for depth in ("large", "0", "08"):  # a prepare without a limit; octal
+    known = {"VENV": sys.prefix, "NPROC": "8", "DATA": str(ROOT / "tests")}
+    for words in ([], ["prepare"]):  # no depth: the recipe, as in pretrain_gpt.py, a limited prepare
+        plain = dry("pretrain_full.sh", *words, **known)
+        none = dry("pretrain_full.sh", *words, "--depth=0", **known)
+        assert [line.replace(" --depth=0", "") for line in none] == plain
+    for depth in ("large", "08"):  # 08: octal
         other = shell("pretrain_full.sh", f"--depth={depth}", DRY_RUN="1")
         told = f"error: --depth={depth}: expected a number of blocks, from 1 up\n"
         assert other.returncode == 1 and other.stderr == told
