@@ -281,14 +281,15 @@ class TokenLoader:
         return ids[:, :-1], ids[:, 1:]
 
     def micro_batches(
-        self, windows: Sequence[int] | np.ndarray, micro_batch_size: int, ranks: Ranks
+        self, windows: Sequence[int] | np.ndarray, micro_batch_size: int, ranks: Ranks, pieces: int = 1
     ) -> Iterator[dict]:
-        """A rank's share of some windows, as the keyword arguments of the model's forward."""
+        """A rank's share of some windows, as the keyword arguments of the model's forward. Each window is cut
+        into so many pieces, which are rows of their own."""
         for some in ranks.share(windows, micro_batch_size):
             input_ids, targets = self.read([int(window) for window in some if window is not None])
             padding = (0, 0, 0, len(some) - len(input_ids))
             batch = {"input_ids": F.pad(input_ids, padding), "targets": F.pad(targets, padding, value=IGNORE)}
-            yield ranks.pin(batch)
+            yield ranks.pin({name: ids.reshape(-1, self.T // pieces) for name, ids in batch.items()})
 
     def text_bytes(self, windows: Sequence[int], tokenizer) -> int:
         """UTF-8 bytes of the text that these windows' targets spell: what turns nats into bits per byte."""

@@ -13,6 +13,7 @@ import numpy as np
 from common import InputError
 
 CYCLE = 10_000  # positions in which a mix of sources has exactly its shares
+PIECES = (8, 4, 2)  # of a window, in each third of a length warm-up
 
 
 def mix(x: np.ndarray, key: int) -> np.ndarray:
@@ -62,6 +63,21 @@ def batch_order(seed: int, step: int, batch_size: int, n: int) -> np.ndarray:
 
 
 @lru_cache(8)
+def window_pieces(step: int, warmup_steps: int) -> int:
+    """Into how many sequences a step cuts each window: 8, 4, then 2, in a third of the warm-up each; then 1.
+
+    Shorter sequences cost less, and a model learns from what is near first (Press et al. 2020,
+    https://arxiv.org/abs/2012.15832; Li et al. 2021, https://arxiv.org/abs/2108.06084).
+    """
+    return PIECES[3 * step // warmup_steps] if step < warmup_steps else 1
+
+
+def mean_length(T: int, warmup_fraction: float) -> float:
+    """How long a token's sequence is on average over a run with windows of T and such a length warm-up."""
+    shorter = sum(1 / pieces for pieces in PIECES) / len(PIECES)
+    return T * (1 - warmup_fraction + warmup_fraction * shorter)
+
+
 def cycle(shares: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
     """For each of a cycle's sum(shares) positions: its source, and how many earlier ones have that source.
 

@@ -38,7 +38,7 @@ from checkpoint import checkpoint_bytes, most_checkpoints
 from checks import Run, check_data, find_run, room_problem, saving, take_script
 from distributed import Ranks
 from metrics import flops_per_token
-from order import parse_sources
+from order import mean_length, parse_sources
 from precision import GPUS, Gpu
 from rehearsal import Footprint, Rehearsal, pretend_ranks
 from sharding import SHARD
@@ -282,7 +282,9 @@ def plan_of(config: Machines, gpus: int) -> dict:
     shard, rehearsal, footprint, largest = choose(config, run, gpus, B)
     messages = messages_of_step(footprint, rehearsal, config, n)
     width = 2 * run.T if run.unit == "pairs" else run.T  # tokens in a window, row or pair
-    per_token, speed = flops_per_token(run.shape, run.T), GPUS[config.gpu].flops * config.mfu
+    fraction = config.length_warmup_fraction if isinstance(config, Pretraining) else 0.0
+    per_token = flops_per_token(run.shape, mean_length(run.T, fraction))
+    speed = GPUS[config.gpu].flops * config.mfu
     compute = n * B * width * per_token / speed
     waiting = exposed(messages, compute, n)
     # A forward pass, a third of a step's compute, over all pairs gives the reference's log-probabilities.

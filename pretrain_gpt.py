@@ -24,7 +24,7 @@ from distributed import join_ranks
 from gpt import GPTConfig, GPTModel
 from metrics import flops_per_token
 from optim import make_optimizer, schedule, set_learning_rate
-from order import parse_sources, validation_numbers
+from order import PIECES, mean_length, parse_sources, validation_numbers, window_pieces
 from report import report_end
 from resume import lock_and_resume, new_phase, phase_start
 from sharding import shard_model, wrap
@@ -48,6 +48,9 @@ class Config:
     num_key_value_heads: int = 0  # key and value heads; 0 for as many as query heads
     intermediate_size: int = 0  # width of the SwiGLU; 0 for 8/3 of hidden_size
     context_length: int = 1024  # tokens in a window
+    length_warmup_fraction: float = (
+        0.0  # share of the steps, at the start, with windows in 8, 4, then 2 pieces
+    )
     rope_theta: float = 10000.0  # base of the rotary frequencies
     qk_norm: bool = True  # normalize queries and keys, as in Qwen3; without it the model is a Llama
     tie_word_embeddings: bool = False  # one matrix for input and output embedding
@@ -122,6 +125,11 @@ def check(config: Config) -> None:
     check_settings(
         asdict(config), positive=("max_steps", "batch_tokens", "eval_task_every", "rope_theta", *shape_fields)
     )
+    if config.length_warmup_fraction and config.context_length % PIECES[0]:
+        raise InputError(
+            f"--length_warmup_fraction={config.length_warmup_fraction:g} cuts windows into {PIECES[0]}, and "
+            f"--context_length={config.context_length} is no multiple of that; change one of the two"
+        )
     if config.depth and config.init_from:
         raise InputError(
             f"--depth={config.depth} shapes a new model, but --init_from={config.init_from} has its shape; "
@@ -304,6 +312,7 @@ def main(config: Config) -> None:
     # What records the run, and what can stop it.
     start, stopped = state["step"] if state else 0, False
     decay_steps = round(config.decay_fraction * config.max_steps)
+    short_steps = round(config.length_warmup_fraction * config.max_steps)
     history, metrics, checkpoints, signals, profiler = open_records(
         asdict(config),
         start=start,
@@ -314,14 +323,15 @@ def main(config: Config) -> None:
         origin=told_origin(config.init_from, manifests, train.shares),
         state=state,
         ranks=ranks,
-        flops_per_token=flops_per_token(model.config, T),
+        flops_per_token=flops_per_token(model.config, mean_length(T, config.length_warmup_fraction)),
     )
     ranks.watch(config.timeout_minutes)
 
     # A step's windows depend on the seed and the step only, so a resumed run reads none twice.
     def step_batches(step: int) -> tuple[int, int, list[dict]]:
         windows, tokens = train.step_windows(config.seed, step, windows_per_step), windows_per_step * T
-        return tokens, tokens, list(train.micro_batches(windows, config.micro_batch_size, ranks))
+        pieces = window_pieces(step, short_steps)
+        return tokens, tokens, list(train.micro_batches(windows, config.micro_batch_size, ranks, pieces))
 
     upcoming = Prefetcher(step_batches, start, config.max_steps)
 

@@ -7,15 +7,17 @@ import os
 import struct
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import planted
 import pytest
-from conftest import ROOT, TEXTS, prepare, pretrain_config, refused, write_shard
+from conftest import ALONE, ROOT, TEXTS, prepare, pretrain_config, refused, write_shard
 from properties import few, given, st
 
 import data
 import tokenization
+from common import IGNORE
 from data import ShardWriter, TokenLoader, verified_manifest
 from order import batch_order
 from sources import hash_fraction
@@ -172,6 +174,17 @@ def test_a_batch_s_rows_are_the_windows_asked_for_in_that_order(data_dir):
     picks = batch_order(0, 2, 50, len(loader))
     for rows, all_rows in zip(loader.read(picks), everything):
         assert rows.tolist() == all_rows[picks].tolist() and rows.dtype == all_rows.dtype
+
+
+@pytest.mark.parametrize("pieces", [1, 2, 8])
+def test_a_window_in_pieces_is_as_many_rows_and_rows_that_pad_stay_without_targets(pieces, data_dir):
+    loader, ranks = TokenLoader(data_dir, "train", 16, 320), replace(ALONE, even_batches=True)
+    first, last = loader.micro_batches(range(5), 3, ranks, pieces)
+    inputs, targets = loader.read(range(5))
+    for name, rows in (("input_ids", inputs), ("targets", targets)):
+        assert first[name].tolist() == rows[:3].reshape(3 * pieces, -1).tolist()
+        assert last[name][: 2 * pieces].tolist() == rows[3:].reshape(2 * pieces, -1).tolist()
+    assert (last["targets"][2 * pieces :] == IGNORE).all() and len(last["targets"]) == 3 * pieces
 
 
 def test_only_the_manifest_s_shards_are_read_whatever_else_lies_there(copied):

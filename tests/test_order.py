@@ -34,7 +34,16 @@ import pretrain_gpt
 from common import IGNORE, InputError, read_records
 from data import TokenLoader, verified_manifests
 from distributed import Ranks
-from order import CYCLE, batch_order, mixed_order, parse_sources, rounded_shares, validation_numbers
+from order import (
+    CYCLE,
+    batch_order,
+    mean_length,
+    mixed_order,
+    parse_sources,
+    rounded_shares,
+    validation_numbers,
+    window_pieces,
+)
 from tokenization import load_tokenizer, train_tokenizer
 
 
@@ -153,6 +162,21 @@ def test_any_stops_and_changes_of_ranks_read_each_window_once_an_epoch(n, batch,
     order = [window for step in sorted(read) for window in read[step]]
     for epoch in range(epochs):
         assert sorted(order[epoch * n : (epoch + 1) * n]) == list(range(n))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 7, 600])
+def test_a_length_warmup_halves_the_pieces_of_a_window_by_thirds_and_leaves_it_whole_then(steps):
+    pieces = [window_pieces(step, steps) for step in range(steps + 2)]
+    assert pieces[0] == 8 and pieces[steps:] == [1, 1] and pieces == sorted(pieces, reverse=True)
+    if steps >= 3:
+        assert {abs(pieces.count(number) - steps / 3) < 1 for number in (8, 4, 2)} == {True}
+    assert window_pieces(0, 0) == 1
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.6, 1.0])
+def test_the_mean_length_is_that_of_a_token_of_the_run(fraction):
+    pieces = [window_pieces(step, round(fraction * 1000)) for step in range(1000)]
+    assert mean_length(256, fraction) == pytest.approx(np.mean(256 / np.array(pieces)), rel=2e-3)
 
 
 def test_finding_a_step_takes_the_same_work_at_any_position_of_any_corpus(monkeypatch):

@@ -4,7 +4,7 @@ import copy
 import math
 import pickle
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -37,6 +37,27 @@ def test_bits_per_byte_follow_from_the_bytes_of_the_text(data_dir, base_run):
     assert row["val_bpb"] == pytest.approx(row["val_loss"] * 512 / math.log(2) / len(text.encode()))
 
 
+def test_at_the_start_of_a_length_warmup_no_token_sees_beyond_its_piece_and_validation_sees_all(
+    data_dir, tmp_path
+):
+    config = pretrain_config(
+        data_dir, tmp_path, max_steps=3, length_warmup_fraction=1.0, lr=0.0, matrix_lr=0.0
+    )
+    pretrain_gpt.main(config)
+    torch.manual_seed(config.seed)
+    model, T = GPTModel(model_config(config, 320)), config.context_length
+    loader, count = pretrain_gpt.TokenLoader(data_dir, "train", T, 320), config.batch_tokens // T
+    for step, pieces in enumerate((8, 4, 2)):
+        inputs, targets = loader.read(loader.step_windows(config.seed, step, count))
+        nats = model(*(ids.reshape(-1, T // pieces) for ids in (inputs, targets))).detach()
+        loss = float(nats) / targets.numel()
+        row = next(row for row in read_records(tmp_path / "metrics.jsonl") if row["step"] == step + 1)
+        assert row["loss"] == pytest.approx(loss, rel=1e-5)
+    plain = replace(config, out_dir=str(tmp_path / "plain"), length_warmup_fraction=0.0)
+    pretrain_gpt.main(plain)
+    assert [row[2] for row in losses(tmp_path)] == [row[2] for row in losses(tmp_path / "plain")]
+
+
 def test_a_sample_is_text_and_always_the_same(base_run):
     model, tokenizer = chat.load(str(base_run))
     samples = pretrain_gpt.sample_text(model, tokenizer, seed=0)
@@ -57,6 +78,8 @@ def test_mistakes_in_a_pretraining_run_are_told(data_dir, tmp_path):
         ({"resume": str(tmp_path / "nothing")}, "cannot be resumed: checkpoint.json is missing"),
         ({"device": "abacus"}, "--device=abacus cannot be used here"),
         ({"rope_theta": 0.0}, "--rope_theta=0.0: expected a number above zero"),
+        ({"length_warmup_fraction": 1.5}, "--length_warmup_fraction=1.5: expected a share, from 0 to 1"),
+        ({"length_warmup_fraction": 0.5, "context_length": 12}, "into 8, and --context_length=12 is no mult"),
         ({"depth": -1}, "--depth=-1: expected a number from zero up"),
         ({"depth": 4, "batch_tokens": 0}, "--batch_tokens=0: expected a number above zero"),
         ({"depth": 2, "optimizer": "adamw"}, "--depth=2 sets rates for Muon, not for --optimizer=adamw"),

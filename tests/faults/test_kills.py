@@ -44,7 +44,7 @@ def test_a_run_killed_at_twenty_moments_equals_an_undisturbed_one(
     def config(name: str):
         changes = {"max_steps": 60, "save_every": 1, "keep_last": 2, "eval_every": 20}
         if script == "pretrain_gpt":
-            return pretrain_config(data_dir, tmp_path / name, **changes)
+            return pretrain_config(data_dir, tmp_path / name, length_warmup_fraction=0.75, **changes)
         if script == "dpo_gpt":
             return dpo_config(base_run, preferences, tmp_path / name, **changes)
         return sft_config(base_run, chats, tmp_path / name, **changes)
