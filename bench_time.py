@@ -34,7 +34,7 @@ from precision import has_bf16, settle_precision
 # The quick start's, see quickstart.sh.
 RECIPE = pretrain_gpt.Config(
     num_hidden_layers=3, hidden_size=256, num_attention_heads=4, context_length=256,
-    batch_tokens=4096, micro_batch_size=16, warmup_steps=10, decay_fraction=0.7,
+    batch_tokens=4096, micro_batch_size=16, warmup_steps=10, decay_fraction=0.7, length_warmup_fraction=0.75,
     lr=0.025, embedding_lr=0.15, head_lr=0.0075, beta1=0.8, beta2=0.97,
 )  # fmt: skip
 # nanoGPT's shape is the quick start's with a layer more. The best rate counts. The rest is from its
