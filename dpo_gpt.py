@@ -233,8 +233,12 @@ def main(config: Config) -> None:
     for step in range(start, max_steps + 1):  # `step` counts completed optimizer steps
         done = step == max_steps
 
+        # A signal since the last step is obeyed before a validation, and one within it right after.
+        pause = done or step % config.eval_every == 0
+        stopped = stopped or (pause and ranks.any(bool(signals.seen)))
+
         # Once in a while: the loss on held-out pairs, and the model's answers. A stopped run is in a hurry.
-        if (done or step % config.eval_every == 0) and not stopped and not metrics.has(step, "val_loss"):
+        if pause and not stopped and not metrics.has(step, "val_loss"):
             batches = micro_batches(
                 val, val_reference, range(len(val) // 2), T=T, size=config.micro_batch_size, ranks=ranks
             )
@@ -245,6 +249,8 @@ def main(config: Config) -> None:
                 numbers |= answered
             metrics.validated(step, **numbers)
             metrics.print(lines)
+
+        stopped = stopped or (pause and not done and ranks.any(bool(signals.seen)))
 
         # Once in a while: a checkpoint, written beside the next steps. If that went wrong, the run ends here.
         checkpoints.raise_errors()
@@ -258,8 +264,8 @@ def main(config: Config) -> None:
         ranks.at(f"step {step + 1}")
         if not history.unread:
             began = time.monotonic()  # validating and saving are not part of the steps' time
-        targets, tokens, batches = upcoming.batches(step)
         ranks.own_work.begin()
+        targets, tokens, batches = upcoming.batches(step)
 
         # Forward and backward over all micro-batches and ranks; the gradients are clipped.
         loss_sum, grad_norm = forward_backward(

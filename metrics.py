@@ -14,6 +14,7 @@ import shlex
 import sys
 from array import array
 from collections.abc import Sequence
+from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
 
@@ -76,6 +77,9 @@ class Metrics:
         note = Path(out_dir) / "wandb_id"  # a run may die before its first checkpoint
         if running and self.wandb_id is None and note.exists() and self.noted_settings() == (settings or {}):
             self.wandb_id = note.read_text()
+        self.draws = find_spec("matplotlib") is not None
+        if running and not self.draws:
+            print("matplotlib is not installed, so there will be no loss.png", file=sys.stderr)
         if running:
             self.note_run(settings or {})
             self.run = start_wandb(wandb, out_dir, run_id=self.wandb_id, settings=settings or {})
@@ -252,7 +256,7 @@ class Metrics:
     def plot(self) -> None:
         """Draw loss.png from all rows so far: losses, learning rate and speed, at most some thousand points
         of each curve."""
-        if not self.ranks.is_main:
+        if not self.ranks.is_main or not self.draws:
             return
         from matplotlib.figure import Figure
 
@@ -299,8 +303,12 @@ def has_wandb_key() -> bool:
 
 def start_wandb(mode: str, out_dir: str | Path, *, run_id: str | None, settings: dict):
     """A wandb run, or None. Never a prompt: without a key, or if no server answers, it logs offline."""
-    if mode == "off":
+    if mode == "off" or (mode == "auto" and find_spec("wandb") is None):
         return None
+    if find_spec("wandb") is None:
+        raise InputError(
+            f"--wandb={mode} needs wandb, which is not installed; pip install it, or take --wandb=off"
+        )
     import wandb
 
     key = has_wandb_key()

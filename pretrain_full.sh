@@ -40,7 +40,10 @@ prepare() {
         --tokenizer=HuggingFaceTB/SmolLM2-135M --max_tokens="$tokens" --out_dir="$DATA" "${flags[@]}"
 }
 
-prepared() { [ -f "$DATA/manifest.json" ]; }
+prepared() { # or the user's own: a list of folders, or shards with other names than prepare_data.py's
+    [ -f "$DATA/manifest.json" ] || [[ $DATA == *[,:]* ]] ||
+        compgen -G "$DATA/*.bin" | grep -qvE '/(train|val)_[0-9]+[.]bin$'
+}
 
 RECIPE=(--num_hidden_layers=12 --hidden_size=512 --num_attention_heads=8 --context_length=1024
     --max_steps=2000 --batch_tokens=524_288 --micro_batch_size=32)
@@ -63,6 +66,11 @@ need_data() { # for a job
 }
 
 case ${1:-} in
+-h | --help)
+    install
+    run "$PYTHON" pretrain_gpt.py --help
+    exit
+    ;;
 prepare)
     shift
     prepare "$@"
@@ -75,6 +83,7 @@ submit) # the job will have as many ranks or more
     submit pretrain_full.sh "$@"
     exit
     ;;
+[!-]*) fail "$1: expected prepare, submit, or flags of pretrain_gpt.py as --max_steps=100" ;;
 esac
 OUT=$(flag out_dir "$OUT" "$@")
 if [ -z "$(flag data_dir "" "$@")" ] && ! prepared; then

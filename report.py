@@ -307,7 +307,10 @@ def commands(run: Run) -> list[tuple[str, str]]:
     if "data_dir" in run.settings:
         told += [
             ("fine-tune it to chat", f"python sft_gpt.py --model={folder} --out_dir=out/chat"),
-            ("go on with other text", f"python pretrain_gpt.py --init_from={folder} --data_dir=data/mine"),
+            (
+                "go on with other text",
+                f"python pretrain_gpt.py --init_from={folder} --data_dir=data/mine --out_dir=out/next",
+            ),
         ]
     else:
         told += [

@@ -40,6 +40,11 @@ need_data() { # for a job
 }
 
 case ${1:-} in
+-h | --help)
+    install
+    run "$PYTHON" sft_gpt.py --help
+    exit
+    ;;
 prepare)
     shift
     for word in "$@"; do [[ $word == --model=* ]] || fail "prepare takes --model= only, not $word"; done
@@ -54,6 +59,7 @@ submit) # the job will have as many ranks or more
     submit sft_full.sh "$@"
     exit
     ;;
+[!-]*) fail "$1: expected prepare, submit, or flags of sft_gpt.py as --max_steps=100" ;;
 esac
 MODEL=$(flag model "$MODEL" "$@")
 OUT=$(flag out_dir "$OUT" "$@")

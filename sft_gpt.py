@@ -326,9 +326,13 @@ def main(config: Config) -> None:
     for step in range(start, max_steps + 1):  # `step` counts completed optimizer steps
         done = step == max_steps
 
+        # A signal since the last step is obeyed before a validation, and one within it right after.
+        pause = done or step % config.eval_every == 0
+        stopped = stopped or (pause and ranks.any(bool(signals.seen)))
+
         # Once in a while: the loss on held-out conversations, and the model's answers. A stopped run is in a
         # hurry.
-        if (done or step % config.eval_every == 0) and not stopped and not metrics.has(step, "val_loss"):
+        if pause and not stopped and not metrics.has(step, "val_loss"):
             batches = (
                 part.micro_batches(part.rows[:count], config.micro_batch_size, ranks)
                 for part, count in zip(val, val_counts)
@@ -348,6 +352,8 @@ def main(config: Config) -> None:
             size = config.micro_batch_size * T
             metrics.scored(step, score(model, tokenizer, asked, batch_tokens=size, ranks=ranks))
 
+        stopped = stopped or (pause and not done and ranks.any(bool(signals.seen)))
+
         # Once in a while: a checkpoint, written beside the next steps. If that went wrong, the run ends here.
         checkpoints.raise_errors()
         if step > start and (done or stopped or step % config.save_every == 0):
@@ -360,8 +366,8 @@ def main(config: Config) -> None:
         ranks.at(f"step {step + 1}")
         if not history.unread:
             began = time.monotonic()  # validating and saving are not part of the steps' time
-        targets, tokens, batches = upcoming.batches(step)
         ranks.own_work.begin()
+        targets, tokens, batches = upcoming.batches(step)
 
         # Forward and backward over all micro-batches and ranks; the gradients are clipped.
         loss_sum, grad_norm = forward_backward(

@@ -233,6 +233,27 @@ def test_a_depth_replaces_the_recipe_and_does_not_go_with_a_preset():
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
+def test_help_and_an_unknown_word_prepare_nothing(script, tmp_path):
+    known = {"VENV": sys.prefix, "DATA": str(tmp_path / "data"), "OUT": str(tmp_path / "out")}
+    (made,) = dry(script, "--help", **known)
+    assert made.split()[1:] == [f"{script[:-8]}_gpt.py", "--help"]
+    wrong = shell(script, "prepar", **known, DRY_RUN="1")
+    assert wrong.returncode == 1 and not wrong.stdout
+    assert wrong.stderr.startswith("error: prepar: expected prepare, submit, or flags of ")
+
+
+def test_shards_that_others_made_and_a_mix_of_folders_are_never_prepared(tmp_path):
+    shards, half = tmp_path / "fineweb10B", tmp_path / "half"
+    for folder, name in ((shards, "fineweb_train_000001.bin"), (half, "train_000000.bin")):
+        folder.mkdir()
+        (folder / name).touch()
+    known = {"VENV": sys.prefix, "NPROC": "8", "OUT": str(tmp_path / "out")}
+    for data, prepares in ((str(shards), False), ("a:0.7,b:0.3", False), (str(half), True)):
+        made = dry("pretrain_full.sh", **known, DATA=data)
+        assert any("prepare_data.py" in line for line in made) == prepares
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_where_there_is_no_environment_yet_it_is_made_first_or_its_lack_is_told(script, tmp_path):
     for path in (*ROOT.glob("*.sh"), *ROOT.glob("*.py")):
         (tmp_path / path.name).symlink_to(path)

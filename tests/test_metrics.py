@@ -3,18 +3,18 @@
 import gzip
 import io
 import json
+import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import ALONE, random_ids, small_model
-from matplotlib.figure import Figure
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import metrics
-from common import read_json, read_records
+from common import InputError, read_json, read_records
 from distributed import Ranks
 from gpt import GPTConfig
 from metrics import Metrics, Profiler, flops_per_token, mean_context, peak_memory, start_wandb
@@ -264,6 +264,7 @@ def test_a_bar_is_shown_on_rank_0s_terminal_only_and_lines_stay_whole(
 
 
 def test_the_picture_has_losses_learning_rate_and_speed(tmp_path, monkeypatch):
+    Figure = pytest.importorskip("matplotlib.figure").Figure
     figures, save = [], Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: figures.append(self) or save(self, *a, **k))
     log = recorder(tmp_path)
@@ -277,6 +278,21 @@ def test_the_picture_has_losses_learning_rate_and_speed(tmp_path, monkeypatch):
     assert drawn == [losses, [[[1, 0.1], [2, 0.2]]], [[[1, 256], [2, 256]]]]
     labels = [axes.get_ylabel() for axes in figures[-1].axes]
     assert labels == ["loss (nats/token)", "learning rate", "tokens/s"]
+
+
+def test_without_wandb_and_matplotlib_a_run_goes_on_and_says_so(tmp_path, monkeypatch, capsys):
+    for name in ("wandb", "matplotlib", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, name, None)  # an import of it fails
+    monkeypatch.setattr(metrics, "find_spec", lambda name: None)
+    log = recorder(tmp_path)
+    log.validated(0, 3.0)
+    log.step(1, NUMBERS, seconds=1.0)
+    log.close()
+    assert not (tmp_path / "loss.png").exists() and len(read_records(tmp_path / "metrics.jsonl")) == 2
+    assert "matplotlib is not installed, so there will be no loss.png" in capsys.readouterr().err
+    assert start_wandb("auto", tmp_path, run_id=None, settings={}) is None
+    with pytest.raises(InputError, match="--wandb=online needs wandb, which is not installed"):
+        start_wandb("online", tmp_path, run_id=None, settings={})
 
 
 def test_what_a_model_wrote_is_kept_once_for_each_step(tmp_path, capsys):

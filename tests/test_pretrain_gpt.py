@@ -4,6 +4,7 @@ import copy
 import math
 import pickle
 import shutil
+import signal
 from dataclasses import asdict, replace
 
 import pytest
@@ -17,6 +18,7 @@ import sft_gpt
 from checkpoint import newest_checkpoint
 from common import InputError, parse_config, read_records
 from gpt import GPTModel
+from metrics import Metrics
 from pretrain_gpt import Config, model_config
 from tokenization import load_tokenizer
 
@@ -63,6 +65,38 @@ def test_a_sample_is_text_and_always_the_same(base_run):
     samples = pretrain_gpt.sample_text(model, tokenizer, seed=0)
     assert samples == pretrain_gpt.sample_text(model, tokenizer, seed=0)
     assert all(text.startswith(prompt) for text, prompt in zip(samples, pretrain_gpt.PROMPTS))
+
+
+@pytest.mark.parametrize("moment", ["before", "within"])
+def test_a_signal_before_a_validation_or_within_it_is_obeyed_without_a_further_step(
+    moment, data_dir, tmp_path, monkeypatch
+):
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    evaluate, step, calls = pretrain_gpt.evaluate, Metrics.step, []
+
+    def evaluate_with_signal(*arguments):
+        calls.append(arguments)
+        if moment == "within" and len(calls) == 2:
+            signal.raise_signal(signal.SIGUSR1)
+        return evaluate(*arguments)
+
+    def step_with_signal(self, number, *arguments, **named):
+        step(self, number, *arguments, **named)
+        if moment == "before" and number == 3:
+            signal.raise_signal(signal.SIGUSR1)
+
+    monkeypatch.setattr(pretrain_gpt, "evaluate", evaluate_with_signal)
+    monkeypatch.setattr(Metrics, "step", step_with_signal)
+    try:
+        with pytest.raises(SystemExit) as left:
+            pretrain_gpt.main(pretrain_config(data_dir, tmp_path, save_every=100))
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert left.value.code == 75 and newest_checkpoint(tmp_path).name == "step_0000003"
+    rows = read_records(tmp_path / "metrics.jsonl")
+    assert max(row["step"] for row in rows) == 3
+    assert ("val_loss" in rows[-1]) == (moment == "within") and len(calls) == (2 if moment == "within" else 1)
 
 
 def test_mistakes_in_a_pretraining_run_are_told(data_dir, tmp_path):
