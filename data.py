@@ -201,7 +201,8 @@ class TokenLoader:
             self.sizes.append(sum(windows[len(self.paths) :]))
             self.paths += paths
             if not self.sizes[-1] and (split != "train" or source.share != 0):
-                amount = f"{sum(tokens)} tokens" if tokens else f"no shard as {split}_000000.bin"
+                shards = f" in {len(tokens)} shards" if len(tokens) > 1 else ""
+                amount = f"{sum(tokens)} tokens{shards}" if tokens else f"no shard as {split}_000000.bin"
                 raise InputError(
                     f"the {split} split in {source.path} has {amount}, too few for one window of "
                     f"{context_length + 1}; prepare more data, raise --val_fraction, or lower "
@@ -289,7 +290,7 @@ class TokenLoader:
             input_ids, targets = self.read([int(window) for window in some if window is not None])
             padding = (0, 0, 0, len(some) - len(input_ids))
             batch = {"input_ids": F.pad(input_ids, padding), "targets": F.pad(targets, padding, value=IGNORE)}
-            yield ranks.pin({name: ids.reshape(-1, self.T // pieces) for name, ids in batch.items()})
+            yield ranks.pin({name: ids.reshape(-1, ids.shape[1] // pieces) for name, ids in batch.items()})
 
     def text_bytes(self, windows: Sequence[int], tokenizer) -> int:
         """UTF-8 bytes of the text that these windows' targets spell: what turns nats into bits per byte."""
