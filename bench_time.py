@@ -31,7 +31,7 @@ from data import TokenLoader, read_manifest, read_shard
 from distributed import Ranks
 from precision import has_bf16, settle_precision
 
-# The quick start's, see quickstart.sh.
+# The quick start's, see quickstart.sh, with windows that grow, which help a short run.
 RECIPE = pretrain_gpt.Config(
     num_hidden_layers=3, hidden_size=256, num_attention_heads=4, context_length=256,
     batch_tokens=4096, micro_batch_size=16, warmup_steps=10, decay_fraction=0.7, length_warmup_fraction=0.75,

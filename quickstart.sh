@@ -63,7 +63,7 @@ echo "matrix products in $(cat "$OUT/precision.txt"): $STEPS steps of pretrainin
     --num_hidden_layers=3 --hidden_size=256 --num_attention_heads=4 --context_length=256 \
     --max_steps="$STEPS" --dtype="$DTYPE" --batch_tokens=4096 --micro_batch_size=16 --warmup_steps=10 \
     --lr=0.025 --embedding_lr=0.15 --head_lr=0.0075 --beta1=0.8 --beta2=0.97 --decay_fraction=0.7 \
-    --length_warmup_fraction=0.75 --eval_every=100 --eval_tokens=40000 --save_every=100 ${PRETRAIN_FLAGS:-}
+    --eval_every=100 --eval_tokens=40000 --save_every=100 ${PRETRAIN_FLAGS:-}
 
 # 5 and 6: 130 steps × 4,096 tokens; the same questions before and after, and fifty plain ones in the end.
 "$PYTHON" sft_gpt.py --model="$OUT/base" --data=embedded --out_dir="$OUT/chat" \
