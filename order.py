@@ -62,7 +62,6 @@ def batch_order(seed: int, step: int, batch_size: int, n: int) -> np.ndarray:
     return samples_at(np.arange(step * batch_size, (step + 1) * batch_size, dtype=np.int64), seed, n)
 
 
-@lru_cache(8)
 def window_pieces(step: int, warmup_steps: int) -> int:
     """Into how many sequences a step cuts each window: 8, 4, then 2, in a third of the warm-up each; then 1.
 
@@ -78,6 +77,7 @@ def mean_length(T: int, warmup_fraction: float) -> float:
     return T * (1 - warmup_fraction + warmup_fraction * shorter)
 
 
+@lru_cache(8)
 def cycle(shares: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
     """For each of a cycle's sum(shares) positions: its source, and how many earlier ones have that source.
 

@@ -460,6 +460,3 @@ def preparation_notes(report: dict, max_length: int) -> list[str]:
     if lost:
         lines.append(f"{lost} of {lost + kept} tokens of answers were lost, cut or skipped for their length")
     return lines
-
-
-# -- packing -------------------------------------------------------------------------------------------------

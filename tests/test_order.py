@@ -237,6 +237,11 @@ def test_over_each_cycle_a_mix_has_its_shares_exactly():
         assert np.bincount(np.concatenate(read) // 10**7).tolist() == list(shares)
 
 
+def test_the_cycle_of_a_mix_is_made_once_not_at_each_step():
+    assert order.cycle((3, 1)) is order.cycle((3, 1))
+    assert [part.tolist() for part in order.cycle((3, 1))] == [[0, 0, 1, 0], [0, 1, 0, 2]]
+
+
 def test_a_mix_depends_on_seed_and_step_and_gives_each_source_another_order():
     def read(*arguments):
         return mixed_order(*arguments, 40, sizes=[20, 20], shares=[1, 1]).tolist()
