@@ -211,11 +211,10 @@ def lacking_room(out_dir: str | Path, one: int, max_steps: int, **settings: int)
     most = most_checkpoints(max_steps, existing=existing, **settings)
     folder = Path(out_dir).absolute()
     folder = next(place for place in (folder, *folder.parents) if place.is_dir())
+    # What a kill left half written is deleted before the first saving.
     leftovers = [path for part in Path(out_dir).glob(".step_*.partial") for path in part.rglob("*")]
     free = shutil.disk_usage(folder).free + sum(path.stat().st_size for path in leftovers if path.is_file())
-    needed = (
-        most - len(existing)
-    ) * one + SPARE  # what a kill left half written goes before the first saving
+    needed = (most - len(existing)) * one + SPARE
     if most == len(existing) or free >= needed:
         return None
     there = f", {len(existing)} of them there already" if existing else ""

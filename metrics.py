@@ -303,9 +303,10 @@ def has_wandb_key() -> bool:
 
 def start_wandb(mode: str, out_dir: str | Path, *, run_id: str | None, settings: dict):
     """A wandb run, or None. Never a prompt: without a key, or if no server answers, it logs offline."""
-    if mode == "off" or (mode == "auto" and find_spec("wandb") is None):
+    installed = find_spec("wandb") is not None
+    if mode == "off" or (mode == "auto" and not installed):
         return None
-    if find_spec("wandb") is None:
+    if not installed:
         raise InputError(
             f"--wandb={mode} needs wandb, which is not installed; pip install it, or take --wandb=off"
         )

@@ -48,9 +48,7 @@ class Config:
     num_key_value_heads: int = 0  # key and value heads; 0 for as many as query heads
     intermediate_size: int = 0  # width of the SwiGLU; 0 for 8/3 of hidden_size
     context_length: int = 1024  # tokens in a window
-    length_warmup_fraction: float = (
-        0.0  # share of the steps, at the start, with windows in 8, 4, then 2 pieces
-    )
+    length_warmup_fraction: float = 0.0  # share of the steps, the first ones, with windows in 8, 4, 2 pieces
     rope_theta: float = 10000.0  # base of the rotary frequencies
     qk_norm: bool = True  # normalize queries and keys, as in Qwen3; without it the model is a Llama
     tie_word_embeddings: bool = False  # one matrix for input and output embedding
