@@ -135,7 +135,7 @@ def check_data(config) -> None:
     tokenizer that cannot be loaded."""
     if isinstance(config, pretrain_gpt.Config):
         for folder in joint_folders(config.data_dir):
-            require_shards(folder)
+            require_shards(folder, config.tokenizer)
         for split in ("train", "val"):
             TokenLoader(config.data_dir, split, config.context_length, vocab_size=0)
         if config.tokenizer:

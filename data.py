@@ -115,7 +115,9 @@ class ShardWriter:
 
 
 def shard_header(path: Path) -> tuple[np.dtype, int]:
-    """The type and number of a shard's ids; InputError if it is no shard of ours or is cut short."""
+    """The type and number of a shard's ids; InputError if it is missing, no shard of ours or cut short."""
+    if not path.is_file():
+        raise InputError(f"{path} is missing; copy or prepare it again")
     header = np.fromfile(path, "<i4", HEADER_INTS)
     if len(header) < HEADER_INTS or header[0] != MAGIC or header[1] not in DTYPES:
         raise InputError(
@@ -351,10 +353,14 @@ def verified_manifests(data_dir: str, tokenizer_name: str = "") -> list[dict]:
     return [verified_manifest(folder, tokenizer_name) for folder in joint_folders(data_dir)]
 
 
-def require_shards(folder: Path) -> None:
-    """Raise InputError for a folder without token shards."""
+def require_shards(folder: Path, tokenizer_name: str) -> None:
+    """Raise InputError for a folder without token shards, or with nothing to name their tokenizer."""
     if not folder.is_dir() or not any(folder.glob("*.bin")):
         raise InputError(f"{folder} holds no token shards; make them with prepare_data.py --out_dir={folder}")
+    if not tokenizer_name and not (folder / "manifest.json").exists():
+        raise InputError(
+            f"{folder} has no manifest.json to name the tokenizer of its shards; give it, as --tokenizer=gpt2"
+        )
 
 
 def verified_manifest(folder: str | Path, tokenizer_name: str = "") -> dict:
@@ -376,11 +382,7 @@ def verified_manifest(folder: str | Path, tokenizer_name: str = "") -> dict:
                 f"with {name} ({given}); use that one or prepare again"
             )
         return manifest
-    require_shards(folder)
-    if not tokenizer_name:
-        raise InputError(
-            f"{folder} has no manifest.json to name the tokenizer of its shards; give it, as --tokenizer=gpt2"
-        )
+    require_shards(folder, tokenizer_name)
     shards = []  # identified by size and first MiB; hashing all would take minutes
     for path in sorted(folder.glob("*.bin")):
         with open(path, "rb") as file:

@@ -32,16 +32,25 @@ from tokenization import TURN_END, TURN_START
 
 
 def conversations(row) -> list:
-    """The chosen and the rejected conversation of a row, each from its first message to the answer."""
+    """The chosen and the rejected conversation of a row, each from its first message to the answer.
+
+    The prompt comes before both, unless they begin with it. A prompt that is a text is also left out before
+    sides that have a user's turn, as it is their question.
+    """
     if not isinstance(row, dict):
         return [row, row]
     prompt, sides = row.get("prompt") or [], []
-    prompt = user_turn(prompt) if isinstance(prompt, str) else prompt
+    told = isinstance(prompt, str)
+    prompt = user_turn(prompt) if told else prompt
+    if not isinstance(prompt, list):
+        return [prompt, prompt]
     for name in ("chosen", "rejected"):
         side = row.get(name)
         side = [{"role": "assistant", "content": side}] if isinstance(side, str) else side
-        alone = isinstance(side, list) and len(side) == 1 and isinstance(prompt, list)
-        sides.append([*prompt, *side] if alone else side)
+        if isinstance(side, list) and side[: len(prompt)] != prompt:
+            asked = told and any(isinstance(turn, dict) and turn.get("role") == "user" for turn in side)
+            side = side if asked else [*prompt, *side]
+        sides.append(side)
     return sides
 
 

@@ -72,7 +72,7 @@ class Config:
     # reporting
     log_every: int = 10  # steps between two lines
     eval_every: int = 100  # steps between two validations
-    eval_questions: int = 100  # held-out questions that are answered each time; 0 for none
+    eval_questions: int = 100  # held-out questions that are answered each time; 0 for none, nor fixed ones
     max_new_tokens: int = 200  # of an answer in the evaluation; a longer one has not stopped
     save_every: int = 100  # steps between two checkpoints
     keep_last: int = 2  # checkpoints that are kept; 0 for all
@@ -180,13 +180,16 @@ def main(config: Config) -> None:
 
     # What the starting model makes of the answers; a resumed run has to open it again if this is lost.
     ranks.watch(config.timeout_minutes)
-    made_by = fingerprint([identity["content"]["weights"] or config.model, ranks.precision])
+    weights = identity["content"]["weights"]  # of a model of the hub their commit
+    made_by = fingerprint([weights or config.model, asdict(model.config), ranks.precision])
     paths = {split: folder / f"reference-{split}-{made_by}.npy" for split in ("train", "val")}
     starting_model = module
     if state and ranks.any(
         read_reference(paths["train"], train) is None or read_reference(paths["val"], val) is None
     ):
-        starting_model = PreferenceModel(open_model(base, ranks)[0], config.beta)
+        ranks.from_main(lambda: str(model_directory(base, commit=weights)))  # rank 0 downloads
+        opened, _ = open_model(model_directory(base, commit=weights), ranks)
+        starting_model = PreferenceModel(opened, config.beta)
     train_reference, val_reference = (
         reference_log_probs(
             paths[split], starting_model, dataset, T=T, size=config.micro_batch_size, ranks=ranks
@@ -244,7 +247,7 @@ def main(config: Config) -> None:
             )
             nats, correct, count = evaluate(module, batches, ranks, pairs_in)
             numbers, lines = {"val_loss": nats / count, "val_accuracy": correct / count}, []
-            if questions:
+            if config.eval_questions:
                 answered, lines = record(step)
                 numbers |= answered
             metrics.validated(step, **numbers)

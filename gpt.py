@@ -305,7 +305,7 @@ class GPTModel(nn.Module):
         if positions is not None:
             rope = self.rope_cos[positions][:, None], self.rope_sin[positions][:, None]  # (B, 1, T, D)
         inputs = AttentionInputs(rope, **attention)
-        x = self.model.embed_tokens(input_ids)
+        x = self.model.embed_tokens(input_ids).to(self.rope_cos.dtype)  # FSDP2 has the embedding in bf16
         x = x if noise is None else x + noise
         checkpointed = self.checkpoint_activations and torch.is_grad_enabled()
         # Zeros that look like a block's update, so that the first block uses the same graph as the others.

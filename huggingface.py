@@ -155,15 +155,18 @@ def config_to_hf(shape: dict) -> dict:
 # -- reading -------------------------------------------------------------------------------------------------
 
 
-def model_directory(name: str | Path) -> Path:
-    """A local directory as it is; a hub id as the directory of its downloaded snapshot."""
+def model_directory(name: str | Path, commit: str | None = None) -> Path:
+    """A local directory as it is; a hub id as the directory of its downloaded snapshot, the newest or at a
+    commit."""
     if Path(name).is_dir():
         return Path(name)
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils import httpx
 
     def fetch(*patterns: str) -> Path:
-        return Path(patiently(lambda: snapshot_download(str(name), allow_patterns=[*patterns])))
+        return Path(
+            patiently(lambda: snapshot_download(str(name), revision=commit, allow_patterns=[*patterns]))
+        )
 
     try:
         path = fetch("*.json", "*.jinja", "*.model", "*.txt")

@@ -108,7 +108,7 @@ node() { # SCRIPT DATA OUT FLAGS
 
 # A Slurm job: node() on each node. A job that was warned of its end, and saved, is put into the queue again.
 slurm_job() { # SCRIPT DATA OUT FLAGS
-    local script=$1 out=$3 ranks before pid status=0
+    local script=$1 out=$3 ranks before pid warned="" status=0
     export NNODES=${SLURM_JOB_NUM_NODES:-1} RDZV_ID=$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0} HF_HUB_OFFLINE=1
     export MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
     export MASTER_PORT=${MASTER_PORT:-$((20000 + 2 * (SLURM_JOB_ID % 5000)))}
@@ -123,9 +123,11 @@ slurm_job() { # SCRIPT DATA OUT FLAGS
     before=$(steps "$out")
     "${srun[@]}" &
     pid=$!
-    trap 'kill -s USR1 "$pid"' USR1 # srun sends it on to each node's torchrun
+    trap 'warned=yes && kill -s USR1 "$pid"' USR1 # srun sends it on to each node's torchrun
     trap : TERM                     # the ranks get it, too; this shell waits for them
     while kill -0 "$pid" 2>/dev/null; do wait "$pid" && status=0 || status=$?; done
+    [ -e "$RESUMABLE_FILE" ] || [ -z "$warned" ] || fail "the run saved nothing after Slurm's warning of its end; if" \
+        "it had not begun to train, ask for more --time"
     [ -e "$RESUMABLE_FILE" ] || exit "$status"
     [ "$(steps "$out")" != "$before" ] || fail "no step was made since this start, so the job is not requeued;" \
         "ask for more --time, or look why a step takes so long"

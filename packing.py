@@ -68,6 +68,7 @@ class PackedLoader:
         self.rows_of(0)
         self.sizes = [len(self.rows)]  # rows of each source in an epoch
         self.steps_per_epoch = -(-len(self.rows) // rows_per_step)
+        self.rows_per_step = len(self.rows) / self.steps_per_epoch  # on average
         self.most_rows = -(-len(self.rows) // self.steps_per_epoch)  # of a step
         # Room for the sequences of a row: twice what the fullest row of the first epoch has, and its padding.
         self.sequences = 2 * max(len(row) for row in self.rows) + 1
@@ -177,7 +178,8 @@ class MixedLoader(PackedLoader):
     """
 
     def __init__(self, loaders: Sequence[PackedLoader], shares: Sequence[int], rows_per_step: int):
-        self.loaders, self.shares, self.most_rows = loaders, shares, rows_per_step
+        self.loaders, self.shares = loaders, shares
+        self.rows_per_step = self.most_rows = rows_per_step
         self.dataset = Conversations([loader.dataset for loader in loaders])
         self.T, self.varlen = loaders[0].T, loaders[0].varlen
         self.sequences = max(loader.sequences for loader in loaders)

@@ -122,7 +122,7 @@ def planned_run(config: Machines, gpus: int) -> Run:
         name = config.init_from if isinstance(config, Pretraining) else config.model
         raise InputError(f"{name} is not on this machine; `hf download {name} config.json` brings its shape")
     if isinstance(config, Pretraining):
-        run.shape.vocab_size = config.vocab_size or run.shape.vocab_size
+        run.shape.vocab_size = -(-config.vocab_size // 64) * 64 or run.shape.vocab_size  # as a run pads it
     elif not run.max_steps:
         run.max_steps, run.step = steps_of_epochs(config, run)
     return run

@@ -1,7 +1,7 @@
 """What matrix products are computed in, and how many a second a device computes at best.
 
 The type is chosen at a run's first start, recorded in its checkpoints, and kept. Weights, optimizer state,
-norms, losses and sums of gradients are fp32 in any case.
+norms' statistics, losses and sums of gradients are fp32 in any case.
 
     python precision.py     # what a run that starts now would multiply in
 """

@@ -61,8 +61,8 @@ DATA=${DATA:-data/fineweb-edu}
 OUT=${OUT:-out/base}
 
 need_data() { # for a job
-    prepared || [ -n "${DRY_RUN:-}" ] || fail "$PWD/$DATA is not prepared, and a job fetches" \
-        "nothing; run \`${PRESET:+PRESET=$PRESET }bash pretrain_full.sh prepare\` on a login node first"
+    prepared || [ -n "${DRY_RUN:-}" ] || fail "DATA=$DATA is not prepared, seen from $PWD, and a job" \
+        "fetches nothing; run \`${PRESET:+PRESET=$PRESET }bash pretrain_full.sh prepare\` on a login node first"
 }
 
 case ${1:-} in

@@ -151,16 +151,16 @@ def cut_to_length(
         room = max_length - head
         stop = min(len(ids), at + room)
         ends = [i + 1 for i in range(at, stop) if ids[i] == end and labels[i] == end]
+        if overlong == "split" and prefix < max_length and not ends and stop < len(ids):
+            question = turns_before_answer(ids, labels, at, stop, room=max_length - prefix, turns=turns)
+            if question is not None:
+                at, head = question, prefix
+                continue
         cut = stop if stop == len(ids) or not ends else ends[-1]
         if any(label != IGNORE for label in labels[at:cut]):
             pieces.append((ids[:head] + ids[at:cut], labels[:head] + labels[at:cut]))
         if overlong == "truncate" or prefix >= max_length:
             break
-        if not any(label != IGNORE for label in labels[at:stop]):
-            question = turns_before_answer(ids, labels, at, room=max_length - prefix, turns=turns)
-            if question is not None:
-                at, head = question, prefix
-                continue
         if not ends:  # the rest of this answer has lost its beginning or its question
             cut = next((i for i in range(cut, len(ids)) if ids[i] == end and labels[i] == end), len(ids))
         at = next((i for i in range(cut, len(ids)) if ids[i] == start), len(ids))
@@ -169,16 +169,18 @@ def cut_to_length(
 
 
 def turns_before_answer(
-    ids: list[int], labels: list[int], at: int, *, room: int, turns: Sequence[int]
+    ids: list[int], labels: list[int], at: int, stop: int, *, room: int, turns: Sequence[int]
 ) -> int | None:
     """Where to begin after `at` so that the turns before the next answer and this answer fit into `room`
-    tokens. Else where the answer's question begins, if it fits with the answer's start. Else None."""
+    tokens. Else, of an answer that begins at `stop` or later, where its question begins, if it fits with the
+    answer's start. Else None."""
     start, end = turns
     answer = next((i for i in range(at, len(ids)) if labels[i] != IGNORE), at)
     over = next((i + 1 for i in range(answer, len(ids)) if labels[i] == end), len(ids))
     begins = [i for i in range(at + 1, answer) if ids[i] == start][:-1]  # without the answer's own header
     whole = [i for i in begins if over - i <= room]
-    return next((i for i in (whole or begins[-1:]) if answer - i < room), None)
+    question = begins[-1:] if answer >= stop else []
+    return next((i for i in (whole or question) if answer - i < room), None)
 
 
 def row_length(max_length: int, context: int) -> int:
@@ -190,7 +192,8 @@ def row_length(max_length: int, context: int) -> int:
 
 # Raise it when a row comes to be rendered otherwise. What was cached before is then rendered again.
 # 2: rows with the roles tool and developer are rendered, no longer skipped.
-RENDERING = 2
+# 3: a split keeps an answer whole that fits without earlier turns, also one that had begun to fit with them.
+RENDERING = 3
 
 
 def cached_as(source: list, settings: list, tokenizer) -> str:

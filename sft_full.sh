@@ -19,7 +19,8 @@ fi
 cd "${PROJECT:-$SLURM_SUBMIT_DIR}"
 source ./launch.sh
 MODEL=${MODEL:-out/base}
-DATA=${DATA:-data/smol-smoltalk}
+SMOLTALK=data/smol-smoltalk # what is downloaded without being asked for
+DATA=${DATA:-$SMOLTALK}
 OUT=${OUT:-out/chat}
 
 # The training split's files, and the model if it is one of the hub's. A download that broke off goes on.
@@ -35,8 +36,8 @@ prepare() {
 RECIPE=(--epochs=2 --lr=1e-3 --batch_tokens=65_536 --micro_batch_size=8)
 
 need_data() { # for a job
-    [ -e "$DATA" ] || [ -n "${DRY_RUN:-}" ] || fail "$PWD/$DATA is not downloaded, and a job fetches nothing;" \
-        "run \`bash sft_full.sh prepare\` on a login node first"
+    [ -e "$DATA" ] || [ -n "${DRY_RUN:-}" ] || fail "DATA=$DATA is not there, seen from $PWD, and a job fetches" \
+        "nothing; run \`bash sft_full.sh prepare\` on a login node first"
 }
 
 case ${1:-} in
@@ -64,7 +65,14 @@ esac
 MODEL=$(flag model "$MODEL" "$@")
 OUT=$(flag out_dir "$OUT" "$@")
 if [ -z "$(flag data "" "$@")" ] && [ ! -e "$DATA" ]; then # --data is the user's own, DATA the folder made here
-    if on_a_cluster; then need_data; else prepare; fi
+    if on_a_cluster; then
+        need_data
+    elif [ "$DATA" = "$SMOLTALK" ]; then
+        prepare
+    else
+        fail "there is no DATA=$DATA; name a folder, a file, or by --data= a hub dataset;" \
+            "\`bash sft_full.sh prepare\` downloads smol-smoltalk there"
+    fi
 fi
 DATA=$(flag data "$DATA" "$@")
 launch sft_gpt.py "$DATA" "$OUT" --model="$MODEL" --data="$DATA" --out_dir="$OUT" --cache_dir="$OUT/cache" \

@@ -96,7 +96,7 @@ class Config:
     log_every: int = 10  # steps between two lines
     eval_every: int = 250  # steps between two validations
     eval_tokens: int = 2_000_000  # tokens of the held-out rows that are read each time; 0 for all
-    eval_questions: int = 100  # held-out questions that are answered each time; 0 for none
+    eval_questions: int = 100  # held-out questions that are answered each time; 0 for none, nor fixed ones
     max_new_tokens: int = 200  # of an answer in the evaluation; a longer one has not stopped
     eval_tasks: str = ""  # benchmarks that are scored on the way, as hellaswag,piqa; empty for none
     eval_task_every: int = 1000  # steps between two scorings
@@ -280,10 +280,10 @@ def main(config: Config) -> None:
     ranks.print(
         f"{model.num_parameters():,} parameters; {sum(reports[i]['train'] for i in trained):,} "
         f"conversations in {sum(train.sizes):,} rows of {T} tokens, {100 * train.fill():.1f}% filled; "
-        f"{max_steps} steps of {rows_per_step * T:,} tokens, {max_steps / train.steps_per_epoch:.2f} epochs; "
-        f"{ranks.world} x {ranks.device}, {ranks.precision}"
+        f"{max_steps} steps of {train.rows_per_step * T:,.0f} tokens, "
+        f"{max_steps / train.steps_per_epoch:.2f} epochs; {ranks.world} x {ranks.device}, {ranks.precision}"
     )
-    for line in mix_report(names, weights, sizes, read=max_steps * rows_per_step, unit="rows"):
+    for line in mix_report(names, weights, sizes, read=max_steps * train.rows_per_step, unit="rows"):
         ranks.print(line)
     for name, report in zip(names, reports):
         for note in preparation_notes(report, T):
@@ -296,7 +296,7 @@ def main(config: Config) -> None:
         asdict(config),
         start=start,
         max_steps=max_steps,
-        step_tokens=rows_per_step * T,
+        step_tokens=round(train.rows_per_step * T),
         tokenizer=tokenizer,
         identity=identity,
         origin=f"Fine-tuned from {told_name(config.model)} on {told_sources(sources, weights)}.",
@@ -339,10 +339,10 @@ def main(config: Config) -> None:
             )
             sums = [evaluate(module, part, ranks) for part in batches]
             numbers, lines = validation_numbers(names, weights, val_counts, sums), []
-            if questions:
+            if config.eval_questions:
                 answered, lines = record(step)
                 numbers |= answered
-            metrics.log(step, **epochs_read(names, weights, sizes, step * rows_per_step))
+            metrics.log(step, **epochs_read(names, weights, sizes, step * train.rows_per_step))
             metrics.validated(step, **numbers)
             metrics.print(lines)
 

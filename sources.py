@@ -210,7 +210,7 @@ def hub_stream(source: str, name: str, split: str, commit: str | None = None):
     except (OSError, ValueError, RuntimeError, httpx.HTTPError) as error:
         raise InputError(
             f"no file or folder {source}, and no dataset of that name could be had from the hub; "
-            f"name what is there{f', or another --config than {name}' if name else ''}, or see that the "
+            f"name what is there{f', or another configuration than {name}' if name else ''}, or see that the "
             f"hub can be reached: {one_line(error)}"
         ) from error
 

@@ -88,8 +88,14 @@ def open_records(
     """What records a run and what can stop it: its history, metrics, checkpoints, signals and profiler.
 
     `settings` are the script's, which metrics and checkpoints keep. The others are described at the classes.
-    From here on Python collects garbage at the history's pauses only, not amid a step.
+    From here on Python collects garbage at the history's pauses only, not amid a step. Raises InputError for
+    a run that is beyond its last step.
     """
+    if start > max_steps:
+        raise InputError(
+            f"{state['path']} is at step {start} already, beyond the last one, {max_steps}; give more steps, "
+            f"or another --out_dir"
+        )
     gc.freeze()
     gc.disable()
     history = StepHistory(settings["spike_sigma"], ranks, state=state, read_all=pauses(settings, max_steps))
@@ -295,7 +301,7 @@ class Prefetcher:
         self.thread.shutdown()
 
 
-FIXED_QUESTIONS = (  # every evaluation asks them
+FIXED_QUESTIONS = (  # each validation asks them, before held-out ones
     "Hello!",
     "What is water?",
     "What is the capital of France?",
@@ -369,8 +375,8 @@ def record_answers(
 ) -> tuple[dict[str, float], list[str]]:
     """Answer FIXED_QUESTIONS and held-out ones, all ranks together; rank 0 writes out_dir/answers.jsonl.
 
-    Returns `stopped`, the share of the held-out ones whose answers stop by themselves, and a line for each
-    fixed one; on the other ranks nothing.
+    Returns `stopped`, the share of the held-out ones, if any, whose answers stop by themselves, and a line
+    for each fixed one; on the other ranks nothing.
     """
     asked = [*FIXED_QUESTIONS, *questions]
     answers = generate_answers(model, tokenizer, asked, max_new_tokens=max_new_tokens, ranks=ranks)
@@ -383,8 +389,8 @@ def record_answers(
         [answers[i] for i in answers if (i < len(FIXED_QUESTIONS)) == side] for side in (True, False)
     )
     lines = [textwrap.shorten(f"{row['question']} {row['answer']}", 106) for row in fixed]
-    stopped = float(np.mean([answer["stopped"] for answer in held_out])) if held_out else math.nan
-    return {"stopped": stopped}, [f"  | {line}" for line in lines]
+    numbers = {"stopped": float(np.mean([answer["stopped"] for answer in held_out]))} if held_out else {}
+    return numbers, [f"  | {line}" for line in lines]
 
 
 def side_by_side(out_dir: str | Path) -> str:

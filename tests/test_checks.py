@@ -85,6 +85,8 @@ def test_data_that_are_missing_too_few_or_do_not_fit_are_one_sentence(
     manifest = checks.read_manifest(other)
     write_json(other / "manifest.json", manifest | {"tokenizer_fingerprint": "another"})
     refused("different tokenizers", check_data, pretrain_config(f"{data_dir},{other}", "out"))
+    (other / "manifest.json").unlink()
+    refused("no manifest.json to name the tokenizer", check_data, pretrain_config(other, "out"))
     for config in (sft_config, dpo_config):
         check_data(config(base_run, chats, "out"))
         check_data(config(base_run, "some/dataset", "out"))

@@ -132,6 +132,8 @@ def test_a_shard_that_differs_from_the_manifest_is_refused_by_name(copied, damag
             {"byte": raw[:-1] + bytes([raw[-1] ^ 1]), "cut": raw[:-2], "longer": raw + b"xx"}[damage]
         )
     refused(rf"{path} .*manifest.*prepare the data again", verified_manifest, copied)
+    if damage == "gone":
+        refused(rf"{path} is missing; copy or prepare it again", TokenLoader, str(copied), "train", 32, 320)
 
 
 def test_a_tokenizer_that_did_not_make_the_shards_is_refused(prepared, tmp_path, tokenizer_dir):

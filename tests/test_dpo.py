@@ -59,6 +59,16 @@ def test_all_spellings_of_a_pair_are_the_same_conversations(row):
     assert conversations(row) == [[QUESTION, YES], [QUESTION, NO]]
 
 
+@pytest.mark.parametrize("prompt", [[{"role": "system", "content": "Be short."}], [QUESTION], "Why?"])
+def test_a_prompt_comes_before_answers_of_several_messages(prompt):
+    first = [QUESTION] if prompt == "Why?" else prompt
+    between = [YES, {"role": "tool", "content": "It rains."}]
+    row = {"prompt": prompt, "chosen": [*between, YES], "rejected": [*between, NO]}
+    whole = [[*first, *between, YES], [*first, *between, NO]]
+    assert conversations(row) == whole
+    assert conversations({"prompt": prompt, "chosen": whole[0], "rejected": whole[1]}) == whole
+
+
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
@@ -70,7 +80,7 @@ def test_all_spellings_of_a_pair_are_the_same_conversations(row):
         ({"prompt": "", "chosen": [QUESTION, YES], "rejected": [NO, NO]}, "differ before the answer"),
         ({"chosen": [QUESTION, YES], "rejected": [QUESTION, YES]}, "chosen and rejected are the same"),
         ({"chosen": [QUESTION, YES], "rejected": [{**QUESTION, "role": "x"}, NO]}, "the role 'x' is none of"),
-        ({"prompt": 3, "chosen": [YES], "rejected": [NO]}, "chosen is not a question and"),
+        ({"prompt": 3, "chosen": [YES], "rejected": [NO]}, "in chosen, messages is no list"),
     ],
 )
 def test_a_pair_that_cannot_be_compared_is_skipped_and_named(row, reason, tokenizer, tmp_path):
@@ -230,16 +240,38 @@ def test_the_reference_is_computed_anew_when_a_model_of_the_hub_has_changed(
 ):
     cached = tmp_path / "models--some--model"
     (cached / "refs").mkdir(parents=True)
-    for commit, step in (("a", 2), ("b", 6)):
+    for commit, step in (("a" * 40, 2), ("b" * 40, 6)):
         shutil.copytree(base_run / f"step_{step:07d}", cached / "snapshots" / commit)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    for name, commit, computed in (("first", "a", 2), ("second", "b", 2), ("third", "a", 0)):
+    for name, commit, computed in (("first", "a" * 40, 2), ("second", "b" * 40, 2), ("third", "a" * 40, 0)):
         (cached / "refs" / "main").write_text(commit)
         dpo_gpt.main(
             dpo_config("some/model", preferences, tmp_path / name, cache_dir=str(tmp_path / "cache"))
         )
         assert capsys.readouterr().out.count("computing the reference") == computed
+    # A run that goes on asks the commit that it began with, although "main" has moved on.
+    (cached / "refs" / "main").write_text("b" * 40)
+    before = weights(tmp_path / "first", 4)
+    shutil.rmtree(tmp_path / "first" / "step_0000004")
+    for path in (tmp_path / "cache").glob("data-*/reference-*.npy"):
+        path.unlink()
+    dpo_gpt.main(dpo_config("some/model", preferences, tmp_path / "first", cache_dir=str(tmp_path / "cache")))
+    assert capsys.readouterr().out.count("computing the reference") == 2
+    assert weights(tmp_path / "first", 4) == before
+
+
+def test_the_reference_of_the_same_weights_under_another_configuration_is_another(
+    base_run, preferences, tmp_path, capsys
+):
+    for eps in (1e-6, 1e-3):
+        model = shutil.copytree(base_run / "step_0000006", tmp_path / f"model{eps}")
+        (model / "checkpoint.json").unlink()
+        config = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps(config | {"rms_norm_eps": eps}))
+        out, cache = tmp_path / f"out{eps}", str(tmp_path / "cache")
+        dpo_gpt.main(dpo_config(model, preferences, out, cache_dir=cache))
+        assert capsys.readouterr().out.count("computing the reference") == 2
 
 
 def test_the_reference_is_computed_once_and_always_by_the_starting_model(

@@ -95,6 +95,15 @@ def test_in_a_slurm_job_there_is_one_launcher_a_node_and_nothing_is_fetched(scri
     assert f" {SCRIPTS[script]} " in srun and srun.rstrip().endswith("--lr=7")
     result = shell(script, VENV=sys.prefix, DATA=str(tmp_path / "nothing"), **job)
     assert result.returncode == 1 and f"run `bash {script} prepare` on a login node" in result.stderr
+    assert f"DATA={tmp_path}/nothing is not" in result.stderr
+
+
+def test_a_name_that_does_not_exist_is_no_place_to_download_smol_smoltalk_to(tmp_path):
+    result = shell("sft_full.sh", DATA="me/my-chats", VENV=sys.prefix, NPROC="1", DRY_RUN="1")
+    told = "error: there is no DATA=me/my-chats; name a folder, a file, or by --data= a hub dataset;"
+    assert result.returncode == 1 and not result.stdout and result.stderr.startswith(told)
+    made = dry("sft_full.sh", "prepare", DATA="me/my-chats", VENV=sys.prefix)
+    assert any("--local-dir=me/my-chats" in line for line in made)
 
 
 def test_preparing_installs_only_when_no_environment_is_given():
@@ -174,6 +183,17 @@ def test_a_saved_job_is_requeued_only_if_it_made_a_step_and_still_runs(
     assert (tmp_path / "asked").exists() == requeued
     assert not requeued or (tmp_path / "asked").read_text() == "requeue 7\n"
     assert ("no step was made since this start" in result.stderr) == (status == 1)
+
+
+@pytest.mark.slow
+def test_a_job_that_ends_before_it_trained_tells_that_slurm_had_warned_it(data_dir, tmp_path):
+    (tmp_path / "srun").write_text("#!/bin/sh\nkill -s USR1 $PPID; sleep 1; kill -s KILL $$\n")
+    (tmp_path / "srun").chmod(0o755)
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "MASTER_ADDR": "n1", "DATA": str(data_dir)}
+    path = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "VENV": sys.prefix, "OUT": str(tmp_path / "out")}
+    result = shell("pretrain_full.sh", **job, **path)
+    assert result.returncode == 1, result.stderr
+    assert "error: the run saved nothing after Slurm's warning of its end; if it had not" in result.stderr
 
 
 PRESETS = {  # vocabulary with ChatML's tokens, parameters with the norms of queries and keys, tokens
@@ -440,6 +460,8 @@ def test_both_scripts_run_from_the_hub_to_a_chat_model_shrunk_by_flags_alone(hub
     assert result.returncode == 0, result.stderr
     assert "preflight: 2 x CPU" in result.stdout and losses(tmp_path / "base")[-1][0] == 2
     small += ["--eval_questions=2", "--max_new_tokens=4"]
+    result = shell("sft_full.sh", "prepare", **places, MODEL=base, DATA=smol)
+    assert result.returncode == 0, result.stderr
     result = shell("sft_full.sh", *small, **places, MODEL=base, DATA=smol, OUT=str(tmp_path / "chat"))
     assert result.returncode == 0, result.stderr
     assert "Talk to it" in result.stdout and losses(tmp_path / "chat")[-1][0] == 2
@@ -465,6 +487,8 @@ SlurmctldPidFile={folder}/ctld.pid
 SlurmdPidFile={folder}/%n.pid
 SlurmdSpoolDir={folder}/spool.%n
 StateSaveLocation={folder}/state
+SlurmctldDebug=debug
+SlurmdDebug=debug
 SlurmctldLogFile={folder}/ctld.log
 SlurmdLogFile={folder}/%n.log
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=1 RealMemory=1000
@@ -504,6 +528,7 @@ def slurm(slurm_folder):
         subprocess.run(["su", "-s", "/bin/sh", "munge", "-c", "/usr/sbin/munged --force"], check=True)
     for words in ["slurmctld"], ["slurmd", "-N", "n1"], ["slurmd", "-N", "n2"]:
         command(*words)
+    command.logs = [folder / f"{name}.log" for name in ("ctld", "n1", "n2")]
     yield command
     for name in ("n1", "n2", "ctld"):
         os.kill(int((folder / f"{name}.pid").read_text()), signal.SIGTERM)
@@ -530,7 +555,9 @@ class Job:
     def wait_for(self, condition, wrong=("FAILED", "COMPLETED")) -> None:
         end = time.monotonic() + 240
         while not condition():
-            assert time.monotonic() < end and self.state() not in wrong, self.told()[-5000:]
+            if time.monotonic() > end or self.state() in wrong:
+                logs = [path.read_text()[-20_000:] for path in self.slurm.logs]
+                pytest.fail("\n\n".join([self.state(), self.told()[-20_000:], *logs]))
             time.sleep(0.1)
 
 
@@ -634,7 +661,7 @@ def test_a_node_lost_without_a_word_changes_no_loss_and_the_wandb_run_goes_on(
             assert 0 < len(losses(out)) < LONG["max_steps"]
             assert not [pid for pid in everything_on(other, slurm_folder) if "pretrain" in command_of(pid)]
         finally:  # it starts anew
-            for pid in filter(is_alive, lost):
+            for pid in filter(is_alive, lost if saved else []):  # what was killed may be another by now
                 os.kill(pid, signal.SIGKILL)
             slurm("slurmd", "-N", node)
         slurm("scontrol", "update", f"JobId={job.number}", "StartTime=now")

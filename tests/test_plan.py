@@ -170,6 +170,9 @@ class TestPlan:
         )  # three, and the one being written
         assert small["disk"]["data"] == 2 * small["tokens"]
 
+    def test_a_vocabulary_is_padded_as_in_a_run(self):
+        assert planned("--vocab_size=4090")["parameters"] == PARAMETERS
+
     def test_messages_have_the_bytes_counted_by_hand(self, small):
         sent = {(m["phase"], m["operation"]): m["bytes"] for m in small["messages"]}
         if small["shard"] == "none":

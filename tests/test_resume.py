@@ -17,6 +17,7 @@ from conftest import (
     dpo_config,
     losses,
     pretrain_config,
+    refused,
     sft_config,
     text,
     weights,
@@ -128,6 +129,8 @@ def test_changed_settings_are_listed_and_those_that_break_exactness_need_force(d
     assert "log_every 1 → 2" in printed and newest_checkpoint(tmp_path).name == "step_0000005"
     pretrain_gpt.main(pretrain_config(data_dir, tmp_path, max_steps=5, lr=1e-3, keep_every=2))
     assert "changed since" in (printed := capsys.readouterr().out) and "is finished" in printed
+    fewer = pretrain_config(data_dir, tmp_path, max_steps=4, lr=1e-3, force=True)
+    refused("step_0000005 is at step 5 already, beyond the last one, 4", pretrain_gpt.main, fewer)
 
 
 def test_every_free_field_is_a_field_of_a_script():

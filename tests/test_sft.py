@@ -210,6 +210,17 @@ def test_a_split_conversation_keeps_the_turns_before_its_last_answer_that_fit(ch
     assert cut[0] == render_chatml(turns("three", "four " * 50), tokenizer)[0][:40]
 
 
+def test_an_answer_that_fits_without_earlier_turns_is_whole_at_every_length(chosen):
+    tokenizer = chosen("last")
+    long = turns("question " * 3, "answer", "why " * 3, "because " * 8)
+    ids, _ = render_chatml(long, tokenizer)
+    whole = render_chatml(long[2:], tokenizer)
+    answer = [label for label in whole[1] if label != IGNORE]
+    for length in range(len(whole[0]), len(ids) + 1):
+        (piece,) = pieces(long, tokenizer, length, "split")
+        assert [label for label in piece[1] if label != IGNORE] == answer, length
+
+
 def test_a_run_trains_what_was_chosen_and_its_checkpoint_opens_with_that_template(base_run, tmp_path):
     def history(i: int) -> list[dict]:
         return turns(f"{i}", "<think>b</think>c", "a", "<think>b</think>c")

@@ -121,6 +121,22 @@ def test_a_rank_opens_its_part_of_a_checkpoint(tied, tmp_path):
     assert in_ranks(open_in_parts, tmp_path, world=3) == [0, 0, 0]
 
 
+def residual_types(ranks: Ranks, folder) -> None:
+    ranks.shard, ranks.precision = "full", "bfloat16"
+    model = shard_model(small_model(), ranks)
+    types = []
+    for layer in model.model.layers:
+        layer.register_forward_pre_hook(lambda _, inputs: types.append(inputs[0].dtype))
+    module = wrap(model, ranks, "false")
+    forward_backward(module, batches(ranks, 0, False), targets=TARGETS, max_grad_norm=1.0, ranks=ranks)
+    assert types and set(types) == {torch.float32}, types
+    ranks.leave()
+
+
+def test_the_residual_stream_of_a_split_model_is_fp32_in_bf16_too(tmp_path):
+    assert in_ranks(residual_types, tmp_path) == [0, 0]
+
+
 def two_ranks_a_machine(_) -> None:
     os.environ["LOCAL_WORLD_SIZE"] = "2"
 
