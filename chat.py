@@ -19,14 +19,21 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 from checkpoint import find_model
-from common import InputError, check_choice, check_numbers, home_expanded, one_line, run_script
+from common import (
+    InputError,
+    check_choice,
+    check_numbers,
+    half_surrogate,
+    home_expanded,
+    one_line,
+    run_script,
+)
 from distributed import Ranks, usable_device
 from generation import SAMPLING, check_sampling
 from gpt import GPTModel
 from huggingface import model_directory
 from precision import DTYPES, settle_precision
 from sft import prompt_ids
-from sources import half_surrogate
 from tokenization import END, TURN_END, load_tokenizer, vocabulary_size
 from web import ChatServer, serve
 
@@ -70,10 +77,11 @@ def check_text(text: str) -> None:
 def drop_oldest(messages: list[dict], tokenizer, room: int) -> tuple[list[dict], int]:
     """The messages without the oldest turns that do not fit into `room` tokens, and how many were dropped.
 
-    A system message at the start stays. Raises InputError if the last message alone is too long.
+    A system or developer message at the start stays. Raises InputError if the last message alone is too long.
     """
-    system, turns = (messages[:1], messages[1:]) if messages[0]["role"] == "system" else ([], messages)
-    starts = [i for i, turn in enumerate(turns) if turn["role"] == "user"]
+    head = int(messages[0]["role"] in ("system", "developer"))
+    system, turns = messages[:head], messages[head:]
+    starts = [0, *(i for i, turn in enumerate(turns) if i and turn["role"] == "user")]
     first = bisect_left(starts, True, key=lambda i: len(prompt_ids(system + turns[i:], tokenizer)) <= room)
     if first < len(starts):
         return system + turns[starts[first] :], starts[first]
@@ -141,7 +149,8 @@ def tell(text: str) -> None:
 
 
 def respond(model: GPTModel, tokenizer, messages: list[dict], config: Config) -> list[dict]:
-    """Print the answer to a conversation as it comes; returns the messages kept, with the answer."""
+    """Print the answer to a conversation as it comes; returns the messages kept, with the answer. If it was
+    stopped before it began, the question is not kept either."""
     messages, dropped = drop_oldest(messages, tokenizer, room_for_prompt(model, config))
     if dropped:
         context = model.config.max_position_embeddings
@@ -153,8 +162,11 @@ def respond(model: GPTModel, tokenizer, messages: list[dict], config: Config) ->
             times.append(time.monotonic())
             print(piece, end="", flush=True)
     except KeyboardInterrupt:
-        print(" [stopped]", end="")
-    print()
+        print(" [stopped]")
+        if not answer:
+            return messages[:-1]
+    else:
+        print()
     if config.speed and len(times) > 2:
         began, first, *_, last = times
         speed = (len(times) - 2) / (last - first)
@@ -172,7 +184,7 @@ def save(messages: list[dict], name: str) -> str:
     path = home_expanded(name)
     if path.suffix != ".jsonl":
         raise InputError(f"/save {name}: expected a file whose name ends in .jsonl, as chats.jsonl")
-    if not any(message["role"] == "assistant" for message in messages):
+    if not any(message["role"] == "assistant" and message["content"] for message in messages):
         raise InputError("there is no answer yet, so nothing was saved; ask something first")
     try:
         row = json.dumps({"messages": messages}, ensure_ascii=False) + "\n"

@@ -93,7 +93,7 @@ class Checkpoints:
 
         def write_files(folder: Path) -> None:
             model.save_pretrained(folder, self.tokenizer, weights)
-            (folder / "README.md").write_text(card)
+            (folder / "README.md").write_text(card, encoding="utf-8")
             torch.save(state, folder / "training_state.pt")
 
         self.writing = self.thread.submit(self.write, step, write_files, needed)

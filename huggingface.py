@@ -231,17 +231,31 @@ def check_size(path: Path, shape: dict) -> None:
                 )
 
 
+EMBEDDING = "model.embed_tokens.weight"
+
+
+def stored_tensor(path: Path, wanted: str) -> torch.Tensor:
+    """One tensor of a directory's weight files; an empty one if they have none of that name."""
+    tensors = read_tensors(path, lambda file, name: file.get_tensor(name) if name == wanted else None)
+    return next((tensor for name, tensor in tensors if name == wanted), torch.empty(0))
+
+
 def load_weights(model: nn.Module, path: Path, *, expected: dict[str, torch.Tensor], place: Callable) -> None:
     """Replace a model's parameters by those in a directory, in fp32, one at a time.
 
     `expected` are the names and shapes that the files must hold. place(tensor, parameter) brings a tensor to
     where the parameter is to be, or a rank's part of it. Raises InputError for a tensor that is missing,
-    unknown, or of another shape or type.
+    unknown, or of another shape or type, and for a head of its own that config.json calls tied.
     """
     # Old files also store what follows from config.json: rotary frequencies, and the head of a tied model.
     derived = () if "lm_head.weight" in expected else ("lm_head.weight",)
     missing = dict(expected)
     for name, tensor in read_tensors(path, lambda file, name: file.get_tensor(name)):
+        if name in derived and not torch.equal(tensor.float(), stored_tensor(path, EMBEDDING).float()):
+            raise InputError(
+                f"{path} holds a {name} of its own, and its config.json says tie_word_embeddings=true; set "
+                f"it to false there, as transformers understands it"
+            )
         if name.endswith("rotary_emb.inv_freq") or name in derived:
             continue
         if name not in missing or missing[name].shape != tensor.shape:
@@ -285,12 +299,12 @@ def write_model(path: str | Path, *, config: dict, weights: dict[str, torch.Tens
         ids = {"bos_token_id": end, "eos_token_id": [turn_end, end], "pad_token_id": end}
         config = config | ids
         generation = json.dumps(ids | {"do_sample": False}, indent=2)
-        (path / "generation_config.json").write_text(generation + "\n")
+        (path / "generation_config.json").write_text(generation + "\n", encoding="utf-8")
         tokenizer.save_pretrained(path)
         # transformers 5 writes a class name that transformers 4 does not know; both know this one.
         file = path / "tokenizer_config.json"
         settings = read_json(file) | {"tokenizer_class": "PreTrainedTokenizerFast"}
-        file.write_text(json.dumps(settings, indent=2) + "\n")
-    (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    (path / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     for file in path.glob("*.safetensors"):  # written for their owner alone
         shutil.copymode(path / "config.json", file)

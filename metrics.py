@@ -140,7 +140,7 @@ class Metrics:
 
     def note_points(self, row: dict) -> None:
         for name, (steps, values) in self.points.items():
-            if row.get(name) is not None:
+            if row.get(name) is not None and not (name == "loss" and "skipped" in row):
                 steps.append(row["step"])
                 values.append(row[name])
         self.scores |= {name: (row["step"], row[name]) for name in row if name.startswith(SCORES)}

@@ -252,7 +252,8 @@ def summary(run: Run) -> dict[str, str]:
         ("val_loss", "validation loss", run.unit),
         ("val_bpb", "validation by bytes", "bits/byte"),
     ):
-        if curve := run.curve(name):
+        skipped = [row["step"] for row in run.rows if name == "loss" and row.get("skipped")]
+        if curve := [point for point in run.curve(name) if point[0] not in skipped]:
             told[title] = f"{curve[0][1]:.3f} → {curve[-1][1]:.3f} {unit}"
     if seconds := run.curve("seconds"):
         told["time of all steps"] = duration(sum(value for _, value in seconds))
@@ -428,6 +429,6 @@ def main(arguments: Sequence[str]) -> None:
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except InputError as error:
+    except (InputError, PermissionError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None

@@ -19,8 +19,18 @@ from pathlib import Path
 
 import numpy as np
 
-from common import IGNORE, InputError, fingerprint, locked, read_json, replace_file, sync_to_disk, write_json
-from sources import BadRows, half_surrogate, hash_fraction
+from common import (
+    IGNORE,
+    InputError,
+    fingerprint,
+    half_surrogate,
+    locked,
+    read_json,
+    replace_file,
+    sync_to_disk,
+    write_json,
+)
+from sources import BadRows, hash_fraction
 from tokenization import (
     CHAT_TEMPLATES,
     TURN_END,

@@ -4,11 +4,10 @@ import hashlib
 import io
 import json
 import os
-import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from common import InputError, fingerprint, one_line, patiently, read_json, write_json
+from common import InputError, fingerprint, half_surrogate, one_line, patiently, read_json, write_json
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 TXT_PIECE = 20_000  # characters: a longer .txt is cut, at line ends, into documents of about this size
@@ -293,12 +292,6 @@ class BadRows:
     def note(self) -> str | None:
         """A line about what was skipped, if anything."""
         return f"{self.bad} of {self.rows} rows skipped; the first is {self.first}" if self.bad else None
-
-
-def half_surrogate(text: str) -> str | None:
-    """The first half of a surrogate pair in a text, which JSON can spell but no UTF-8 holds."""
-    half = None if text.isascii() else re.search("[\ud800-\udfff]", text)
-    return half and half[0]
 
 
 def hash_fraction(text: str) -> float:

@@ -16,7 +16,15 @@ import torch
 from torch import nn
 
 from checkpoint import Checkpoints
-from common import IGNORE, InputError, check_choice, check_numbers, read_records, write_records
+from common import (
+    IGNORE,
+    InputError,
+    check_choice,
+    check_numbers,
+    half_surrogate,
+    read_records,
+    write_records,
+)
 from distributed import Ranks, StopSignals
 from generation import SAMPLING
 from gpt import GPTModel
@@ -45,6 +53,8 @@ def check_settings(settings: dict, positive: Sequence[str]) -> None:
         check_choice(name, settings[name], choices)
     if not settings["out_dir"].strip():
         raise InputError("--out_dir is empty; name a folder for the run, as --out_dir=out/mine")
+    if half_surrogate(settings["out_dir"]):
+        raise InputError(f"--out_dir={settings['out_dir']!a} is no UTF-8 text; choose another name")
     if settings["keep_every"] % settings["save_every"]:
         raise InputError(
             f"--keep_every={settings['keep_every']} is no multiple of --save_every={settings['save_every']}; "

@@ -16,13 +16,15 @@ machine (DNS rebinding).
 
 import base64
 import hashlib
+import ipaddress
 import json
-import select
+import selectors
 import socket
 import socketserver
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from http.server import BaseHTTPRequestHandler
@@ -46,8 +48,9 @@ class ChatServer(socketserver.ThreadingTCPServer):
 
     def __init__(self, answer: Callable[[list[dict]], Iterator[dict]], *, about: dict, host: str, port: int):
         """Raises InputError if it cannot listen there. Port 0 is any free one."""
+        if not host:
+            raise InputError("--web_host is empty; name an address of this machine, 0.0.0.0 for all of them")
         self.answer, self.about = answer, about
-        self.names = LOOPBACK if host in LOOPBACK else None  # None: any
         self.waiting: Queue[Handler] = Queue()
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
@@ -57,6 +60,8 @@ class ChatServer(socketserver.ThreadingTCPServer):
                 f"the page cannot be served on --web_host={host} --port={port} ({one_line(error)}); choose "
                 f"another port, or an address of this machine"
             ) from error
+        local = ipaddress.ip_address(self.server_address[0]).is_loopback
+        self.names = (*LOOPBACK, host.lower()) if local else None  # None: any
         name = f"[{host}]" if ":" in host else host
         self.url = f"http://{name}:{self.server_address[1]}"
 
@@ -176,17 +181,22 @@ class Handler(BaseHTTPRequestHandler):
             self.answered.set()
 
     def events(self) -> Iterator[dict]:
-        """The answer and its end, or what the user did wrong."""
+        """The answer and its end, or what went wrong, which ends this answer only."""
         try:
             with closing(self.server.answer(self.messages)) as events:
                 yield from events
             yield {"done": True}
         except InputError as error:
             yield {"error": str(error)}
+        except Exception as error:  # out of memory, for example
+            traceback.print_exc()
+            yield {"error": f"the answer failed ({one_line(error)}); a shorter message may help"}
 
     def hung_up(self) -> bool:
         """Whether the browser closed the connection. It sends nothing more after its request."""
-        readable, _, _ = select.select([self.connection], [], [], 0)
+        with selectors.DefaultSelector() as selector:  # select.select takes no descriptor above 1,023
+            selector.register(self.connection, selectors.EVENT_READ)
+            readable = selector.select(0)
         return bool(readable) and not self.connection.recv(1, socket.MSG_PEEK)
 
     # -- writing

@@ -115,6 +115,17 @@ def test_a_full_context_drops_the_oldest_turns_and_keeps_the_system_message(talk
         chat.drop_oldest(messages, tokenizer, lengths[2] - 1)
 
 
+@pytest.mark.parametrize("role", ["developer", "assistant"])
+def test_what_comes_before_the_first_question_is_read_while_it_fits(role, talker):
+    _, tokenizer = talker
+    messages = [{"role": role, "content": "be short"}, *turns("old", "reply", "newest")]
+    length = len(chat.prompt_ids(messages, tokenizer))
+    assert chat.drop_oldest(messages, tokenizer, length) == (messages, 0)
+    head = messages[:1] if role == "developer" else []
+    kept, dropped = chat.drop_oldest(messages, tokenizer, length - 1)
+    assert kept == head + messages[1 if not head else 3 :] and dropped == (2 if head else 1)
+
+
 def test_however_long_a_conversation_is_few_renderings_find_what_fits(talker, monkeypatch):
     _, tokenizer = talker
     messages, rendered, original = turns(*["a"] * 5001), [], chat.prompt_ids
@@ -149,6 +160,16 @@ def test_ctrl_c_stops_the_answer_and_the_chat_goes_on(talker, monkeypatch, capsy
     messages = chat.respond(*talker, turns("hello"), chat.Config())
     assert messages == turns("hello", "so far")
     assert "so far [stopped]" in capsys.readouterr().out
+
+
+def test_a_question_whose_answer_was_stopped_before_it_began_is_not_kept(talker, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+        yield
+
+    monkeypatch.setattr(chat, "stream", interrupted)
+    assert chat.respond(*talker, turns("a", "b", "c"), chat.Config(max_new_tokens=8)) == turns("a", "b")
+    assert "[stopped]" in capsys.readouterr().out
 
 
 @pytest.mark.slow

