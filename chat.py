@@ -151,6 +151,7 @@ def tell(text: str) -> None:
 def respond(model: GPTModel, tokenizer, messages: list[dict], config: Config) -> list[dict]:
     """Print the answer to a conversation as it comes; returns the messages kept, with the answer. If it was
     stopped before it began, the question is not kept either."""
+    before = messages[:-1]
     messages, dropped = drop_oldest(messages, tokenizer, room_for_prompt(model, config))
     if dropped:
         context = model.config.max_position_embeddings
@@ -164,7 +165,7 @@ def respond(model: GPTModel, tokenizer, messages: list[dict], config: Config) ->
     except KeyboardInterrupt:
         print(" [stopped]")
         if not answer:
-            return messages[:-1]
+            return before
     else:
         print()
     if config.speed and len(times) > 2:

@@ -161,7 +161,11 @@ def run_script(main: Callable, config_class: type) -> None:
                 f"error: the disk is full ({error}); make room and run the same command again, it continues"
             )
         elif error.errno in (errno.EACCES, errno.EPERM) and error.filename:
-            message = f"error: {error.filename} may not be used ({error.strerror}); take a copy, or another"
+            told = (
+                f"error: {error.filename} may not be used ({error.strerror}); ask its owner or name another"
+            )
+            print(told, file=sys.stderr, flush=True)
+            raise SystemExit(1) from None  # torchrun tries again: a file server's refusal may pass
         else:
             raise
     except RuntimeError as error:

@@ -31,26 +31,39 @@ from sft import (
 from tokenization import TURN_END, TURN_START
 
 
-def conversations(row) -> list:
-    """The chosen and the rejected conversation of a row, each from its first message to the answer.
+def said(turns: Sequence) -> list[tuple]:
+    """Who says what in each turn, whatever else is noted of it."""
+    turns = [turn if isinstance(turn, dict) else {} for turn in turns]
+    return [(turn.get("role"), str(turn.get("content")).strip()) for turn in turns]
 
-    The prompt comes before both, unless they begin with it. A prompt that is a text is also left out before
-    sides that have a user's turn, as it is their question.
-    """
+
+def after_prompt(prompt: list, side: list, *, text: bool) -> list:
+    """A side as a conversation: behind its prompt, unless it begins with the prompt's turns. A system or
+    developer message that only one of them has is kept. Of a prompt that is a text it is enough that the side
+    begins with a user's turn."""
+    heads = [
+        next((i for i, (role, _) in enumerate(turns) if role not in ("system", "developer")), len(turns))
+        for turns in (said(prompt), said(side))
+    ]
+    asked, begins = said(prompt[heads[0] :]), said(side[heads[1] :])
+    if asked and (begins[: len(asked)] == asked or (text and begins and begins[0][0] == "user")):
+        return (side[: heads[1]] or prompt[: heads[0]]) + side[heads[1] :]
+    return side if not asked and said(side[: len(prompt)]) == said(prompt) else prompt + side
+
+
+def conversations(row) -> list:
+    """The chosen and the rejected conversation of a row, each from its first message to the answer."""
     if not isinstance(row, dict):
         return [row, row]
     prompt, sides = row.get("prompt") or [], []
-    told = isinstance(prompt, str)
-    prompt = user_turn(prompt) if told else prompt
+    text = isinstance(prompt, str)
+    prompt = user_turn(prompt) if text else prompt
     if not isinstance(prompt, list):
         return [prompt, prompt]
     for name in ("chosen", "rejected"):
         side = row.get(name)
         side = [{"role": "assistant", "content": side}] if isinstance(side, str) else side
-        if isinstance(side, list) and side[: len(prompt)] != prompt:
-            asked = told and any(isinstance(turn, dict) and turn.get("role") == "user" for turn in side)
-            side = side if asked else [*prompt, *side]
-        sides.append(side)
+        sides.append(after_prompt(prompt, side, text=text) if isinstance(side, list) else side)
     return sides
 
 

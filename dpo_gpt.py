@@ -24,7 +24,7 @@ from optim import make_optimizer, schedule, set_learning_rate
 from order import batch_order
 from report import report_end
 from resume import lock_and_resume, settle_commits, starting_point
-from sft import SFTDataset, cached_as, preparation_notes, row_length
+from sft import PAIR_RENDERING, SFTDataset, cached_as, preparation_notes, row_length
 from sharding import wrap
 from sources import source_rows
 from training import (
@@ -116,7 +116,7 @@ def prepare(config: Config, tokenizer, *, T: int, content: dict, ranks: Ranks) -
     """The folder of rendered pairs and its report. Rank 0 renders what is not in the cache."""
     files = settle_commits(content, [config.data], cache_dir=config.cache_dir, ranks=ranks)[0]
     source = [files, config.data_config, config.data_split]
-    settings = ["pairs", config.val_fraction, T, config.max_bad_rows]
+    settings = ["pairs", PAIR_RENDERING, config.val_fraction, T, config.max_bad_rows]
     folder = cache_folder(config.cache_dir) / cached_as(source, settings, tokenizer)
     commit = content["commits"].get(config.data)
     rows = source_rows(config.data, config.data_config, config.data_split, commit=commit)
@@ -140,6 +140,7 @@ def main(config: Config) -> None:
 
     # The newest checkpoint of this run, if it was interrupted; else the model to start from.
     base, content = ranks.from_main(lambda: starting_point(config.model, config.data))
+    content["rendering"] = PAIR_RENDERING
     lock, state, identity = lock_and_resume(
         asdict(config), asdict(Config()), fixed={"optimizer": config.optimizer}, content=content, ranks=ranks
     )
@@ -259,7 +260,7 @@ def main(config: Config) -> None:
         checkpoints.raise_errors()
         if step > start and (done or stopped or step % config.save_every == 0):
             seconds = checkpoints.save(step, model, optimizer, history=history, metrics=metrics)
-            metrics.log(step, save_seconds=round(seconds, 3))
+            metrics.saved(step, seconds)
         if done or stopped:
             break
 

@@ -126,9 +126,11 @@ slurm_job() { # SCRIPT DATA OUT FLAGS
     trap 'warned=yes && kill -s USR1 "$pid"' USR1 # srun sends it on to each node's torchrun
     trap : TERM                     # the ranks get it, too; this shell waits for them
     while kill -0 "$pid" 2>/dev/null; do wait "$pid" && status=0 || status=$?; done
-    [ -e "$RESUMABLE_FILE" ] || [ -z "$warned" ] || fail "the run saved nothing after Slurm's warning of its end; if" \
-        "it had not begun to train, ask for more --time"
-    [ -e "$RESUMABLE_FILE" ] || exit "$status"
+    if [ ! -e "$RESUMABLE_FILE" ]; then
+        [ "$status" = 0 ] || [ -z "$warned" ] || echo "error: the run saved nothing after Slurm's warning of its" \
+            "end; if it had not begun to train, ask for more --time" >&2
+        exit "$status"
+    fi
     [ "$(steps "$out")" != "$before" ] || fail "no step was made since this start, so the job is not requeued;" \
         "ask for more --time, or look why a step takes so long"
     # A job that somebody cancelled, or that Slurm itself requeues, does not run any more.

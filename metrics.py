@@ -72,6 +72,7 @@ class Metrics:
         self.scores = {}  # of benchmarks: the last of each, with its step
         self.wandb_id = state["wandb_id"] if state else None  # kept while wandb is off
         self.seconds, self.steps, self.tokens = 0.0, 0, 0  # since the last report
+        self.recorded = 0.0  # of these seconds, those that stand in a row already
         if ranks.is_main:  # at step 0 nothing was saved, and what stands there may be another run's
             self.keep_rows(start or -1)
         note = Path(out_dir) / "wandb_id"  # a run may die before its first checkpoint
@@ -188,7 +189,7 @@ class Metrics:
             return
         left = tqdm.format_interval(self.seconds / self.steps * (self.max_steps - step))
         costs, told = self.costs(speed)
-        costs["seconds"] = round(self.seconds, 3)
+        costs["seconds"] = round(self.seconds - self.recorded, 3)
         self.log(step, tokens=step * self.step_tokens, **values, tokens_per_second=round(speed), **costs)
         slow = self.ranks.slow_one()
         self.print(
@@ -198,7 +199,15 @@ class Metrics:
                 *([slow] if slow else []),
             ]
         )
-        self.seconds, self.steps, self.tokens = 0.0, 0, 0
+        self.seconds, self.steps, self.tokens, self.recorded = 0.0, 0, 0, 0.0
+
+    def saved(self, step: int, seconds: float) -> None:
+        """Record how long a save stopped training, and the steps' time so far: from here a run may go on."""
+        values = {"save_seconds": round(seconds, 3)}
+        if self.seconds > self.recorded:
+            values["seconds"] = round(self.seconds - self.recorded, 3)
+            self.recorded = self.seconds
+        self.log(step, **values)
 
     def costs(self, speed: float) -> tuple[dict[str, float], str]:
         """What a speed is of the devices' peak (mfu, from 0 to 1) and the most GB that rank 0's GPU has held

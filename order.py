@@ -237,7 +237,7 @@ def validation_numbers(
     return numbers | (own if len(names) > 1 else {})
 
 
-def epochs_read(names: Sequence[str], shares: Sequence[float], sizes: Sequence[int], read: int) -> dict:
+def epochs_read(names: Sequence[str], shares: Sequence[float], sizes: Sequence[int], read: float) -> dict:
     """How often each of several sources was read when so many samples were, as epochs/NAME. Those of weight 0
     are left out."""
     if len(names) == 1:
@@ -246,7 +246,7 @@ def epochs_read(names: Sequence[str], shares: Sequence[float], sizes: Sequence[i
 
 
 def mix_report(
-    names: Sequence[str], shares: Sequence[float], sizes: Sequence[int], *, read: int, unit: str
+    names: Sequence[str], shares: Sequence[float], sizes: Sequence[int], *, read: float, unit: str
 ) -> list[str]:
     """A line on each of several sources, for a run that reads so many samples."""
     epochs, width = epochs_read(names, shares, sizes, read), max(map(len, names))

@@ -365,7 +365,7 @@ def main(config: Config) -> None:
         checkpoints.raise_errors()
         if step > start and (done or stopped or step % config.save_every == 0):
             seconds = checkpoints.save(step, model, optimizer, history=history, metrics=metrics)
-            metrics.log(step, save_seconds=round(seconds, 3))
+            metrics.saved(step, seconds)
         if done or stopped:
             break
 

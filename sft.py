@@ -200,10 +200,11 @@ def row_length(max_length: int, context: int) -> int:
     return max_length or context
 
 
-# Raise it when a row comes to be rendered otherwise. What was cached before is then rendered again.
-# 2: rows with the roles tool and developer are rendered, no longer skipped.
-# 3: a split keeps an answer whole that fits without earlier turns, also one that had begun to fit with them.
-RENDERING = 3
+# Raise one when rows come to be rendered otherwise. What was cached before is rendered again. A run
+# that began with another of the last two goes on with --force only.
+RENDERING = 2  # of all rows; 2: those with the roles tool and developer are no longer skipped
+SPLIT_RENDERING = 2  # 2: an answer is whole if it fits without earlier turns
+PAIR_RENDERING = 2  # 2: a prompt comes before answers of several messages, too
 
 
 def cached_as(source: list, settings: list, tokenizer) -> str:

@@ -37,7 +37,15 @@ from order import (
 from packing import MixedLoader, PackedLoader
 from report import report_end
 from resume import lock_and_resume, settle_commits, starting_point
-from sft import OVERLONG, SFTDataset, cached_as, preparation_notes, prepare_conversations, row_length
+from sft import (
+    OVERLONG,
+    SPLIT_RENDERING,
+    SFTDataset,
+    cached_as,
+    preparation_notes,
+    prepare_conversations,
+    row_length,
+)
 from sharding import wrap
 from sources import column_of, source_rows
 from tasks import read_questions, score
@@ -195,6 +203,7 @@ def prepare(config: Config, tokenizer, *, T: int, files: str | list, ranks: Rank
         )
     source = [files, config.data_config, config.data_split, config.column]
     settings = [config.val_fraction, T, config.overlong, config.max_bad_rows]
+    settings += [SPLIT_RENDERING] if config.overlong == "split" else []
     folder = cache_folder(config.cache_dir) / cached_as(source, settings, tokenizer)
     report = ranks.from_main(
         lambda: prepare_conversations(
@@ -224,6 +233,7 @@ def main(config: Config) -> None:
     # The newest checkpoint of this run, if it was interrupted; else the model to start from.
     base, content = ranks.from_main(lambda: starting_point(config.model, *[part.data for part in parts]))
     content |= {"shares": shares} if len(parts) > 1 else {}
+    content |= {"rendering": SPLIT_RENDERING} if config.overlong == "split" else {}
     lock, state, identity = lock_and_resume(
         asdict(config), asdict(Config()), fixed={"optimizer": config.optimizer}, content=content, ranks=ranks
     )
@@ -358,7 +368,7 @@ def main(config: Config) -> None:
         checkpoints.raise_errors()
         if step > start and (done or stopped or step % config.save_every == 0):
             seconds = checkpoints.save(step, model, optimizer, history=history, metrics=metrics)
-            metrics.log(step, save_seconds=round(seconds, 3))
+            metrics.saved(step, seconds)
         if done or stopped:
             break
 

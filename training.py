@@ -53,8 +53,9 @@ def check_settings(settings: dict, positive: Sequence[str]) -> None:
         check_choice(name, settings[name], choices)
     if not settings["out_dir"].strip():
         raise InputError("--out_dir is empty; name a folder for the run, as --out_dir=out/mine")
-    if half_surrogate(settings["out_dir"]):
-        raise InputError(f"--out_dir={settings['out_dir']!a} is no UTF-8 text; choose another name")
+    for name, value in settings.items():
+        if isinstance(value, str) and half_surrogate(value):
+            raise InputError(f"--{name}={value!a} is no UTF-8 text; choose another name")
     if settings["keep_every"] % settings["save_every"]:
         raise InputError(
             f"--keep_every={settings['keep_every']} is no multiple of --save_every={settings['save_every']}; "

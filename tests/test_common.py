@@ -122,7 +122,7 @@ def test_a_file_that_may_not_be_read_is_one_sentence(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["pretrain_gpt.py"])
     with pytest.raises(SystemExit, match="1"):
         run_script(main, pretrain_gpt.Config)
-    told = "error: /somebody/base may not be used (Permission denied); take a copy, or another\n"
+    told = "error: /somebody/base may not be used (Permission denied); ask its owner or name another\n"
     assert capsys.readouterr().err == told
 
 
@@ -268,6 +268,9 @@ def test_an_empty_out_dir_is_refused_before_anything_is_read(script):
         script.main(script.Config(out_dir=""))
     with pytest.raises(InputError, match=r"--out_dir='caf.udce9' is no UTF-8 text"):
         script.main(script.Config(out_dir="caf\udce9"))
+    with pytest.raises(InputError, match=r"='m.udce9l' is no UTF-8 text"):
+        name = "data_dir" if script is pretrain_gpt else "model"
+        script.main(script.Config(**{name: "m\udce9l"}))
 
 
 @pytest.mark.parametrize("script", [pretrain_gpt, sft_gpt, dpo_gpt])

@@ -69,6 +69,27 @@ def test_a_prompt_comes_before_answers_of_several_messages(prompt):
     assert conversations({"prompt": prompt, "chosen": whole[0], "rejected": whole[1]}) == whole
 
 
+SYSTEM = {"role": "system", "content": "Be short."}
+SAME = QUESTION | {"name": None, "content": "Why? "}  # the same question, noted otherwise
+
+
+@pytest.mark.parametrize(
+    ("prompt", "side", "whole"),
+    [
+        ([QUESTION], [SAME, YES], [SAME, YES]),
+        ([QUESTION], [SYSTEM, QUESTION, YES], [SYSTEM, QUESTION, YES]),
+        ([SYSTEM, QUESTION], [QUESTION, YES], [SYSTEM, QUESTION, YES]),
+        ([SYSTEM], [SYSTEM, QUESTION, YES], [SYSTEM, QUESTION, YES]),
+        ("Why?", [SYSTEM, SAME, YES], [SYSTEM, SAME, YES]),
+        ("Why?", [YES, QUESTION, YES], [QUESTION, YES, QUESTION, YES]),  # an answer, a question after it
+        ([QUESTION, YES, QUESTION], [YES], [QUESTION, YES, QUESTION, YES]),
+        ([], [QUESTION, YES], [QUESTION, YES]),
+    ],
+)
+def test_a_prompt_is_repeated_by_no_side_and_lost_from_none(prompt, side, whole):
+    assert conversations({"prompt": prompt, "chosen": side, "rejected": side}) == [whole, whole]
+
+
 @pytest.mark.parametrize(
     ("row", "reason"),
     [

@@ -357,6 +357,19 @@ def test_the_seconds_of_all_steps_are_recorded(tmp_path):
     assert [row["seconds"] for row in read_records(log.path)] == [3.0, 7.0, 5.0]
 
 
+def test_the_seconds_of_steps_before_a_stop_are_recorded_with_its_checkpoint(tmp_path):
+    log = Metrics(tmp_path, start=0, max_steps=9, step_tokens=256, log_every=4, ranks=ALONE)
+    for step in range(1, 8):
+        log.step(step, NUMBERS, seconds=float(step))
+        if step in (3, 4, 6):
+            log.saved(step, 0.5)
+    log.close()
+    told = {row["step"]: row["seconds"] for row in read_records(log.path)}
+    assert told == {3: 1.0 + 2.0 + 3.0, 4: 4.0, 6: 5.0 + 6.0}
+    speeds = [row["tokens_per_second"] for row in read_records(log.path) if "tokens_per_second" in row]
+    assert speeds == [round(4 * 256 / 10)]
+
+
 def test_a_run_that_died_before_its_first_checkpoint_goes_on_in_its_wandb_run(tmp_path, monkeypatch):
     asked = []
 

@@ -169,7 +169,8 @@ def test_a_source_of_weight_zero_is_validated_whole_and_changes_nothing_in_train
         assert len({tuple(row[part] for row in some) for some in rows.values()}) == 1
     alone, after, before = (some[-1] for some in rows.values())
     assert after["epochs/talk.jsonl"] == pytest.approx(1.5, abs=0.5) and "epochs/facts.jsonl" not in after
-    assert after["epochs/talk.jsonl"] == float(re.search(r"([\d.]+) epochs", told["after"])[1])
+    said = float(re.search(r"([\d.]+) epochs", told["after"])[1])
+    assert after["epochs/talk.jsonl"] == pytest.approx(said, abs=0.006)
     assert after["val_loss"] == pytest.approx(alone["val_loss"], rel=1e-9)
     assert after["val_loss/facts.jsonl"] == before["val_loss/facts.jsonl"]
     (last,) = out.glob(f"step_*{before['step']}")

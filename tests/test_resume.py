@@ -133,6 +133,14 @@ def test_changed_settings_are_listed_and_those_that_break_exactness_need_force(d
     refused("step_0000005 is at step 5 already, beyond the last one, 4", pretrain_gpt.main, fewer)
 
 
+def test_a_run_whose_rows_are_rendered_otherwise_by_now_needs_force(base_run, chats, tmp_path, monkeypatch):
+    split = sft_config(base_run, chats, tmp_path, max_steps=2, overlong="split")
+    sft_gpt.main(split)
+    monkeypatch.setattr(sft_gpt, "SPLIT_RENDERING", 3)
+    refused("rendering 2 → 3.*--force", sft_gpt.main, split)
+    sft_gpt.main(dataclasses.replace(split, force=True))
+
+
 def test_every_free_field_is_a_field_of_a_script():
     known = {
         f.name for c in (pretrain_gpt.Config, sft_gpt.Config, dpo_gpt.Config) for f in dataclasses.fields(c)
