@@ -142,9 +142,25 @@ def wanted_parts(out_dir: Path, files: int, max_tokens: int) -> int | None:
     return files
 
 
+def check_alike(config: Config, settings: dict, wanted: int, files: int) -> None:
+    """Raise InputError if a process made a part with other flags, or of another list of files."""
+    for number in range(wanted):
+        own = {"part": f"{number + 1}/{files}", "max_tokens": 0}
+        own["source_files"] = settings["source_files"][number : number + 1]
+        expected = {name: value for name, value in (settings | own).items() if name != "tokenizer"}
+        folder = part_folder(Path(config.out_dir), number)
+        if told := differing(read_manifest(folder)["settings"], expected):
+            raise InputError(
+                f"{folder} was made otherwise ({told}); delete {folder.parent} and start all processes again "
+                f"with the same flags, on a source that stays as it is"
+            )
+
+
 def join_parts(config: Config, wanted: int, files: int, commit: str | None) -> None:
     """Move the parts' shards into out_dir, numbered through, and write the manifest. A stop does no harm."""
     out_dir, shards = Path(config.out_dir), {"train": [], "val": []}
+    settings = settings_of(config, commit)
+    check_alike(config, settings, wanted, files)
     totals = {split: Counter(documents=0, tokens=0, bytes=0) for split in shards}
     for number in range(wanted):
         folder = part_folder(out_dir, number)
@@ -163,7 +179,7 @@ def join_parts(config: Config, wanted: int, files: int, commit: str | None) -> N
     write_json(
         out_dir / "manifest.json",
         {
-            "settings": settings_of(config, commit),
+            "settings": settings,
             "source": config.source,
             "tokenizer": config.tokenizer,
             "tokenizer_fingerprint": manifest["tokenizer_fingerprint"],

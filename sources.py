@@ -78,7 +78,7 @@ def source_files(source: str) -> list[Path] | None:
             f"{missing[0]} does not exist or cannot be reached; give files, folders, a hub dataset's id, or "
             f"embedded"
         )
-    files = []
+    files, names = [], {}
     for path in paths:
         inside = files_below(path) if path.is_dir() else [path]
         readable = [p for p in inside if p.name.endswith(SUFFIXES)]
@@ -88,6 +88,10 @@ def source_files(source: str) -> list[Path] | None:
             raise InputError(
                 f"{path} holds nothing to read; expected files that end in {', '.join(SUFFIXES)}"
             )
+        for file in readable:
+            status = file.stat()
+            if (first := names.setdefault((status.st_dev, status.st_ino), path)) is not path:
+                raise InputError(f"{file} is in the source twice, by {first} and by {path}; name it once")
         files += readable
     return files
 
@@ -146,6 +150,8 @@ def open_maybe_compressed(path: Path) -> io.BufferedReader:
         return open(path, "rb", 1 << 20)
     import pyarrow
 
+    if not path.stat().st_size:
+        raise ValueError("it has 0 bytes, and a compressed file has more")
     return io.BufferedReader(pyarrow.input_stream(str(path), compression=compression), 1 << 20)
 
 

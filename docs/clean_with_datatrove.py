@@ -5,6 +5,7 @@
     python docs/clean_with_datatrove.py crawl/ clean/ --tasks=64 --partition=cpu      # a Slurm array
     sbatch --array=1-64 --wrap="python prepare_data.py --source=clean/ --out_dir=data/clean"
 
+The last line is for when all tasks are done; with --dependency=afterok:ID of the array it may come before.
 Each task reads its share of the .jsonl, .jsonl.gz or .jsonl.zst files, and writes one file. What datatrove's
 other blocks filter, extract or deduplicate goes into `steps`. A finished task is not run again. It is marked
 by its number alone, so other settings need another folder.
@@ -24,7 +25,7 @@ from datatrove.pipeline.writers import JsonlWriter
 def steps(source: str, out: str, least_words: int) -> list:
     """What each task does with each document."""
     return [
-        JsonlReader(source, glob_pattern="*.jsonl*"),
+        JsonlReader(source, glob_pattern="**/*.jsonl*"),
         LambdaFilter(lambda document: len(document.text.split()) >= least_words),
         JsonlWriter(out, output_filename="${rank}.jsonl.gz"),
     ]

@@ -21,6 +21,12 @@ import numpy as np
 import pytest
 import torch
 
+# What a job on a cluster or a developer has set is not meant for these tests.
+FOREIGN = "OUT DATA MODEL NPROC PRESET PREFLIGHT PREFLIGHT_FLAGS DRY_RUN NNODES NODE_RANK MASTER_ADDR".split()
+FOREIGN += "MASTER_PORT RDZV_ID RESUMABLE_FILE RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE".split()
+for name in [*os.environ]:
+    if name in FOREIGN or name.startswith(("SLURM_", "SBATCH_", "TORCHELASTIC_")):
+        del os.environ[name]
 # One thread: these models are so small that threads cost more than they give.
 os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="disabled", OMP_NUM_THREADS="1")
 torch.set_num_threads(1)

@@ -17,10 +17,10 @@ def test_what_datatrove_leaves_of_a_corpus_becomes_shards_by_any_number_of_proce
     tokenizer, tokenizer_dir, tmp_path
 ):
     texts = [" ".join(text(i) for i in range(k, k + 1 + k % 9)) for k in range(60)]
-    (tmp_path / "crawl").mkdir()
+    (tmp_path / "crawl" / "below").mkdir(parents=True)
     for k in range(3):
         rows = ({"id": str(i), "text": texts[i]} for i in range(k, 60, 3))
-        write_jsonl(tmp_path / "crawl" / f"{k}.jsonl", rows)
+        write_jsonl(tmp_path / "crawl" / ("below" if k else "") / f"{k}.jsonl", rows)
     recipe = [sys.executable, str(ROOT / "docs" / "clean_with_datatrove.py"), "crawl", "clean"]
     options = {"cwd": tmp_path, "capture_output": True, "text": True, "timeout": 300}
     done = subprocess.run([*recipe, "--tasks=3", "--least_words=100"], **options)

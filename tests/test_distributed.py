@@ -18,7 +18,7 @@ from distributed import Ranks
 from sharding import wrap
 
 
-def in_ranks(target, folder, world: int = 2, seconds: float = 60) -> list[int | None]:
+def in_ranks(target, folder, world: int = 2, seconds: float = 240) -> list[int | None]:
     """Run target(ranks, folder) in so many new processes joined over gloo; their exit codes, None for one
     that hung and was killed."""
     spawn = multiprocessing.get_context("spawn")
@@ -371,7 +371,8 @@ import torch
 from distributed import keep_freed_memory
 
 def megabytes():
-    return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE") // 2**20
+    _, held, of_files, *_ = map(int, open("/proc/self/statm").read().split())  # in pages
+    return (held - of_files) * os.sysconf("SC_PAGE_SIZE") // 2**20
 
 if sys.argv[1] == "kept":
     keep_freed_memory()

@@ -190,7 +190,7 @@ def test_a_saved_job_is_requeued_only_if_it_made_a_step_and_still_runs(
 def test_a_job_that_saves_nothing_after_slurm_s_warning_tells_so_unless_all_is_done(
     end, status, data_dir, tmp_path
 ):
-    (tmp_path / "srun").write_text(f"#!/bin/sh\nkill -s USR1 $PPID; sleep 1; {end}\n")
+    (tmp_path / "srun").write_text(f"#!/bin/sh\ntrap : USR1\nkill -s USR1 $PPID; sleep 1; {end}\n")
     (tmp_path / "srun").chmod(0o755)
     job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "MASTER_ADDR": "n1", "DATA": str(data_dir)}
     path = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "VENV": sys.prefix, "OUT": str(tmp_path / "out")}
@@ -476,6 +476,7 @@ def test_both_scripts_run_from_the_hub_to_a_chat_model_shrunk_by_flags_alone(hub
 
 SLURM_CONF = """
 ClusterName=loopback
+FirstJobId={first}
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={ports[0]}
 SlurmUser=root
@@ -517,8 +518,8 @@ def slurm(slurm_folder):
     folder, host = slurm_folder, socket.gethostname().split(".")[0]
     for name in ("state", "spool.n1", "spool.n2"):
         (folder / name).mkdir()
-    ports = [free_port() for _ in range(3)]
-    (folder / "slurm.conf").write_text(SLURM_CONF.format(host=host, ports=ports, folder=folder))
+    ports, first = [free_port() for _ in range(3)], os.getpid()  # launch.sh makes a port of a job's number
+    (folder / "slurm.conf").write_text(SLURM_CONF.format(host=host, ports=ports, folder=folder, first=first))
     environment = CLEAN | {"SLURM_CONF": str(folder / "slurm.conf")}
 
     def command(*words: str, **more: str) -> str:
@@ -534,6 +535,10 @@ def slurm(slurm_folder):
         command(*words)
     command.logs = [folder / f"{name}.log" for name in ("ctld", "n1", "n2")]
     yield command
+    end = time.monotonic() + 120
+    while command("squeue", "--noheader").strip() and time.monotonic() < end:  # what a failed test has left
+        command("scancel", "--user=root")
+        time.sleep(0.5)
     for name in ("n1", "n2", "ctld"):
         os.kill(int((folder / f"{name}.pid").read_text()), signal.SIGTERM)
 
@@ -560,8 +565,9 @@ class Job:
         end = time.monotonic() + 240
         while not condition():
             if time.monotonic() > end or self.state() in wrong:
-                logs = [path.read_text()[-20_000:] for path in self.slurm.logs]
-                pytest.fail("\n\n".join([self.state(), self.told()[-20_000:], *logs]))
+                state, logs = self.state(), [path.read_text()[-20_000:] for path in self.slurm.logs]
+                self.slurm("scancel", self.number)
+                pytest.fail("\n\n".join([state, self.told()[-20_000:], *logs]))
             time.sleep(0.1)
 
 

@@ -135,6 +135,20 @@ def test_parts_with_another_tokenizer_are_not_joined_by_its_name(crawl, tokenize
     assert json.loads((out / "manifest.json").read_text())["tokenizer"] == str(tokenizer_dir)
 
 
+def test_parts_with_other_flags_or_of_another_list_of_files_are_not_joined(crawl, tokenizer_dir, tmp_path):
+    out = divided(tmp_path / "flags", crawl, tokenizer_dir, 2, [0])
+    told = r"000000 was made otherwise \(val_fraction=.* there, 0.3 here\); delete .* with the same flags"
+    refused(told, divided, out, crawl, tokenizer_dir, 2, [1], val_fraction=0.3)
+    assert not (out / "manifest.json").exists()
+    grown = shutil.copytree(crawl, tmp_path / "grown")
+    (grown / "4.jsonl").unlink()
+    (grown / "1.jsonl").rename(tmp_path / "later.jsonl")
+    out = divided(tmp_path / "files", grown, tokenizer_dir, 2, [0])
+    (tmp_path / "later.jsonl").rename(grown / "1.jsonl")
+    refused("was made otherwise .part='1/3' there, '1/4' here", divided, out, grown, tokenizer_dir, 2, [1])
+    assert not (out / "manifest.json").exists()
+
+
 def test_who_is_still_at_work_when_others_have_joined_the_data_stops(
     crawl, tokenizer_dir, tmp_path, monkeypatch
 ):

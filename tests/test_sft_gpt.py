@@ -52,7 +52,7 @@ def test_conversations_rendered_with_more_bad_rows_than_a_run_allows_do_not_serv
         sft_gpt.main(strict)
 
 
-def render(folder, chats, tokenizer_dir, entered) -> None:
+def render(folder, chats, tokenizer_dir, entered, barrier) -> None:
     def slow():
         entered.set()
         for conversation in sft_gpt.conversations(sft_gpt.Config(data=str(chats))):
@@ -60,21 +60,22 @@ def render(folder, chats, tokenizer_dir, entered) -> None:
             yield conversation
 
     tokenizer = load_tokenizer(tokenizer_dir)
+    barrier.wait(240)
     sft.prepare_conversations(folder, slow(), tokenizer, max_length=64, val_fraction=0.2)
 
 
 @pytest.mark.slow
 def test_two_runs_that_want_the_same_data_render_it_once(chats, tokenizer_dir, tmp_path):
     spawn = multiprocessing.get_context("spawn")
-    entered = [spawn.Event(), spawn.Event()]
+    entered, barrier = [spawn.Event(), spawn.Event()], spawn.Barrier(2)
     runs = [
-        spawn.Process(target=render, args=(tmp_path / "data", chats, tokenizer_dir, event))
+        spawn.Process(target=render, args=(tmp_path / "data", chats, tokenizer_dir, event, barrier))
         for event in entered
     ]
     for run in runs:
         run.start()
     for run in runs:
-        run.join(120)
+        run.join(300)
     assert [run.exitcode for run in runs] == [0, 0]
     assert [event.is_set() for event in entered].count(True) == 1  # the second waited, and read nothing
     assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"data"}

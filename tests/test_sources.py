@@ -227,6 +227,7 @@ def test_a_compressed_file_cut_short_anywhere_is_refused_by_name(tmp_path, kind)
     path = Path(write_kind(tmp_path, kind, TEXTS))
     whole = path.read_bytes()
     cuts = {
+        0,
         1,
         2,
         3,
@@ -265,6 +266,15 @@ def test_linked_folders_are_read_once_and_circles_end(tmp_path):
     (outside / "circle").symlink_to(inside)
     names = [path.name for path in sources.source_files(str(inside))]
     assert sorted(names) == ["in.txt", "out.txt"]
+
+
+def test_a_file_that_two_names_lead_to_is_refused(tmp_path):
+    (tmp_path / "in").mkdir()
+    for name in ("in/a.txt", "b.txt"):
+        (tmp_path / name).write_text("x")
+    for source in (f"{tmp_path},{tmp_path}/in", f"{tmp_path}/b.txt,{tmp_path}/in,{tmp_path}/b.txt"):
+        refused(r"\.txt is in the source twice, by .* and by .*; name it once", sources.source_files, source)
+    assert len(sources.source_files(f"{tmp_path}/b.txt,{tmp_path}/in")) == 2
 
 
 def test_a_link_to_nothing_is_refused_by_name(tmp_path):
