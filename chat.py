@@ -33,7 +33,7 @@ from generation import SAMPLING, check_sampling
 from gpt import GPTModel
 from huggingface import model_directory
 from precision import DTYPES, settle_precision
-from sft import prompt_ids
+from sft import HEAD, prompt_ids
 from tokenization import END, TURN_END, load_tokenizer, vocabulary_size
 from web import ChatServer, serve
 
@@ -79,7 +79,7 @@ def drop_oldest(messages: list[dict], tokenizer, room: int) -> tuple[list[dict],
 
     A system or developer message at the start stays. Raises InputError if the last message alone is too long.
     """
-    head = int(messages[0]["role"] in ("system", "developer"))
+    head = int(messages[0]["role"] in HEAD)
     system, turns = messages[:head], messages[head:]
     starts = [0, *(i for i, turn in enumerate(turns) if i and turn["role"] == "user")]
     first = bisect_left(starts, True, key=lambda i: len(prompt_ids(system + turns[i:], tokenizer)) <= room)

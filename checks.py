@@ -22,7 +22,7 @@ from checkpoint import checkpoint_bytes, lacking_room, list_checkpoints
 from common import InputError, read_json, run_script
 from data import TokenLoader, joint_folders, read_manifest, require_shards
 from distributed import Ranks
-from gpt import GPTConfig, GPTModel
+from gpt import GPTConfig, GPTModel, padded
 from optim import make_optimizer
 from order import data_sources, parse_sources
 from resume import check_shape
@@ -101,7 +101,7 @@ def pretrain_shape(config: pretrain_gpt.Config) -> GPTConfig:
     folder = Path(parse_sources(config.data_dir)[0].path)
     known = (folder / "manifest.json").exists()
     size = read_manifest(folder).get("vocab_size", USUAL_VOCABULARY) if known else USUAL_VOCABULARY
-    return pretrain_gpt.model_config(config, -(-size // 64) * 64)
+    return pretrain_gpt.model_config(config, padded(size))
 
 
 def model_fields(name: str) -> dict | None:

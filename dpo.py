@@ -17,6 +17,7 @@ from common import IGNORE, replace_file
 from distributed import Ranks
 from gpt import GPTModel
 from sft import (
+    HEAD,
     Example,
     SFTDataset,
     batched,
@@ -42,7 +43,7 @@ def after_prompt(prompt: list, side: list, *, text: bool) -> list:
     developer message that only one of them has is kept. Of a prompt that is a text it is enough that the side
     begins with a user's turn."""
     heads = [
-        next((i for i, (role, _) in enumerate(turns) if role not in ("system", "developer")), len(turns))
+        next((i for i, (role, _) in enumerate(turns) if role not in HEAD), len(turns))
         for turns in (said(prompt), said(side))
     ]
     asked, begins = said(prompt[heads[0] :]), said(side[heads[1] :])

@@ -83,6 +83,11 @@ class GPTConfig:
         return config_to_hf(asdict(self))
 
 
+def padded(vocabulary: int) -> int:
+    """Rows of an embedding for so many ids: a multiple of 64, with which a GPU is faster."""
+    return -(-vocabulary // 64) * 64
+
+
 def for_products(x: torch.Tensor) -> torch.Tensor:
     """x in the type that autocast multiplies in: converted once, not by each of several products."""
     kind = x.device.type
@@ -369,7 +374,7 @@ class GPTModel(nn.Module):
         """Make room for a tokenizer's ids, if need be up to a multiple of 64. New rows, and those of new_ids
         even if the model had them before as padding, start as the mean of the known ones."""
         old = self.config.vocab_size
-        size = old if tokens <= old else -(-tokens // 64) * 64
+        size = old if tokens <= old else padded(tokens)
         known = torch.zeros(size, dtype=torch.bool, device=self.lm_head.weight.device)
         known[: min(tokens, old)] = True
         known[list(new_ids)] = False

@@ -37,6 +37,7 @@ import sft_gpt
 from checkpoint import checkpoint_bytes, most_checkpoints
 from checks import Run, check_data, find_run, room_problem, saving, take_script
 from distributed import Ranks
+from gpt import padded
 from metrics import flops_per_token
 from order import mean_length, parse_sources
 from precision import GPUS, Gpu
@@ -122,7 +123,7 @@ def planned_run(config: Machines, gpus: int) -> Run:
         name = config.init_from if isinstance(config, Pretraining) else config.model
         raise InputError(f"{name} is not on this machine; `hf download {name} config.json` brings its shape")
     if isinstance(config, Pretraining):
-        run.shape.vocab_size = -(-config.vocab_size // 64) * 64 or run.shape.vocab_size  # as a run pads it
+        run.shape.vocab_size = padded(config.vocab_size) or run.shape.vocab_size
     elif not run.max_steps:
         run.max_steps, run.step = steps_of_epochs(config, run)
     return run

@@ -21,7 +21,7 @@ from checkpoint import open_weights, told_name, too_many_bad_steps
 from common import RESUMABLE, InputError, run_script
 from data import TokenLoader, verified_manifests
 from distributed import join_ranks
-from gpt import GPTConfig, GPTModel
+from gpt import GPTConfig, GPTModel, padded
 from metrics import flops_per_token
 from optim import make_optimizer, schedule, set_learning_rate
 from order import PIECES, mean_length, parse_sources, validation_numbers, window_pieces
@@ -246,7 +246,7 @@ def main(config: Config) -> None:
     base, started_from = ranks.from_main(lambda: phase_start(config.init_from, flags))
     manifests = ranks.from_main(lambda: verified_manifests(config.data_dir, config.tokenizer))
     tokenizer = load_tokenizer(config.tokenizer or Path(sources[0].path) / "tokenizer")
-    vocab_size, T = -(-vocabulary_size(tokenizer) // 64) * 64, config.context_length
+    vocab_size, T = padded(vocabulary_size(tokenizer)), config.context_length
     train, val = (TokenLoader(config.data_dir, split, T, vocab_size) for split in ("train", "val"))
     windows_per_step = step_size(config.batch_tokens, T, ranks.world, unit="windows", flag="context_length")
     val_windows = val.first_windows(config.eval_tokens and max(1, config.eval_tokens // T), train.shares)

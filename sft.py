@@ -41,6 +41,7 @@ from tokenization import (
 )
 
 ROLES = ("system", "user", "assistant", "tool", "developer")
+HEAD = ("system", "developer")  # who may speak before the conversation
 QUESTIONS_KEPT = 1000  # held-out questions that the report lists
 
 
@@ -330,7 +331,7 @@ def examples_of(conversations: Iterable, tokenizer, *, max_length: int, overlong
                 continue
             pieces, answer_tokens = [], 0
             for ids, labels in itertools.islice(rendered, len(own)):
-                prefix = ids.index(turns[0], 1) if messages[0]["role"] in ("system", "developer") else 0
+                prefix = ids.index(turns[0], 1) if messages[0]["role"] in HEAD else 0
                 pieces += cut_to_length(
                     ids, labels, max_length, overlong=overlong, prefix=prefix, turns=turns
                 )
