@@ -196,6 +196,7 @@ class Ranks:
         """A batch in host memory that a GPU can read by itself, while Python goes on."""
         if self.device.type != "cuda":
             return batch
+        torch.cuda.set_device(self.device)  # a new thread has GPU 0, and would open a context there
         return {name: tensor.pin_memory() for name, tensor in batch.items()}
 
     def to_device(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -297,6 +298,8 @@ class Watchdog:
         os._exit(1)
 
 
+TIMEOUT = timedelta(hours=1)  # of collective operations; the watchdog is quicker
+
 # NCCL's flight recorder, as torch reads it: how many operations it keeps, and the beginning of the names of
 # its files, to which torch adds the rank. The second name of each is the older one.
 RECORDED = ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE")
@@ -354,7 +357,7 @@ def join_ranks(name: str, out_dir: str | Path = ".", *, shard: str = "none", com
             rank=rank,
             world_size=world,
             device_id=device if device.type == "cuda" else None,
-            timeout=timedelta(hours=1),  # the watchdog is quicker
+            timeout=TIMEOUT,
         )
     even = device.type == "cuda" or compile == "true" or (world > 1 and shard != "none")
     return Ranks(rank, world, device, store, shard=shard, even_batches=even)

@@ -145,6 +145,7 @@ def fake_cuda():
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     torch.cuda.Event = Event
+    torch.cuda.set_device = lambda device: None  # there is one
     torch.Tensor.pin_memory = lambda self: self  # no driver pins here
     torch.cuda.amp.common.amp_definitely_not_available = lambda: False
     torch.cuda.is_bf16_supported = lambda *a, **k: True

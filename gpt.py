@@ -144,11 +144,13 @@ def varlen_attention(
     return y.reshape(-1, T, *y.shape[1:])
 
 
-def has_varlen(device: torch.device, head_dim: int) -> bool:
-    """Whether varlen_attention runs: on CPUs, and from Ampere on if head_dim is a multiple of 8 up to 256."""
+def has_varlen(device: torch.device, head_dim: int, dtype: torch.dtype = torch.bfloat16) -> bool:
+    """Whether varlen_attention runs: on CPUs, and from Ampere on in bf16 if head_dim is a multiple of 8 up to
+    256."""
     if device.type != "cuda":
         return device.type in VARLEN
-    return torch.cuda.get_device_capability(device) >= (8, 0) and head_dim % 8 == 0 and head_dim <= 256
+    recent = torch.cuda.get_device_capability(device) >= (8, 0)
+    return recent and dtype == torch.bfloat16 and head_dim % 8 == 0 and head_dim <= 256
 
 
 class MultiHeadAttention(nn.Module):

@@ -5,12 +5,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from distributed import Ranks
+from distributed import TIMEOUT, Ranks
 
 SHARD = ("none", "full", "hybrid")
 COMPILE = ("auto", "true", "false")
@@ -30,6 +31,9 @@ def shard_model(model: nn.Module, ranks: Ranks) -> nn.Module:
         local = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world))
         shape, names = (ranks.world // local, local), ("replicate", "shard")
     mesh = init_device_mesh(ranks.device.type, shape, mesh_dim_names=names)
+    if ranks.shard == "hybrid" and dist.get_backend() == "nccl":  # new groups have ten minutes
+        for name in names:
+            dist.distributed_c10d._set_pg_timeout(TIMEOUT, mesh.get_group(name))
     compute = None if ranks.dtype == torch.float32 else ranks.dtype
     # A block's inputs, the residual stream and the rotary angles, stay in fp32.
     policy = MixedPrecisionPolicy(compute, torch.float32, cast_forward_inputs=False)
@@ -43,6 +47,9 @@ def wrap(model: nn.Module, ranks: Ranks, compile: str) -> nn.Module:
     """The model as a step calls it: compiled ("auto": only on CUDA), gradients averaged over ranks."""
     wanted = compile == "true" or (compile == "auto" and ranks.device.type == "cuda")
     torch._dynamo.config.recompile_limit = 32  # for rows of several lengths, in training and evaluation
+    # Gradients are sent block by block as it is. DDP would have each block cut in two before down_proj, and
+    # what passes the cut is kept for the backward pass.
+    torch._dynamo.config.optimize_ddp = False
     if wanted:
         model.compile_blocks()
     if ranks.world > 1 and not ranks.sharded:

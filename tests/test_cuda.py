@@ -222,7 +222,7 @@ def test_a_copy_for_a_checkpoint_is_what_was_there_when_it_was_made(device, with
     set_gradients(model, 0)
     optimizer.step()
     expected = on_host(numbers(model, optimizer))
-    copied = copy_to_host(numbers_without_copying(model, optimizer), keep=True)
+    copied = copy_to_host(numbers_without_copying(model, optimizer), {}, keep=True)
     set_gradients(model, 1)
     optimizer.step()
     if device == "cuda":

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from common import InputError
 from generation import Decoding, Int8Matrix, product, sample
-from gpt import AttentionInputs, GPTConfig, GPTModel
+from gpt import AttentionInputs, GPTConfig, GPTModel, has_varlen
 
 
 @pytest.mark.parametrize("switches", SWITCHES, ids=str)
@@ -395,3 +395,12 @@ def test_checkpointed_activations_keep_less_and_give_the_same_gradients(compiled
     assert fewer < bytes_kept
     for name, gradient in gradients.items():
         torch.testing.assert_close(same[name], gradient, rtol=1e-5, atol=1e-6)
+
+
+def test_on_a_gpu_variable_length_attention_is_for_bf16_on_recent_ones(monkeypatch):
+    gpu, found = torch.device("cuda", 0), (9, 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: found)
+    assert has_varlen(gpu, 64, torch.bfloat16) and not has_varlen(gpu, 64, torch.float32)
+    assert not has_varlen(gpu, 60) and not has_varlen(gpu, 264)
+    found = (7, 5)
+    assert not has_varlen(gpu, 64)
