@@ -251,7 +251,7 @@ def mix_report(
     """A line on each of several sources, for a run that reads so many samples."""
     epochs, width = epochs_read(names, shares, sizes, read), max(map(len, names))
     return [
-        f"  {name:<{width}}  {share:7.2%} of the tokens; {n:,} {unit}, {epochs[f'epochs/{name}']:.2f} epochs"
+        f"  {name:<{width}}  {share:7.2%} of the {unit}; {n:,} of them, {epochs[f'epochs/{name}']:.2f} epochs"
         if share
         else f"  {name:<{width}}  validated only"
         for name, share, n in zip(names, shares, sizes)

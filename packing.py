@@ -70,8 +70,10 @@ class PackedLoader:
         self.steps_per_epoch = -(-len(self.rows) // rows_per_step)
         self.rows_per_step = len(self.rows) / self.steps_per_epoch  # on average
         self.most_rows = -(-len(self.rows) // self.steps_per_epoch)  # of a step
-        # Room for the sequences of a row: twice what the fullest row of the first epoch has, and its padding.
-        self.sequences = 2 * max(len(row) for row in self.rows) + 1
+        # Room for a row's sequences, its padding being one: for most micro-batches, and for all of an epoch.
+        # Attention pays for what stays empty.
+        counts = [len(row) + 1 for row in self.rows]
+        self.sequences = (2 * -(-sum(counts) // len(counts)), 2 * max(counts))
 
     def rows_of(self, epoch: int) -> list[list[int]]:
         """An epoch's rows, in reading order. Lengths alone decide their number, the same in all epochs."""
@@ -112,7 +114,7 @@ class PackedLoader:
         for share in ranks.share([*enumerate(rows)], micro_batch_size, most=self.most_rows):
             some = [(0, []) if item is None else item for item in share]  # rows of padding keep a shape
             some = [(number, [self.dataset[c] for c in row]) for number, row in some]
-            sequences = len(some) * self.sequences if ranks.even_batches else 0
+            sequences = [len(some) * n for n in self.sequences] if ranks.even_batches else []
             batch = collate([row for _, row in some], self.T, varlen=self.varlen, sequences=sequences)
             if noise:
                 lengths = [(number, [len(ids) for ids, _ in row]) for number, row in some]
@@ -125,11 +127,11 @@ def collate(
     T: int,
     *,
     varlen: bool = False,
-    sequences: int = 0,
+    sequences: Sequence[int] = (),
 ) -> dict[str, torch.Tensor]:
     """Rows of conversations (ids, labels) as input_ids, targets and positions (B, T) and mask (B, 1, T, T).
     With `varlen` cu_seqlens replaces the mask: where in the B x T tokens each conversation begins. Empty
-    conversations at the end fill it up to `sequences`.
+    conversations at the end fill it up to the first of `sequences` that is enough.
 
     Positions restart in every conversation. The mask keeps attention inside it. Its last token has no target,
     so the next one's first token is never predicted. The rest of a row is padding: no conversation sees it,
@@ -151,8 +153,8 @@ def collate(
             starts.append(b * T + at)
     batch = {"input_ids": input_ids, "targets": targets, "positions": positions}
     batch = {name: torch.from_numpy(array) for name, array in batch.items()}
-    if varlen:  # above `sequences` round up to a power of two: each shape is compiled anew
-        length = sequences if sequences >= len(starts) else 1 << len(starts).bit_length()
+    if varlen:  # each shape is compiled anew, so above them it is rounded up to a power of two
+        length = next((n for n in sequences if n >= len(starts)), 1 << len(starts).bit_length())
         return batch | {"cu_seqlens": torch.tensor(starts + [B * T] * (length + 1 - len(starts))).int()}
     owner = torch.from_numpy(owner)
     return batch | {"mask": (owner[:, :, None] == owner[:, None, :]).tril_()[:, None]}
@@ -173,20 +175,18 @@ class MixedLoader(PackedLoader):
     """Rows of several sources in an order that is a pure function of (seed, step).
 
     A row has conversations of one source, under (source, number). Source i gives shares[i] of every
-    sum(shares) rows. Rows are about equally full, so these are its share of the tokens. Every source has
-    epochs of its own. An epoch of the mix has as many rows as all sources have together.
+    sum(shares) rows. Every source has epochs of its own. An epoch of the mix has as many rows as all sources
+    have together, and a step has at most these.
     """
 
     def __init__(self, loaders: Sequence[PackedLoader], shares: Sequence[int], rows_per_step: int):
         self.loaders, self.shares = loaders, shares
-        self.rows_per_step = self.most_rows = rows_per_step
         self.dataset = Conversations([loader.dataset for loader in loaders])
         self.T, self.varlen = loaders[0].T, loaders[0].varlen
-        self.sequences = max(loader.sequences for loader in loaders)
+        self.sequences = tuple(map(max, zip(*(loader.sequences for loader in loaders))))
         self.sizes = [len(loader.rows) for loader in loaders]  # in an epoch
-        rows = sum(self.sizes)
-        # A step that has more rows than there are reads several epochs.
-        self.steps_per_epoch = -(-rows // rows_per_step) if rows >= rows_per_step else rows / rows_per_step
+        self.rows_per_step = self.most_rows = min(rows_per_step, sum(self.sizes))
+        self.steps_per_epoch = sum(self.sizes) / self.rows_per_step
 
     def step_rows(self, step: int) -> list[list[tuple[int, int]]]:
         """The rows of a step's global batch, each a list of conversations."""
@@ -211,5 +211,5 @@ class MixedLoader(PackedLoader):
 
     def fill(self) -> float:
         """Share of the rows' positions that hold a token."""
-        filled = sum(loader.fill() * size for loader, size in zip(self.loaders, self.sizes))
-        return filled / sum(self.sizes)
+        filled = sum(loader.fill() * share for loader, share in zip(self.loaders, self.shares))
+        return filled / sum(self.shares)

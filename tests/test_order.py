@@ -476,7 +476,7 @@ def test_a_run_on_a_mix_reports_each_source_apart(mix, folders, tokenizer_dir, t
     epochs = [30 * 8 * weight / size for weight, size in zip(WEIGHTS, sizes)]
     assert epochs[2] > 1  # the smallest source begins again while the others go on
     for name, share, size, read in zip(("web", "math", "code"), ("20", "10", "70"), sizes, epochs):
-        assert f"{name:<4}   {share}.00% of the tokens; {size:,} windows, {read:.2f} epochs" in printed
+        assert f"{name:<4}   {share}.00% of the windows; {size:,} of them, {read:.2f} epochs" in printed
     own = [rows[-1][f"val_loss/{name}"] for name in ("web", "math", "code")]
     assert rows[-1]["val_loss"] == pytest.approx(sum(w * x for w, x in zip(WEIGHTS, own)))
     assert f"val_loss/math {own[1]:.4f}" in printed

@@ -113,10 +113,10 @@ def test_the_ranks_together_read_a_mix_s_rows_each_once_with_all_its_targets(dat
         assert loader.count_tokens(rows) == sum(len(datasets[s][c][0]) for row in rows for s, c in row)
 
 
-def test_a_mix_is_as_full_as_its_sources_are(datasets):
-    loader = mixed_loader(datasets, (1, 1), 4, 0)
-    tokens = sum(int(dataset.offsets[-1]) for dataset in datasets)
-    assert loader.fill() == pytest.approx(tokens / (sum(loader.sizes) * T))
+def test_a_mix_is_as_full_as_the_rows_that_it_reads(datasets):
+    loader = mixed_loader(datasets, (1, 3), 4, 0)
+    one, other = (int(dataset.offsets[-1]) / (n * T) for dataset, n in zip(datasets, loader.sizes))
+    assert one != other and loader.fill() == pytest.approx((one + 3 * other) / 4)
 
 
 def test_without_weights_a_comma_joins_files_as_ever_and_a_list_has_a_value_for_each_or_one_for_all():
@@ -136,7 +136,7 @@ def test_without_weights_a_comma_joins_files_as_ever_and_a_list_has_a_value_for_
 def test_a_run_on_a_mix_reports_each_source_apart(base_run, chat_files, tmp_path, capsys):
     sft_gpt.main(mix_config(base_run, chat_files, tmp_path))
     printed, row = capsys.readouterr().out, read_records(tmp_path / "metrics.jsonl")[-1]
-    assert "  talk.jsonl    25.00% of the tokens; " in printed and "  facts.jsonl   75.00%" in printed
+    assert "  talk.jsonl    25.00% of the rows; " in printed and "  facts.jsonl   75.00%" in printed
     own = [row["val_loss/talk.jsonl"], row["val_loss/facts.jsonl"]]
     assert min(own) < row["val_loss"] < max(own) and 0 < row["val_accuracy"] < 1
     assert 0 < row["epochs/talk.jsonl"] < row["epochs/facts.jsonl"]
@@ -187,10 +187,33 @@ def test_a_source_of_weight_zero_is_validated_whole_and_changes_nothing_in_train
     assert before["val_loss/facts.jsonl"] == pytest.approx(loss / targets, rel=1e-4)
 
 
-def test_a_mix_of_fewer_rows_than_a_step_has_reads_several_epochs_in_it(datasets):
+def test_few_shapes_of_variable_length_batches_leave_little_room_empty(tmp_path, tokenizer):
+    words = [20] * 60 + [1] * 60  # those of one word meet in the last rows
+    rows = (
+        (
+            [{"role": "user", "content": f"{i}" + " a" * n}, {"role": "assistant", "content": f"{i}"}],
+            f"row {i}",
+        )
+        for i, n in enumerate(words)
+    )
+    sft.prepare_conversations(tmp_path, rows, tokenizer, max_length=T, val_fraction=0.2)
+    data, ranks = sft.SFTDataset(tmp_path / "train"), Ranks(0, 1, torch.device("cpu"), even_batches=True)
+    loader = PackedLoader(data, row_length=T, rows_per_step=8, seed=0, varlen=True)
+    sizes, counts = Counter(), []
+    for step in range(loader.steps_per_epoch):
+        for batch in loader.micro_batches(loader.step_rows(step), 4, ranks):
+            starts = batch["cu_seqlens"].diff()
+            sizes[len(starts)] += 1
+            counts.append(int((starts > 0).sum()))
+    assert len(sizes) <= 2 and max(counts) <= max(sizes)
+    assert sizes.most_common(1)[0][0] <= 3 * np.median(counts)
+
+
+def test_an_epoch_of_a_mix_has_the_rows_of_all_sources_and_a_step_no_more(datasets):
     few, many = (mixed_loader(datasets, (3, 1), rows, seed=0) for rows in (7, 500))
-    assert many.steps_per_epoch == sum(many.sizes) / 500 < 1
-    assert few.steps_per_epoch == -(-sum(few.sizes) // 7) > 1
+    rows = sum(few.sizes)
+    assert few.steps_per_epoch == rows / 7 and len(few.step_rows(3)) == few.rows_per_step == 7
+    assert many.steps_per_epoch == 1 and len(many.step_rows(3)) == many.rows_per_step == rows
 
 
 def test_a_killed_run_on_a_mix_ends_in_the_same_bytes_as_an_undisturbed_one(

@@ -61,7 +61,7 @@ def test_rehearsed_micro_batches_have_the_names_shapes_and_types_of_the_loaders(
         return {name: (tensor.shape, tensor.dtype) for name, tensor in batch.items()}
 
     sequences = B * rehearsal.SEQUENCES
-    loaded = packing.collate([[row]] * B, T, varlen=varlen, sequences=sequences if varlen else 0)
+    loaded = packing.collate([[row]] * B, T, varlen=varlen, sequences=[sequences] if varlen else [])
     loaded["noise"] = torch.zeros(B, T, shape.hidden_size)
     there = {"shape": shape, "device": ALONE.device}
     assert described(batch_of("rows", B, T, noisy=True, **there)) == described(loaded)
@@ -236,6 +236,12 @@ class TestPlan:
             elsewhere["problems"] == []
             and "on this machine the checkpoints, at most 1000000 of" in elsewhere["notes"][0]
         )
+
+    def test_a_number_of_gpus_that_cannot_be_leaves_the_others_rows(self):
+        done = run(ROOT / "plan.py", *SMALL.split(), "--gpus=1,2,1024")
+        assert [made["gpus"] for made in json.loads(done.stdout)] == [1, 2]
+        assert done.returncode == 1 and "1024 x h100 will fail: " in done.stderr
+        assert "fewer than the 1024 ranks" in done.stderr
 
     @pytest.mark.parametrize("shard", ["full", "hybrid"])
     def test_fsdp2_sends_the_bytes_counted_by_hand_among_8_64_and_512(self, shard):
