@@ -35,7 +35,7 @@ from tokenization import (
     CHAT_TEMPLATES,
     TURN_END,
     TURN_START,
-    encode,
+    after_special,
     encode_after_newline,
     tokenizer_fingerprint,
 )
@@ -100,8 +100,8 @@ def examples_in(messages: list[dict], tokenizer) -> list[list[dict]]:
 def render_batch(conversations: Sequence[list[dict]], tokenizer) -> list[tuple[list[int], list[int]]]:
     """render_chatml for many conversations at once, on all cores."""
     start, end = tokenizer.convert_tokens_to_ids([TURN_START, TURN_END])
-    *headers, newline = encode(tokenizer, [*(role + "\n" for role in ROLES), "\n"])
-    headers = dict(zip(ROLES, headers))
+    headers = {role: after_special(tokenizer, TURN_START, role + "\n") for role in ROLES}
+    newline = after_special(tokenizer, TURN_END, "\n")
     shown = [list(as_the_template_has_it(messages, tokenizer)) for messages in conversations]
     contents = iter(encode_after_newline(tokenizer, [content for turns in shown for _, content, _ in turns]))
     rendered = []
@@ -203,7 +203,9 @@ def row_length(max_length: int, context: int) -> int:
 
 # Raise one when rows come to be rendered otherwise. What was cached before is rendered again. A run
 # that began with another of the last two goes on with --force only.
-RENDERING = 2  # of all rows; 2: those with the roles tool and developer are no longer skipped
+# Of all rows. 2: those with the roles tool and developer are no longer skipped; 3: headers are encoded behind
+# their <|im_start|>, as the template's are.
+RENDERING = 3
 SPLIT_RENDERING = 2  # 2: an answer is whole if it fits without earlier turns
 PAIR_RENDERING = 2  # 2: a prompt comes before answers of several messages, too
 

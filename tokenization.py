@@ -114,12 +114,15 @@ def load_tokenizer(name: str | Path):
 
 def with_chatml(tokenizer):
     """Set a ChatML template, if it is none yet, and add the special tokens that a tokenizer lacks; `new_ids`
-    are their ids.
+    are their ids. No text begins with a token of its own (BOS) any more, as none is trained on here.
 
     Raises InputError if an added token would get the id of another, as when a vocabulary leaves ids out.
     """
-    from tokenizers import AddedToken
+    from tokenizers import AddedToken, processors
 
+    backend = tokenizer.backend_tokenizer
+    if backend.num_special_tokens_to_add(False):
+        backend.post_processor = processors.ByteLevel(trim_offsets=False)  # which adds nothing
     known = tokenizer.get_vocab()
     tokenizer.add_tokens(
         [AddedToken(t, special=True, normalized=False) for t in SPECIALS], special_tokens=True
@@ -189,6 +192,15 @@ def spelled_out(tokenizer, ids: Sequence[int], special: set[int]) -> list[int]:
             )
         result += spelling
     return result
+
+
+def after_special(tokenizer, special: str, text: str) -> list[int]:
+    """Ids of a template's own text behind one of its special tokens. There some tokenizers add no space, as
+    they do where a text begins."""
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()  # a tokenizer may have been saved with them
+    backend.no_padding()
+    return backend.encode(special + text, add_special_tokens=False).ids[1:]
 
 
 def encode_after_newline(tokenizer, texts: Sequence[str]) -> list[list[int]]:

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 from conftest import TEXTS, conversation, prepare, refused, text
 from properties import few, given, st
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import data
 import tokenization
+from sft import render_chatml
 from tokenization import (
     END,
     SPECIALS,
@@ -307,3 +308,25 @@ def test_a_text_after_a_newline_keeps_its_own_leading_newlines(kind):
     texts = ["\nthe", "\n\nthe", "\n", "the\n\nthe", ""]
     for text_, ids in zip(texts, encode_after_newline(tokenizer, texts)):
         assert backend.decode(ids, skip_special_tokens=False) == text_
+
+
+@pytest.mark.parametrize("scheme", ["first", "always", "never"])
+def test_headers_and_ends_are_the_template_s_where_a_tokenizer_begins_texts_with_a_space(scheme):
+    tokenizer = forging("Unigram with bytes")
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    messages = [{"role": "system", "content": "be"}, *conversation(3, turns=2)["messages"]]
+    headers = [{**message, "content": ""} for message in messages]
+    assert render_chatml(headers, tokenizer)[0] == tokenizer.apply_chat_template(headers, return_dict=False)
+    if scheme != "always":  # there no content gains a space, see encode_after_newline
+        ids = render_chatml(messages, tokenizer)[0]
+        assert ids == tokenizer.apply_chat_template(messages, return_dict=False)
+
+
+def test_no_text_begins_with_a_token_that_is_never_trained_on(tmp_path):
+    backend = Tokenizer.from_file(str(plain_tokenizer(tmp_path, "<s>") / "tokenizer.json"))
+    id = backend.token_to_id("<s>")
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", id)])
+    PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>").save_pretrained(tmp_path / "theirs")
+    assert AutoTokenizer.from_pretrained(tmp_path / "theirs")("the").input_ids == [id, 257]
+    load_tokenizer(tmp_path / "theirs").save_pretrained(tmp_path / "ours")
+    assert AutoTokenizer.from_pretrained(tmp_path / "ours")("the").input_ids == [257]
