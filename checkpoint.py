@@ -47,12 +47,17 @@ class Checkpoints:
         origin: str,
         keep_last: int,
         keep_every: int,
+        start: int = 0,
     ):
-        """`identity` and `settings` are what check_same_run compares; `origin` is a sentence for the card."""
+        """`identity` and `settings` are what check_same_run compares; `origin` is a sentence for the card;
+        `start` is the step of the checkpoint that the run goes on from."""
         self.out_dir, self.is_main = Path(out_dir), ranks.is_main
         self.tokenizer, self.identity = tokenizer, identity
         self.settings, self.origin = settings, origin
         self.keep_last, self.keep_every = keep_last, keep_every
+        # Later ones than `start` are damaged: else the run would go on from them.
+        self.damaged = [path for path in list_checkpoints(out_dir) if step_of(path) > start]
+        self.pinned: dict[str, dict | torch.Tensor] = {}  # host memory to which a GPU's numbers are copied
         self.thread, self.writing = ThreadPoolExecutor(1), Future()
         self.writing.set_result(None)
 
@@ -67,8 +72,8 @@ class Checkpoints:
         needed = checkpoint_bytes(optimizer) + SPARE
         self.wait()
         self.check_savable(step, model, needed)
-        weights = copy_to_host(model.stored_state(), keep=self.is_main)
-        moments = copy_to_host(state_by_name(model, optimizer), keep=self.is_main)
+        numbers = {"weights": model.stored_state(), "moments": state_by_name(model, optimizer)}
+        numbers = copy_to_host(numbers, self.pinned, keep=self.is_main)
         if own_numbers(model.lm_head.weight).is_cuda:
             torch.cuda.synchronize()
         if not self.is_main:
@@ -79,7 +84,8 @@ class Checkpoints:
             "config": self.settings,
             "history": history.state(),
             "wandb_id": metrics.wandb_id,
-            "optimizer": moments,
+            "origin": self.origin,
+            "optimizer": numbers["moments"],
         }
         card = model_card(
             self.out_dir.name,
@@ -92,7 +98,7 @@ class Checkpoints:
         )
 
         def write_files(folder: Path) -> None:
-            model.save_pretrained(folder, self.tokenizer, weights)
+            model.save_pretrained(folder, self.tokenizer, numbers["weights"])
             (folder / "README.md").write_text(card, encoding="utf-8")
             torch.save(state, folder / "training_state.pt")
 
@@ -146,18 +152,16 @@ class Checkpoints:
             shutil.rmtree(partial, ignore_errors=True)
             told = lacking_space(self.out_dir, needed)
             raise InputError(f"step {step} could not be saved ({one_line(error)}); {told}") from error
-        if final.exists():  # damaged, so that the run went on from an earlier one
+        if final in self.damaged:
             shutil.rmtree(final)
+            self.damaged.remove(final)
         partial.rename(final)
         sync_to_disk(self.out_dir)
-        self.delete_old(step)
+        self.delete_old()
 
-    def delete_old(self, step: int) -> None:
-        """Delete the checkpoints that are not kept any more.
-
-        Later steps are ignored: had they been whole, the run would have resumed from them.
-        """
-        earlier = [path for path in list_checkpoints(self.out_dir) if step_of(path) <= step]
+    def delete_old(self) -> None:
+        """Delete the checkpoints that are not kept any more. Damaged ones do not count, and stay."""
+        earlier = [path for path in list_checkpoints(self.out_dir) if path not in self.damaged]
         stay = kept(list(map(step_of, earlier)), keep_last=self.keep_last, keep_every=self.keep_every)
         for old in (path for path in earlier if step_of(path) not in stay):
             try:
@@ -234,20 +238,24 @@ def lacking_space(folder: Path, needed: int) -> InputError:
     )
 
 
-def copy_to_host(state: dict, *, keep: bool) -> dict:
+def copy_to_host(state: dict, pinned: dict, *, keep: bool) -> dict:
     """A copy in host memory of a state whose values are tensors or such states, or with `keep` false nothing.
 
-    All ranks ask together: a tensor that is split over them is put together, one after the other. From a GPU
-    the copies go to pinned memory, which torch keeps for the next time; synchronize before they are read.
+    All ranks ask together: a tensor that is split over them is put together, one after the other. A GPU's go
+    to `pinned` memory, which is made here at first and used again; synchronize before the copy is read.
     """
     copied = {}
     for name, value in state.items():
         if isinstance(value, dict):
-            copied[name] = copy_to_host(value, keep=keep)
+            copied[name] = copy_to_host(value, pinned.setdefault(name, {}), keep=keep)
         elif keep or isinstance(value, DTensor):
             tensor = whole(value.detach())
-            if keep:
-                copied[name] = tensor.to("cpu", copy=True, non_blocking=tensor.is_cuda)
+            if keep and tensor.is_cuda:
+                if name not in pinned:
+                    pinned[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+                copied[name] = pinned[name].copy_(tensor, non_blocking=True)
+            elif keep:
+                copied[name] = tensor.to("cpu", copy=True)
     return copied
 
 
@@ -270,8 +278,9 @@ def model_card(
     )
     measured = "## Losses\n\n" + "".join(f"- {line}\n" for line in losses)
     if scores:
-        asked = settings["eval_task_questions"] or "all"
-        measured += f"\n## Benchmarks\n\nZero-shot, on {asked} questions of each, chosen at random.\n\n"
+        most = settings["eval_task_questions"]
+        asked = f"at most {most} questions of each, chosen at random" if most else "all questions of each"
+        measured += f"\n## Benchmarks\n\nZero-shot, on {asked}.\n\n"
         measured += "".join(f"- {line}\n" for line in scores)
     return (
         f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n# {name}\n\n"

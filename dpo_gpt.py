@@ -139,7 +139,7 @@ def main(config: Config) -> None:
     ranks = join_ranks(config.device, config.out_dir, shard=config.shard, compile=config.compile)
 
     # The newest checkpoint of this run, if it was interrupted; else the model to start from.
-    base, content = ranks.from_main(lambda: starting_point(config.model, config.data))
+    base, content = ranks.from_main(lambda: starting_point(config.out_dir, config.model, config.data))
     content["rendering"] = PAIR_RENDERING
     lock, state, identity = lock_and_resume(
         asdict(config), asdict(Config()), fixed={"optimizer": config.optimizer}, content=content, ranks=ranks

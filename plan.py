@@ -15,6 +15,7 @@ T tokens in a window, in a row or in each of a pair's two answers.
 
 import json
 import math
+import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -81,15 +82,24 @@ CONFIGS = {pretrain_gpt: Pretraining, sft_gpt: FineTuning, dpo_gpt: Preferences}
 
 
 def main(config: Machines) -> None:
+    plans, refused = [], {}
     with fake_cuda.fake_cuda():
-        plans = [plan_of(config, gpus) for gpus in numbers_of(config.gpus)]
+        for gpus in numbers_of(config.gpus):
+            try:
+                plans.append(plan_of(config, gpus))
+            except InputError as error:
+                refused[gpus] = error
+    if not plans:
+        raise next(iter(refused.values()))
     if config.json:
         print(json.dumps(plans if len(plans) > 1 else plans[0], indent=2))
     elif len(plans) > 1:
         print_table(plans)
     else:
         print_plan(plans[0])
-    if any(plan["problems"] for plan in plans):
+    for gpus, error in refused.items():
+        print(f"{gpus} x {config.gpu} will fail: {error}", file=sys.stderr)
+    if refused or any(plan["problems"] for plan in plans):
         raise SystemExit(1)
 
 

@@ -243,7 +243,7 @@ def main(config: Config) -> None:
     asked = ranks.from_main(lambda: read_questions(config.eval_tasks, config.eval_task_questions))
 
     # Data: the tokenizer, and the windows of a step and of a validation, by source.
-    base, started_from = ranks.from_main(lambda: phase_start(config.init_from, flags))
+    base, started_from = ranks.from_main(lambda: phase_start(config.out_dir, config.init_from, flags))
     manifests = ranks.from_main(lambda: verified_manifests(config.data_dir, config.tokenizer))
     tokenizer = load_tokenizer(config.tokenizer or Path(sources[0].path) / "tokenizer")
     vocab_size, T = padded(vocabulary_size(tokenizer)), config.context_length

@@ -65,8 +65,9 @@ class Run:
         return self.facts.get("unit", "nats/token")
 
     def curve(self, name: str) -> list[tuple[float, float]]:
-        """(step, value) wherever a number was logged and finite."""
-        return [(row["step"], row[name]) for row in self.rows if isinstance(row.get(name), int | float)]
+        """(step, value) wherever a number was logged and finite, but for the losses of skipped steps."""
+        rows = [row for row in self.rows if name != "loss" or not row.get("skipped")]
+        return [(row["step"], row[name]) for row in rows if isinstance(row.get(name), int | float)]
 
     def evaluations(self) -> dict[str, list[tuple[float, float]]]:
         """The curve of each number that is not a step's own, in the order of first appearance."""
@@ -252,8 +253,7 @@ def summary(run: Run) -> dict[str, str]:
         ("val_loss", "validation loss", run.unit),
         ("val_bpb", "validation by bytes", "bits/byte"),
     ):
-        skipped = [row["step"] for row in run.rows if name == "loss" and row.get("skipped")]
-        if curve := [point for point in run.curve(name) if point[0] not in skipped]:
+        if curve := run.curve(name):
             told[title] = f"{curve[0][1]:.3f} → {curve[-1][1]:.3f} {unit}"
     if seconds := run.curve("seconds"):
         told["time of all steps"] = duration(sum(value for _, value in seconds))

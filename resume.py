@@ -175,7 +175,18 @@ def differences(old: dict, new: dict) -> list[str]:
     ]
 
 
-def starting_point(model: str, *data: str) -> tuple[str, dict]:
+def found_start(name: str, out_dir: str) -> str:
+    """The model that a run in out_dir starts from, as find_model finds it. Once the run has saved, the model
+    may be gone."""
+    try:
+        return str(find_model(name))
+    except InputError:
+        if list_checkpoints(out_dir):
+            return name
+        raise
+
+
+def starting_point(out_dir: str, model: str, *data: str) -> tuple[str, dict]:
     """Where a run starts: the model's directory or hub id, verified, and the content of model and data.
 
     The content has hashes of local files, None for what is of a hub or a package, or gone. Of several data
@@ -183,7 +194,7 @@ def starting_point(model: str, *data: str) -> tuple[str, dict]:
     that goes on keeps those it began with, see settle_commits.
     """
     hashes = [data_hash(name) for name in data]
-    path = str(find_model(model))
+    path = found_start(model, out_dir)
     content = {
         "model": os.path.normpath(model),
         "data_files": hashes[0] if len(data) == 1 else [found or name for found, name in zip(hashes, data)],
@@ -226,13 +237,13 @@ def weight_hashes(folder: Path) -> list[str]:
     ]
 
 
-def phase_start(init_from: str, flags: dict) -> tuple[str | None, dict]:
+def phase_start(out_dir: str, init_from: str, flags: dict) -> tuple[str | None, dict]:
     """Where a new phase starts: the model's directory or hub id, verified, and its content; None without a
     name. Raises InputError for flags that contradict a directory's config.json."""
     if not init_from:
         return None, {"init_from": None, "weights": None}
-    path = str(find_model(init_from))
-    if Path(path).is_dir():
+    path = found_start(init_from, out_dir)
+    if (Path(path) / "config.json").exists():
         check_shape(path, GPTConfig.from_hf(read_json(Path(path) / "config.json")), flags)
     return path, {"init_from": os.path.normpath(init_from), "weights": weights_of(path)}
 

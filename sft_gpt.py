@@ -231,7 +231,9 @@ def main(config: Config) -> None:
     asked = ranks.from_main(lambda: read_questions(config.eval_tasks, config.eval_task_questions))
 
     # The newest checkpoint of this run, if it was interrupted; else the model to start from.
-    base, content = ranks.from_main(lambda: starting_point(config.model, *[part.data for part in parts]))
+    base, content = ranks.from_main(
+        lambda: starting_point(config.out_dir, config.model, *[part.data for part in parts])
+    )
     content |= {"shares": shares} if len(parts) > 1 else {}
     content |= {"rendering": SPLIT_RENDERING} if config.overlong == "split" else {}
     lock, state, identity = lock_and_resume(
@@ -250,7 +252,7 @@ def main(config: Config) -> None:
     folders, reports = zip(
         *(prepare(part, tokenizer, T=T, files=found, ranks=ranks) for part, found in zip(parts, files))
     )
-    varlen = has_varlen(ranks.device, model.config.head_dim)
+    varlen = has_varlen(ranks.device, model.config.head_dim, ranks.dtype)
 
     def loader(number: int, split: str, seed: int) -> PackedLoader:
         data = SFTDataset(folders[number] / split)
@@ -274,6 +276,7 @@ def main(config: Config) -> None:
     questions = [question for some, n in zip(held_out, wanted) for question in some[:n]]
     questions = questions[: config.eval_questions]
     max_steps = config.max_steps or math.ceil(config.epochs * train.steps_per_epoch)
+    step_tokens = round(train.rows_per_step * T * train.fill())  # on average
 
     # Optimizer, new or from the checkpoint.
     optimizer = make_optimizer(
@@ -290,7 +293,7 @@ def main(config: Config) -> None:
     ranks.print(
         f"{model.num_parameters():,} parameters; {sum(reports[i]['train'] for i in trained):,} "
         f"conversations in {sum(train.sizes):,} rows of {T} tokens, {100 * train.fill():.1f}% filled; "
-        f"{max_steps} steps of {train.rows_per_step * T:,.0f} tokens, "
+        f"{max_steps} steps of {step_tokens:,} tokens, "
         f"{max_steps / train.steps_per_epoch:.2f} epochs; {ranks.world} x {ranks.device}, {ranks.precision}"
     )
     for line in mix_report(names, weights, sizes, read=max_steps * train.rows_per_step, unit="rows"):
@@ -306,7 +309,7 @@ def main(config: Config) -> None:
         asdict(config),
         start=start,
         max_steps=max_steps,
-        step_tokens=round(train.rows_per_step * T),
+        step_tokens=step_tokens,
         tokenizer=tokenizer,
         identity=identity,
         origin=f"Fine-tuned from {told_name(config.model)} on {told_sources(sources, weights)}.",

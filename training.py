@@ -107,6 +107,9 @@ def open_records(
             f"{state['path']} is at step {start} already, beyond the last one, {max_steps}; give more steps, "
             f"or another --out_dir"
         )
+    named = ("model", "data", "init_from", "data_dir")
+    if state and all(state["config"].get(name) == settings.get(name) for name in named):
+        origin = state.get("origin", origin)  # what it names may be gone
     gc.freeze()
     gc.disable()
     history = StepHistory(settings["spike_sigma"], ranks, state=state, read_all=pauses(settings, max_steps))
@@ -133,6 +136,7 @@ def open_records(
         origin=origin,
         keep_last=settings["keep_last"],
         keep_every=settings["keep_every"],
+        start=start,
     )
     profiler = Profiler(settings["profile"], settings["out_dir"], ranks)
     return history, metrics, checkpoints, StopSignals(), profiler

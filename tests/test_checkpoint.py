@@ -135,6 +135,11 @@ def test_a_written_checkpoint_has_the_bytes_that_its_shape_tells(optimizer, tied
     assert written > 10e6 and told == pytest.approx(written, rel=0.01)
 
 
+def written(out_dir, keep_every: int = 0, **rules) -> Checkpoints:
+    about = {"tokenizer": None, "identity": {}, "settings": {}, "origin": ""}
+    return Checkpoints(out_dir, ALONE, **about, keep_every=keep_every, **rules)
+
+
 @pytest.mark.parametrize(
     "max_steps, keep_last, keep_every",
     [(20, 0, 0), (2, 3, 0), (19, 1, 0), (20, 2, 0), (24, 2, 6), (25, 3, 4)],
@@ -143,7 +148,7 @@ def test_the_most_checkpoints_are_those_that_lie_there_while_one_is_written(
     max_steps, keep_last, keep_every, tmp_path
 ):
     rules, held = {"keep_last": keep_last, "keep_every": keep_every}, []
-    checkpoints = Checkpoints(tmp_path, ALONE, tokenizer=None, identity={}, settings={}, origin="", **rules)
+    checkpoints = written(tmp_path, **rules)
 
     def write_files(folder):
         folder.mkdir()
@@ -260,11 +265,32 @@ def test_an_old_checkpoint_that_cannot_be_deleted_is_told_and_the_others_go(tmp_
         (tmp_path / f"step_{step:07d}").mkdir()
     (tmp_path / "step_0000002").symlink_to(tmp_path / "step_0000004")
     checkpoints = Checkpoints(
-        tmp_path, ALONE, tokenizer=None, identity={}, settings={}, origin="", keep_last=1, keep_every=0
+        tmp_path,
+        ALONE,
+        tokenizer=None,
+        identity={},
+        settings={},
+        origin="",
+        keep_last=1,
+        keep_every=0,
+        start=4,
     )
-    checkpoints.delete_old(4)
+    checkpoints.delete_old()
     assert [step_of(path) for path in list_checkpoints(tmp_path)] == [2, 4]
     assert f"warning: {tmp_path}/step_0000002 could not be deleted" in capsys.readouterr().err
+
+
+def test_a_damaged_checkpoint_takes_no_whole_one_s_place(tmp_path):
+    for step in (1, 2, 3):
+        (tmp_path / f"step_{step:07d}").mkdir()
+    checkpoints = written(tmp_path, keep_last=2, start=2)  # if step 3 were whole, the run would go on from it
+    found = []
+    for step in (3, 4, 5):
+        checkpoints.write(step, lambda folder: folder.mkdir(), 0)
+        found.append([step_of(path) for path in list_checkpoints(tmp_path)])
+        if step == 3:  # the damaged one was written anew
+            checkpoints.damaged.append(tmp_path / "step_0000003")
+    assert found == [[2, 3], [2, 3, 4], [3, 4, 5]]
 
 
 def test_cards_tell_a_stranger_what_a_model_was_made_from(base_run, tmp_path):

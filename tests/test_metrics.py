@@ -60,12 +60,26 @@ def test_wandb_needs_no_key_no_server_and_no_answer(monkeypatch, tmp_path, capsy
 
 
 def test_wandbs_run_id_outlives_a_time_without_wandb(tmp_path):
-    state = {"wandb_id": "abc", "path": "step"}
-    metrics = Metrics(
-        tmp_path, start=3, max_steps=6, step_tokens=256, log_every=1, ranks=ALONE, state=state, wandb="off"
+    state = {"wandb_id": "abc", "path": tmp_path / "step_0000003"}
+    log = recorder(tmp_path, start=3, state=state)
+    assert log.wandb_id == "abc"
+    log.close()
+
+
+def test_a_fork_has_the_rows_up_to_its_start_and_a_run_of_its_own_in_wandb(tmp_path):
+    (tmp_path / "first").mkdir()
+    (tmp_path / "fork").mkdir()
+    log = recorder(tmp_path / "first")
+    for step in range(6):
+        log.log(step, loss=1.0)
+    log.close()
+    log = recorder(
+        tmp_path / "fork", start=3, state={"wandb_id": "abc", "path": tmp_path / "first" / "step_3"}
     )
-    assert metrics.wandb_id == "abc"
-    metrics.close()
+    assert log.wandb_id is None
+    log.log(4, loss=2.0)
+    log.close()
+    assert [row["loss"] for row in read_records(log.path)] == [1.0, 1.0, 1.0, 1.0, 2.0]
 
 
 def recorder(out_dir, start: int = 0, **changes) -> Metrics:

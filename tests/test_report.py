@@ -162,12 +162,13 @@ def test_a_stopped_run_tells_the_command_that_goes_on(tmp_path):
     assert "torchrun --nproc_per_node=2 sft_gpt.py --lr=0.1" in Seen(page_of(folder)).texts
 
 
-def test_numbers_that_were_not_finite_are_left_out(tmp_path):
+def test_losses_of_skipped_steps_and_what_is_not_finite_are_left_out(tmp_path):
     folder = small_run(tmp_path / "a")
     with open(folder / "metrics.jsonl", "a") as file:
-        file.write('{"step": 3, "loss": null, "lr": 0.1, "skipped": "its loss is nan"}\n')
+        file.write('{"step": 3, "loss": 40.0, "lr": 0.1, "skipped": "its loss of 40.000 is a spike"}\n')
+        file.write('{"step": 4, "loss": null, "lr": 0.1, "skipped": "its loss is nan"}\n')
     text = "\n".join(Seen(page_of(folder)).texts)
-    assert "1, the last because its loss is nan" in text and Run.read(folder).curve("loss")[-1] == (2, 2.8)
+    assert "2, the last because its loss is nan" in text and Run.read(folder).curve("loss")[-1] == (2, 2.8)
 
 
 def test_a_report_that_fails_is_told_and_fails_no_run(tmp_path, capsys, monkeypatch):

@@ -54,6 +54,7 @@ def test_a_resumed_pretraining_equals_an_undisturbed_one_bit_for_bit(optimizer, 
     path = tmp_path / "straight" / "step_0000002"
     pretrain_gpt.main(pretrain_config(data_dir, tmp_path / "branch", optimizer=optimizer, resume=str(path)))
     assert weights(tmp_path / "branch", 6) == weights(tmp_path / "straight", 6)
+    assert losses(tmp_path / "branch") == losses(tmp_path / "straight")
 
 
 def test_a_resumed_fine_tuning_equals_an_undisturbed_one_bit_for_bit(base_run, chats, tmp_path):
@@ -170,6 +171,22 @@ def test_a_fine_tuning_run_is_another_when_its_model_or_data_change(base_run, ch
     pretrain_gpt.main(pretrain_config(data_dir, base, context_length=64, seed=1))
     with pytest.raises(InputError, match=r"with other settings \(weights"):
         sft_gpt.main(sft_config(base, data, tmp_path / "run"))
+
+
+@pytest.mark.parametrize("left", ["its checkpoints", "all of it"])
+def test_a_run_goes_on_when_the_model_it_began_with_was_deleted_and_still_tells_its_name(
+    left, base_run, chats, tmp_path
+):
+    base = shutil.copytree(base_run, tmp_path / "base")
+    config = sft_config(base, chats, tmp_path / "run")
+    sft_gpt.main(config)
+    before = weights(tmp_path / "run", 4)
+    shutil.rmtree(tmp_path / "run" / "step_0000004")
+    for folder in [base] if left == "all of it" else list(base.glob("step_*")):
+        shutil.rmtree(folder)
+    sft_gpt.main(config)
+    assert weights(tmp_path / "run", 4) == before
+    assert "\nFine-tuned from base on " in (tmp_path / "run" / "step_0000004" / "README.md").read_text()
 
 
 @pytest.fixture(scope="session")
