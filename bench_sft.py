@@ -131,7 +131,8 @@ def compare(config: Config, ranks: Ranks) -> None:
         prepare_conversations(folder / "data", places, tokenizer, max_length=T, val_fraction=VAL_FRACTION)
         model = model_of(config, ranks.device)
         model.save_pretrained(folder, tokenizer)
-        train, val = packed_loaders(config, folder / "data", has_varlen(ranks.device, model.config.head_dim))
+        varlen = has_varlen(ranks.device, model.config.head_dim, ranks.dtype)
+        train, val = packed_loaders(config, folder / "data", varlen)
         assert len(theirs) == len(train.dataset)
 
         def run(name: str, tune: Callable, trained) -> None:

@@ -55,7 +55,7 @@ class Checkpoints:
         self.tokenizer, self.identity = tokenizer, identity
         self.settings, self.origin = settings, origin
         self.keep_last, self.keep_every = keep_last, keep_every
-        # Later ones than `start` are damaged: else the run would go on from them.
+        # Those after `start` are damaged: else the run would go on from them. They take no whole one's place.
         self.damaged = [path for path in list_checkpoints(out_dir) if step_of(path) > start]
         self.pinned: dict[str, dict | torch.Tensor] = {}  # host memory to which a GPU's numbers are copied
         self.thread, self.writing = ThreadPoolExecutor(1), Future()
@@ -153,17 +153,20 @@ class Checkpoints:
             told = lacking_space(self.out_dir, needed)
             raise InputError(f"step {step} could not be saved ({one_line(error)}); {told}") from error
         if final in self.damaged:
-            shutil.rmtree(final)
             self.damaged.remove(final)
+            shutil.rmtree(final)
         partial.rename(final)
         sync_to_disk(self.out_dir)
         self.delete_old()
 
     def delete_old(self) -> None:
-        """Delete the checkpoints that are not kept any more. Damaged ones do not count, and stay."""
-        earlier = [path for path in list_checkpoints(self.out_dir) if path not in self.damaged]
-        stay = kept(list(map(step_of, earlier)), keep_last=self.keep_last, keep_every=self.keep_every)
-        for old in (path for path in earlier if step_of(path) not in stay):
+        """Delete the checkpoints that are not kept any more, and damaged ones before the newest that are."""
+        existing = list_checkpoints(self.out_dir)
+        steps = [step_of(path) for path in existing if path not in self.damaged]
+        stay = kept(steps, keep_last=self.keep_last, keep_every=self.keep_every)
+        oldest = stay[-self.keep_last :][0]  # of the newest
+        stay = {*stay, *(step for step in map(step_of, self.damaged) if step > oldest)}
+        for old in (path for path in existing if step_of(path) not in stay):
             try:
                 shutil.rmtree(old)
             except OSError as error:  # a link, or a file that NFS still holds

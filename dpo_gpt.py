@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-from checkpoint import open_model, told_name, too_many_bad_steps
+from checkpoint import find_model, open_model, told_name, too_many_bad_steps
 from common import RESUMABLE, InputError, cache_folder, fingerprint, run_script
 from distributed import Ranks, join_ranks
 from dpo import PreferenceModel, micro_batches, pairs_in, prepare_pairs, read_reference, reference_log_probs
@@ -188,7 +188,7 @@ def main(config: Config) -> None:
     if state and ranks.any(
         read_reference(paths["train"], train) is None or read_reference(paths["val"], val) is None
     ):
-        ranks.from_main(lambda: str(model_directory(base, commit=weights)))  # rank 0 downloads
+        ranks.from_main(lambda: str(model_directory(find_model(base), commit=weights)))  # rank 0 downloads
         opened, _ = open_model(model_directory(base, commit=weights), ranks)
         starting_model = PreferenceModel(opened, config.beta)
     train_reference, val_reference = (

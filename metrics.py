@@ -70,13 +70,16 @@ class Metrics:
         self.row, self.row_at, self.run = {}, 0, None  # the last row, and where in the file it begins
         self.points = {name: (array("q"), array("d")) for name in CURVES}
         self.scores = {}  # of benchmarks: the last of each, with its step
-        began_in = state["path"].parent if state else Path(out_dir)  # another run's folder, if this is a fork
-        forked = began_in.resolve() != Path(out_dir).resolve()
+        began_in = state["path"].resolve().parent if state else Path(out_dir)
+        forked = began_in.resolve() != Path(out_dir).resolve()  # begun from another run's checkpoint
         self.wandb_id = state["wandb_id"] if state and not forked else None  # kept while wandb is off
         self.seconds, self.steps, self.tokens = 0.0, 0, 0  # since the last report
         self.recorded = 0.0  # of these seconds, those that stand in a row already
         if ranks.is_main:  # at step 0 nothing was saved, and what stands there may be another run's
-            self.keep_rows(began_in, start or -1)
+            if forked and (began_in / self.path.name).exists():
+                for name in (self.path.name, "answers.jsonl", "samples.jsonl"):
+                    write_records(self.path.with_name(name), read_records(began_in / name))
+            self.keep_rows(start or -1)
         note = Path(out_dir) / "wandb_id"  # a run may die before its first checkpoint
         if running and self.wandb_id is None and note.exists() and self.noted_settings() == (settings or {}):
             self.wandb_id = note.read_text()
@@ -93,9 +96,9 @@ class Metrics:
             done = start >= max_steps
             ranks.print(f"{state['path']} is finished" if done else f"continuing from {state['path']}")
 
-    def keep_rows(self, folder: Path, start: int) -> None:
-        """Go on after a folder's rows up to a step; those of later steps are made again."""
-        rows = [row for row in read_records(folder / self.path.name) if row["step"] <= start]
+    def keep_rows(self, start: int) -> None:
+        """Go on after the rows up to a step; those of later steps are made again."""
+        rows = [row for row in read_records(self.path) if row["step"] <= start]
         write_records(self.path, rows)
         self.row_at = self.path.stat().st_size
         for row in rows:

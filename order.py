@@ -140,7 +140,7 @@ def parse_sources(
 ) -> list[Source]:
     """The sources that a flag names, with commas between them: all with a weight, or none.
 
-    A weight stands behind the last colon. Weights count tokens and need not sum to one. A source of weight 0
+    A weight stands behind the last colon. Weights count samples and need not sum to one. A source of weight 0
     is validated and never trained on. An entry that `exists` as a whole is a path without a weight.
     Raises InputError for an invalid weight, or if only some sources have one.
 

@@ -186,7 +186,7 @@ class MixedLoader(PackedLoader):
         self.sequences = tuple(map(max, zip(*(loader.sequences for loader in loaders))))
         self.sizes = [len(loader.rows) for loader in loaders]  # in an epoch
         self.rows_per_step = self.most_rows = min(rows_per_step, sum(self.sizes))
-        self.steps_per_epoch = sum(self.sizes) / self.rows_per_step
+        self.steps_per_epoch = -(-sum(self.sizes) // self.rows_per_step)
 
     def step_rows(self, step: int) -> list[list[tuple[int, int]]]:
         """The rows of a step's global batch, each a list of conversations."""

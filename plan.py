@@ -82,9 +82,9 @@ CONFIGS = {pretrain_gpt: Pretraining, sft_gpt: FineTuning, dpo_gpt: Preferences}
 
 
 def main(config: Machines) -> None:
-    plans, refused = [], {}
+    plans, refused, numbers = [], {}, numbers_of(config.gpus)
     with fake_cuda.fake_cuda():
-        for gpus in numbers_of(config.gpus):
+        for gpus in numbers:
             try:
                 plans.append(plan_of(config, gpus))
             except InputError as error:
@@ -92,8 +92,8 @@ def main(config: Machines) -> None:
     if not plans:
         raise next(iter(refused.values()))
     if config.json:
-        print(json.dumps(plans if len(plans) > 1 else plans[0], indent=2))
-    elif len(plans) > 1:
+        print(json.dumps(plans if len(numbers) > 1 else plans[0], indent=2))
+    elif len(numbers) > 1:
         print_table(plans)
     else:
         print_plan(plans[0])

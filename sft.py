@@ -36,6 +36,7 @@ from tokenization import (
     TURN_END,
     TURN_START,
     after_special,
+    encode,
     encode_after_newline,
     tokenizer_fingerprint,
 )
@@ -204,7 +205,7 @@ def row_length(max_length: int, context: int) -> int:
 # Raise one when rows come to be rendered otherwise. What was cached before is rendered again. A run
 # that began with another of the last two goes on with --force only.
 # Of all rows. 2: those with the roles tool and developer are no longer skipped; 3: headers are encoded behind
-# their <|im_start|>, as the template's are.
+# their <|im_start|>, as the template's are. It is 2 for a tokenizer to which that makes no difference.
 RENDERING = 3
 SPLIT_RENDERING = 2  # 2: an answer is whole if it fits without earlier turns
 PAIR_RENDERING = 2  # 2: a prompt comes before answers of several messages, too
@@ -213,7 +214,8 @@ PAIR_RENDERING = 2  # 2: a prompt comes before answers of several messages, too
 def cached_as(source: list, settings: list, tokenizer) -> str:
     """The name of a folder of rendered rows: a hash of all that decides what is in it."""
     rules = [tokenizer.chat_template, tokenizer_fingerprint(tokenizer)]
-    return f"data-{fingerprint([RENDERING, source, settings, rules])}"
+    same = encode(tokenizer, ["user\n"]) == [after_special(tokenizer, TURN_START, "user\n")]
+    return f"data-{fingerprint([2 if same else RENDERING, source, settings, rules])}"
 
 
 class SFTDataset:

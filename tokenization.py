@@ -122,7 +122,7 @@ def with_chatml(tokenizer):
 
     backend = tokenizer.backend_tokenizer
     if backend.num_special_tokens_to_add(False):
-        backend.post_processor = processors.ByteLevel(trim_offsets=False)  # which adds nothing
+        backend.post_processor = processors.TemplateProcessing(single="$A", pair="$A $B", special_tokens=[])
     known = tokenizer.get_vocab()
     tokenizer.add_tokens(
         [AddedToken(t, special=True, normalized=False) for t in SPECIALS], special_tokens=True
@@ -200,6 +200,7 @@ def after_special(tokenizer, special: str, text: str) -> list[int]:
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()  # a tokenizer may have been saved with them
     backend.no_padding()
+    backend.encode_special_tokens = False
     return backend.encode(special + text, add_special_tokens=False).ids[1:]
 
 

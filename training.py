@@ -107,8 +107,7 @@ def open_records(
             f"{state['path']} is at step {start} already, beyond the last one, {max_steps}; give more steps, "
             f"or another --out_dir"
         )
-    named = ("model", "data", "init_from", "data_dir")
-    if state and all(state["config"].get(name) == settings.get(name) for name in named):
+    if state and state["content"] == identity["content"]:
         origin = state.get("origin", origin)  # what it names may be gone
     gc.freeze()
     gc.disable()

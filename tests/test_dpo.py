@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import dpo_gpt
 import sft
+from checkpoint import newest_checkpoint
 from common import IGNORE, InputError, read_records
 from distributed import Ranks
 from dpo import (
@@ -324,6 +325,22 @@ def test_a_tuning_goes_on_when_its_starting_model_is_gone(base_run, preferences,
         shutil.rmtree(tmp_path / "run" / "step_0000004")
         dpo_gpt.main(dpo_config(base, data, tmp_path / "run"))
         assert weights(tmp_path / "run", 4) == weights(tmp_path / "straight", 4)
+
+
+def test_a_lost_reference_is_not_computed_from_damaged_weights(base_run, preferences, tmp_path):
+    base = shutil.copytree(newest_checkpoint(base_run), tmp_path / "base")
+    config = dpo_config(base, preferences, tmp_path / "run")
+    dpo_gpt.main(config)
+    shutil.rmtree(tmp_path / "run" / "step_0000004")
+    written = (base / "model.safetensors").read_bytes()
+    (base / "model.safetensors").write_bytes(written[:-1] + bytes([written[-1] ^ 1]))
+    for path in (tmp_path / "run").glob("data-*/reference-*.npy"):
+        path.rename(path.with_suffix(".kept"))
+    with pytest.raises(InputError, match=r"model.safetensors is not what was saved"):
+        dpo_gpt.main(config)
+    for path in (tmp_path / "run").glob("data-*/reference-*.kept"):
+        path.rename(path.with_suffix(".npy"))
+    dpo_gpt.main(config)  # which needs no starting model
 
 
 def test_mistakes_in_a_tuning_run_are_told(base_run, preferences, tmp_path):

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import metrics
-from common import InputError, read_json, read_records
+from common import InputError, read_json, read_records, write_records
 from distributed import Ranks
 from gpt import GPTConfig
 from metrics import Metrics, Profiler, flops_per_token, mean_context, peak_memory, start_wandb
@@ -67,19 +67,29 @@ def test_wandbs_run_id_outlives_a_time_without_wandb(tmp_path):
 
 
 def test_a_fork_has_the_rows_up_to_its_start_and_a_run_of_its_own_in_wandb(tmp_path):
-    (tmp_path / "first").mkdir()
-    (tmp_path / "fork").mkdir()
-    log = recorder(tmp_path / "first")
+    first, fork = tmp_path / "first", tmp_path / "fork"
+    (first / "step_0000003").mkdir(parents=True)
+    fork.mkdir()
+    log = recorder(first)
     for step in range(6):
         log.log(step, loss=1.0)
     log.close()
-    log = recorder(
-        tmp_path / "fork", start=3, state={"wandb_id": "abc", "path": tmp_path / "first" / "step_3"}
-    )
+    write_records(first / "answers.jsonl", [{"step": 0, "question": "a", "answer": "b", "stopped": True}])
+    state = {"wandb_id": "abc", "path": first / "step_0000003"}
+    log = recorder(fork, start=3, state=state)
     assert log.wandb_id is None
     log.log(4, loss=2.0)
     log.close()
     assert [row["loss"] for row in read_records(log.path)] == [1.0, 1.0, 1.0, 1.0, 2.0]
+    assert read_records(fork / "answers.jsonl") == read_records(first / "answers.jsonl")
+    # A link into the run's own folder is no fork, and without the other's rows a run keeps its own.
+    (tmp_path / "latest").symlink_to(first / "step_0000003")
+    log = recorder(first, start=3, state=state | {"path": tmp_path / "latest"})
+    assert log.wandb_id == "abc" and len(read_records(log.path)) == 4
+    log.close()
+    log = recorder(first, start=2, state=state | {"path": tmp_path / "backup" / "step_0000002"})
+    assert len(read_records(log.path)) == 3
+    log.close()
 
 
 def recorder(out_dir, start: int = 0, **changes) -> Metrics:

@@ -212,7 +212,7 @@ def test_few_shapes_of_variable_length_batches_leave_little_room_empty(tmp_path,
 def test_an_epoch_of_a_mix_has_the_rows_of_all_sources_and_a_step_no_more(datasets):
     few, many = (mixed_loader(datasets, (3, 1), rows, seed=0) for rows in (7, 500))
     rows = sum(few.sizes)
-    assert few.steps_per_epoch == rows / 7 and len(few.step_rows(3)) == few.rows_per_step == 7
+    assert few.steps_per_epoch == -(-rows // 7) and len(few.step_rows(3)) == few.rows_per_step == 7
     assert many.steps_per_epoch == 1 and len(many.step_rows(3)) == many.rows_per_step == rows
 
 

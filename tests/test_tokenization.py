@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import data
+import sft
 import tokenization
 from sft import render_chatml
 from tokenization import (
@@ -311,15 +312,21 @@ def test_a_text_after_a_newline_keeps_its_own_leading_newlines(kind):
 
 
 @pytest.mark.parametrize("scheme", ["first", "always", "never"])
-def test_headers_and_ends_are_the_template_s_where_a_tokenizer_begins_texts_with_a_space(scheme):
+def test_headers_and_ends_are_the_template_s_where_a_tokenizer_begins_texts_with_a_space(scheme, monkeypatch):
     tokenizer = forging("Unigram with bytes")
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
     messages = [{"role": "system", "content": "be"}, *conversation(3, turns=2)["messages"]]
     headers = [{**message, "content": ""} for message in messages]
-    assert render_chatml(headers, tokenizer)[0] == tokenizer.apply_chat_template(headers, return_dict=False)
+    tokenizer.backend_tokenizer.encode_special_tokens = True  # as others may have left it
+    rendered = render_chatml(headers, tokenizer)[0]
+    assert rendered == tokenizer.apply_chat_template(headers, return_dict=False)
     if scheme != "always":  # there no content gains a space, see encode_after_newline
         ids = render_chatml(messages, tokenizer)[0]
         assert ids == tokenizer.apply_chat_template(messages, return_dict=False)
+    # Rows in the cache that were rendered otherwise are not taken; all others are.
+    name = sft.cached_as(["files"], [64], tokenizer)
+    monkeypatch.setattr(sft, "RENDERING", 9)
+    assert (sft.cached_as(["files"], [64], tokenizer) != name) == (scheme == "first")
 
 
 def test_no_text_begins_with_a_token_that_is_never_trained_on(tmp_path):
