@@ -70,15 +70,17 @@ class Metrics:
         self.row, self.row_at, self.run = {}, 0, None  # the last row, and where in the file it begins
         self.points = {name: (array("q"), array("d")) for name in CURVES}
         self.scores = {}  # of benchmarks: the last of each, with its step
-        began_in = state["path"].resolve().parent if state else Path(out_dir)
-        forked = began_in.resolve() != Path(out_dir).resolve()  # begun from another run's checkpoint
+        own = Path(out_dir).resolve()
+        parent = state["path"].resolve().parent if state else own
+        forked = parent != own  # begun from another run's checkpoint
         self.wandb_id = state["wandb_id"] if state and not forked else None  # kept while wandb is off
         self.seconds, self.steps, self.tokens = 0.0, 0, 0  # since the last report
         self.recorded = 0.0  # of these seconds, those that stand in a row already
         if ranks.is_main:  # at step 0 nothing was saved, and what stands there may be another run's
-            if forked and (began_in / self.path.name).exists():
-                for name in (self.path.name, "answers.jsonl", "samples.jsonl"):
-                    write_records(self.path.with_name(name), read_records(began_in / name))
+            for name in (self.path.name, "answers.jsonl", "samples.jsonl"):
+                if forked and (parent / name).exists():
+                    rows = [row for row in read_records(parent / name) if row["step"] <= start]
+                    write_records(own / name, rows)
             self.keep_rows(start or -1)
         note = Path(out_dir) / "wandb_id"  # a run may die before its first checkpoint
         if running and self.wandb_id is None and note.exists() and self.noted_settings() == (settings or {}):

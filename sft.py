@@ -204,9 +204,7 @@ def row_length(max_length: int, context: int) -> int:
 
 # Raise one when rows come to be rendered otherwise. What was cached before is rendered again. A run
 # that began with another of the last two goes on with --force only.
-# Of all rows. 2: those with the roles tool and developer are no longer skipped; 3: headers are encoded behind
-# their <|im_start|>, as the template's are. It is 2 for a tokenizer to which that makes no difference.
-RENDERING = 3
+RENDERING = 2  # of all rows; 2: those with the roles tool and developer are no longer skipped
 SPLIT_RENDERING = 2  # 2: an answer is whole if it fits without earlier turns
 PAIR_RENDERING = 2  # 2: a prompt comes before answers of several messages, too
 
@@ -214,8 +212,10 @@ PAIR_RENDERING = 2  # 2: a prompt comes before answers of several messages, too
 def cached_as(source: list, settings: list, tokenizer) -> str:
     """The name of a folder of rendered rows: a hash of all that decides what is in it."""
     rules = [tokenizer.chat_template, tokenizer_fingerprint(tokenizer)]
-    same = encode(tokenizer, ["user\n"]) == [after_special(tokenizer, TURN_START, "user\n")]
-    return f"data-{fingerprint([2 if same else RENDERING, source, settings, rules])}"
+    header = after_special(tokenizer, TURN_START, "user\n")
+    if [header] != encode(tokenizer, ["user\n"]):  # as which headers were encoded before
+        rules.append(header)
+    return f"data-{fingerprint([RENDERING, source, settings, rules])}"
 
 
 class SFTDataset:

@@ -31,7 +31,7 @@ def shard_model(model: nn.Module, ranks: Ranks) -> nn.Module:
         local = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world))
         shape, names = (ranks.world // local, local), ("replicate", "shard")
     mesh = init_device_mesh(ranks.device.type, shape, mesh_dim_names=names)
-    if ranks.shard == "hybrid" and dist.get_backend() == "nccl":  # new groups have ten minutes
+    if ranks.shard == "hybrid" and dist.get_backend() == "nccl":  # whose new groups have ten minutes
         for name in names:
             dist.distributed_c10d._set_pg_timeout(TIMEOUT, mesh.get_group(name))
     compute = None if ranks.dtype == torch.float32 else ranks.dtype

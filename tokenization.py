@@ -195,8 +195,8 @@ def spelled_out(tokenizer, ids: Sequence[int], special: set[int]) -> list[int]:
 
 
 def after_special(tokenizer, special: str, text: str) -> list[int]:
-    """Ids of a template's own text behind one of its special tokens. There some tokenizers add no space, as
-    they do where a text begins."""
+    """Ids of a template's own text behind one of its special tokens. Some tokenizers put a space before a
+    text, but none there."""
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()  # a tokenizer may have been saved with them
     backend.no_padding()

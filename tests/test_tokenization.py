@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 import data
 import sft
 import tokenization
+from common import fingerprint
 from sft import render_chatml
 from tokenization import (
     END,
@@ -22,6 +23,7 @@ from tokenization import (
     encode,
     encode_after_newline,
     load_tokenizer,
+    tokenizer_fingerprint,
     vocabulary_size,
     with_chatml,
 )
@@ -312,7 +314,7 @@ def test_a_text_after_a_newline_keeps_its_own_leading_newlines(kind):
 
 
 @pytest.mark.parametrize("scheme", ["first", "always", "never"])
-def test_headers_and_ends_are_the_template_s_where_a_tokenizer_begins_texts_with_a_space(scheme, monkeypatch):
+def test_headers_and_ends_are_the_template_s_where_a_tokenizer_begins_texts_with_a_space(scheme):
     tokenizer = forging("Unigram with bytes")
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
     messages = [{"role": "system", "content": "be"}, *conversation(3, turns=2)["messages"]]
@@ -323,10 +325,10 @@ def test_headers_and_ends_are_the_template_s_where_a_tokenizer_begins_texts_with
     if scheme != "always":  # there no content gains a space, see encode_after_newline
         ids = render_chatml(messages, tokenizer)[0]
         assert ids == tokenizer.apply_chat_template(messages, return_dict=False)
-    # Rows in the cache that were rendered otherwise are not taken; all others are.
-    name = sft.cached_as(["files"], [64], tokenizer)
-    monkeypatch.setattr(sft, "RENDERING", 9)
-    assert (sft.cached_as(["files"], [64], tokenizer) != name) == (scheme == "first")
+    # Rows that were cached when headers were encoded as text are taken where that made no difference.
+    rules = [tokenizer.chat_template, tokenizer_fingerprint(tokenizer)]
+    before = f"data-{fingerprint([sft.RENDERING, ['files'], [64], rules])}"
+    assert (sft.cached_as(["files"], [64], tokenizer) != before) == (scheme == "first")
 
 
 def test_no_text_begins_with_a_token_that_is_never_trained_on(tmp_path):
