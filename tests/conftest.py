@@ -30,6 +30,8 @@ for name in [*os.environ]:
 # One thread: these models are so small that threads cost more than they give.
 os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="disabled", OMP_NUM_THREADS="1")
 torch.set_num_threads(1)
+# A script's background job ignores Ctrl-C, and so would all that it starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).parent.parent
 if os.environ.get("TYPES"):  # each call in this process is checked against the annotations
