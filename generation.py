@@ -316,5 +316,5 @@ def sample(
         probs[probs.cumsum(-1) - probs >= top_p] = 0  # the more likely ones reach top_p without this one
     sums = probs.cumsum(-1)
     passed = (sums <= noise[:, None] * sums[:, -1:]).sum(-1)
-    last = (probs > 0).sum(-1) - 1  # where rounding would lead past it
+    last = ((probs > 0).sum(-1) - 1).clamp(min=0)  # where rounding would lead past it; of NaN none is > 0
     return order.gather(1, torch.minimum(passed, last)[:, None])[:, 0]

@@ -245,7 +245,7 @@ def load_weights(model: nn.Module, path: Path, *, expected: dict[str, torch.Tens
 
     `expected` are the names and shapes that the files must hold. place(tensor, parameter) brings a tensor to
     where the parameter is to be, or a rank's part of it. Raises InputError for a tensor that is missing,
-    unknown, or of another shape or type, and for a head of its own that config.json calls tied.
+    unknown, not finite, or of another shape or type, and for a head of its own that config.json calls tied.
     """
     # Old files also store what follows from config.json: rotary frequencies, and the head of a tied model.
     derived = () if "lm_head.weight" in expected else ("lm_head.weight",)
@@ -271,6 +271,8 @@ def load_weights(model: nn.Module, path: Path, *, expected: dict[str, torch.Tens
         owner, _, attribute = name.rpartition(".")
         module = model.get_submodule(owner)
         whole = tensor.to(torch.float32, copy=True)  # the file's pages are not kept
+        if not whole.isfinite().all():
+            raise InputError(f"{path} holds NaN or infinity in {name}; copy or download it again")
         setattr(module, attribute, nn.Parameter(place(whole, getattr(module, attribute))))
         del missing[name]
     if missing:
@@ -301,9 +303,14 @@ def write_model(path: str | Path, *, config: dict, weights: dict[str, torch.Tens
         generation = json.dumps(ids | {"do_sample": False}, indent=2)
         (path / "generation_config.json").write_text(generation + "\n", encoding="utf-8")
         tokenizer.save_pretrained(path)
-        # transformers 5 writes a class name that transformers 4 does not know; both know this one.
+        # transformers 5 writes a class name and a list of special tokens that transformers 4 does not know.
+        # Both know this class, with which 4 also makes token_type_ids unless told otherwise, and the list's
+        # older name.
         file = path / "tokenizer_config.json"
         settings = read_json(file) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+        settings["model_input_names"] = ["input_ids", "attention_mask"]
+        if isinstance(settings.get("extra_special_tokens"), list):
+            settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
         file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     (path / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     for file in path.glob("*.safetensors"):  # written for their owner alone

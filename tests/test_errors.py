@@ -125,18 +125,24 @@ def test_a_head_of_odd_size_and_a_text_beyond_the_context_are_refused():
     refused("65 tokens are more than the context of 64", small_model(), torch.zeros(1, 65, dtype=torch.long))
 
 
-@pytest.mark.parametrize("kind", ["lacking", "whole numbers"])
-def test_weight_files_without_a_tensor_or_with_whole_numbers_are_refused(kind, tmp_path):
+@pytest.mark.parametrize("kind", ["lacking", "whole numbers", "not finite"])
+def test_weight_files_without_a_tensor_or_with_numbers_of_no_use_are_refused(kind, tmp_path):
     small_model().save_pretrained(tmp_path)
     path, name = tmp_path / "model.safetensors", "model.norm.weight"
     weights = load_file(path)
-    weights[name] = weights[name].long()
     if kind == "lacking":
         del weights[name]
+    elif kind == "not finite":
+        weights[name][1] = torch.nan
+    else:
+        weights[name] = weights[name].long()
     save_file(weights, path)
-    lacking = f"lacks 1 tensors that config.json asks for, as {name}; copy or download them again"
-    whole = f"holds {name} as torch.int64; supported: float32"
-    refused(lacking if kind == "lacking" else whole, GPTModel.from_pretrained, tmp_path)
+    told = {
+        "lacking": f"lacks 1 tensors that config.json asks for, as {name}; copy or download them again",
+        "whole numbers": f"holds {name} as torch.int64; supported: float32",
+        "not finite": f"holds NaN or infinity in {name}; copy or download it again",
+    }
+    refused(told[kind], GPTModel.from_pretrained, tmp_path)
 
 
 def test_a_source_without_text_and_one_that_changed_are_refused_when_processes_divide_it(

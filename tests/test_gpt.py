@@ -319,6 +319,11 @@ def test_sample_draws_each_id_as_often_as_its_probability_says():
         torch.testing.assert_close(drawn, expected, atol=0.015, rtol=0)
 
 
+def test_sample_of_logits_that_are_nan_is_an_id():
+    drawn = sample(torch.full((2, 5), torch.nan), torch.tensor([0.0, 0.9]), temperature=1.0, top_k=3)
+    assert all(0 <= id < 5 for id in drawn.tolist())
+
+
 def test_a_shape_that_does_not_divide_is_refused():
     with pytest.raises(InputError, match="hidden_size 100 is not divisible by num_attention_heads 8"):
         GPTConfig(hidden_size=100)

@@ -28,9 +28,9 @@ import chat
 import huggingface
 import sft_gpt
 from checkpoint import open_model
-from common import InputError
+from common import InputError, read_json
 from gpt import GPTConfig, GPTModel
-from tokenization import SPECIALS
+from tokenization import SPECIALS, load_tokenizer
 
 
 @pytest.mark.parametrize("switches", SWITCHES, ids=str)
@@ -427,6 +427,20 @@ def test_trained_rows_of_chatml_tokens_stay_whether_or_not_the_tokenizer_marks_t
     assert tokenizer.convert_tokens_to_ids(list(SPECIALS)) == [301, 302, 303]
     for name, tensor in theirs.state_dict().items():
         assert torch.equal(model.state_dict()[name], tensor), name
+
+
+def test_a_tokenizer_with_more_specials_is_written_as_transformers_4_reads_it(plain_tokenizer, tmp_path):
+    """4.57 ends at a list under extra_special_tokens, and would make token_type_ids, which no model takes."""
+    known = copy.deepcopy(plain_tokenizer)
+    known.add_special_tokens({"additional_special_tokens": ["<|file|>", "<|repo|>"]})
+    known.save_pretrained(tmp_path / "theirs")
+    small_model(vocab_size=320).save_pretrained(tmp_path / "model", load_tokenizer(tmp_path / "theirs"))
+    written = read_json(tmp_path / "model/tokenizer_config.json")
+    assert not isinstance(written.get("extra_special_tokens"), list)
+    assert written["additional_special_tokens"] == ["<|file|>", "<|repo|>"]
+    assert written["model_input_names"] == ["input_ids", "attention_mask"]
+    again = AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert {"<|file|>", "<|repo|>"} <= set(again.all_special_tokens)
 
 
 def test_the_shapes_fields_are_those_of_the_model():
