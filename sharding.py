@@ -50,8 +50,7 @@ def wrap(model: nn.Module, ranks: Ranks, compile: str) -> nn.Module:
     # Gradients are sent block by block as it is. DDP would have each block cut in two before down_proj, and
     # what passes the cut is kept for the backward pass.
     torch._dynamo.config.optimize_ddp = False
-    if wanted:
-        model.compile_blocks()
+    module = model
     if ranks.world > 1 and not ranks.sharded:
         module = nn.parallel.DistributedDataParallel(
             model,
@@ -59,8 +58,15 @@ def wrap(model: nn.Module, ranks: Ranks, compile: str) -> nn.Module:
             gradient_as_bucket_view=True,
         )
         module.broadcast_buffers = False  # the argument has another name since torch 2.13
-        return module
-    return model
+    if ranks.world > 2 and not ranks.sharded and ranks.device.type == "cpu":
+        # DDP arranges its buckets anew after its first backward pass. In which order three ranks and more
+        # are added follows from the buckets. So a run and its continuation both begin with an empty pass.
+        ids = torch.zeros(2, 2, dtype=torch.long)
+        (module(ids, ids).sum() * 0).backward()
+        model.zero_grad(set_to_none=True)
+    if wanted:
+        model.compile_blocks()
+    return module
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:

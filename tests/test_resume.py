@@ -435,7 +435,9 @@ def scratch(data: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "world, shard", [(1, "none"), (2, "none"), (2, "full")], ids=["one rank", "two ranks", "split over two"]
+    "world, shard",
+    [(1, "none"), (2, "none"), (3, "none"), (2, "full")],
+    ids=["one rank", "two ranks", "three ranks", "split over two"],
 )
 def test_a_killed_phase_ends_in_the_same_bytes_as_an_undisturbed_one(
     world, shard, base_run, other_data, tmp_path, fresh
