@@ -179,7 +179,9 @@ class MultiHeadAttention(nn.Module):
             y = varlen_attention(q, k, v, inputs.cu_seqlens)
             return self.o_proj(y.reshape(B, T, -1))
         mask = inputs.mask
-        if mask is not None and T > 1 and k.size(1) != q.size(1):  # no fused kernel takes a mask and groups
+        # No fused kernel takes fewer key heads together with a mask or, on a GPU, with fp32.
+        unfused = mask is not None or (x.is_cuda and x.dtype == torch.float32)
+        if unfused and T > 1 and k.size(1) != q.size(1):
             k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.size(1) != k.size(1)

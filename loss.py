@@ -29,6 +29,21 @@ def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return (a @ b).float()
 
 
+class DifferentiableProduct(torch.autograd.Function):
+    """a bᵀ by product, for whose fp32 sums of bf16 factors torch has no derivative."""
+
+    @staticmethod
+    def forward(ctx, a, b):
+        ctx.save_for_backward(a, b)
+        return product(a, b.T)
+
+    @staticmethod
+    def backward(ctx, grad):
+        a, b = ctx.saved_tensors
+        grad = grad.to(a.dtype)
+        return grad @ b, grad.T @ a
+
+
 def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
     """Add a matrix product to an fp32 total. A GPU adds bf16 factors' product in the kernel that makes it."""
     if total.is_cuda and a.dtype != torch.float32:
@@ -127,7 +142,7 @@ def token_losses(
     rows = (y != IGNORE).nonzero()[:, 0] if kind == "cpu" else torch.arange(len(y), device=x.device)
 
     def chunk(x, weight, y):
-        logits = (x @ weight.to(x.dtype).T).float()
+        logits = DifferentiableProduct.apply(x, weight.to(x.dtype))
         return F.cross_entropy(logits, y, reduction="none", ignore_index=IGNORE), logits.argmax(1) == y
 
     losses = torch.zeros(y.shape, device=x.device)

@@ -25,6 +25,7 @@ if __name__ == "__main__":
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensor  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
@@ -292,6 +293,24 @@ def compiles(script: str) -> dict:
                 forward_backward(module, batches, targets=targets, max_grad_norm=1.0, ranks=ranks)
             found[name] = found.get(name, 0) + counter.frame_count - before
         return found
+
+
+def heads() -> dict:
+    """How many query and key heads reach a kernel, by the type of matrix products."""
+    found, real = {}, F.scaled_dot_product_attention
+    with fake_cuda():
+        model = fake_model(num_key_value_heads=2)
+        ids = torch.zeros(2, 8, dtype=torch.long, device="cuda")
+        for dtype in (torch.float32, torch.bfloat16):
+
+            def noted(q, k, v, dtype=dtype, **options):
+                found[str(dtype)] = [q.size(1), k.size(1), v.size(1)]
+                return real(q, k, v, **options)
+
+            F.scaled_dot_product_attention = noted
+            with torch.autocast("cuda", torch.bfloat16, enabled=dtype == torch.bfloat16):
+                model(ids)
+    return found
 
 
 if __name__ == "__main__":

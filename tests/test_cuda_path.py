@@ -45,6 +45,7 @@ def test_products_are_bf16_and_loss_norms_and_optimizer_state_fp32(step):
     if step["script"] != "dpo":  # two micro-batches, each with one chunk of logits and one of head gradients
         assert step["products"]["step: bfloat16 bfloat16 float32 at loss.py:product"] == 2
         assert step["products"]["step: bfloat16 bfloat16 float32 at loss.py:add_product"] == 2
+    assert step["products"]["evaluation: bfloat16 bfloat16 float32 at loss.py:product"] >= 1
 
 
 def test_nothing_is_on_the_wrong_device(step):
@@ -122,3 +123,7 @@ def test_one_graph_serves_all_blocks_and_nothing_is_compiled_later(script):
     assert found["first step"] == (2 if script == "dpo" else 3)  # block, last norm, head's softmax
     assert found["evaluation"] == 2  # the block and the norm, without gradients
     assert found["later"] == 0
+
+
+def test_key_heads_are_repeated_where_no_fused_kernel_takes_fewer_of_them():
+    assert on_fake_cuda("heads") == {"torch.float32": [4, 4, 4], "torch.bfloat16": [4, 2, 2]}
