@@ -141,14 +141,12 @@ def pair_batches(
         yield [None if pair is None else 2 * pair + side for pair in some for side in (0, 1)]
 
 
-def collate(
-    dataset: SFTDataset | Sequence, answers: Sequence[int | None], T: int, *, even: bool = False
-) -> dict:
-    """Conversations as input_ids and targets, padded to one of four lengths up to T, or if `even` to T.
-    Padding is on the right, where causality hides it; None is a row of it."""
+def collate(dataset: SFTDataset | Sequence, answers: Sequence[int | None], T: int) -> dict:
+    """Conversations as input_ids and targets, padded to one of four lengths up to T, as each length is
+    compiled anew. Padding is on the right, where causality hides it; None is a row of it."""
     rows = [([], []) if answer is None else dataset[answer] for answer in answers]
     quarter, longest = -(-T // 4), max(len(ids) for ids, _ in rows)
-    width = T if even else min(T, max(1, -(-longest // quarter)) * quarter)
+    width = min(T, max(1, -(-longest // quarter)) * quarter)
     input_ids = np.zeros((len(rows), width), np.int64)
     targets = np.full((len(rows), width), IGNORE, np.int64)
     for b, (ids, labels) in enumerate(rows):
@@ -164,7 +162,7 @@ def micro_batches(
     forward."""
     for answers in pair_batches(dataset, pairs, size, ranks):
         known = torch.tensor([0.0 if answer is None else reference[answer] for answer in answers])
-        yield ranks.pin(collate(dataset, answers, T, even=ranks.even_batches) | {"reference": known})
+        yield ranks.pin(collate(dataset, answers, T) | {"reference": known})
 
 
 def is_pair(targets: torch.Tensor) -> torch.Tensor:
@@ -239,15 +237,17 @@ def reference_log_probs(
         own = torch.zeros(len(dataset), device=ranks.device)  # zero for the answers of other ranks
         for answers in pair_batches(dataset, range(len(dataset) // 2), size, ranks):
             ranks.at("the reference log-probabilities")
-            batch = collate(dataset, answers, T, even=ranks.even_batches)
+            batch = collate(dataset, answers, T)
             real = [answer for answer in answers if answer is not None]
             with ranks.autocast():
                 found = module(**ranks.to_device(batch))
             own[real] = found[: len(real)]  # padding comes last
-        (log_probs,) = ranks.sum(own)
+        log_probs = np.array(ranks.sum(own)[0], np.float32)
         if ranks.is_main:
             content = BytesIO()
-            np.save(content, np.array(log_probs, np.float32))
+            np.save(content, log_probs)
             replace_file(path, content.getvalue())
         ranks.barrier()
+        return log_probs
+    ranks.require_shared(path)
     return read_reference(path, dataset)

@@ -23,7 +23,7 @@ from metrics import flops_per_token, mean_context
 from optim import make_optimizer, schedule, set_learning_rate
 from order import batch_order
 from report import report_end
-from resume import lock_and_resume, settle_commits, starting_point
+from resume import lock_and_resume, settle_commits, start_with, starting_point
 from sft import PAIR_RENDERING, SFTDataset, cached_as, preparation_notes, row_length
 from sharding import wrap
 from sources import source_rows
@@ -188,9 +188,11 @@ def main(config: Config) -> None:
     if state and ranks.any(
         read_reference(paths["train"], train) is None or read_reference(paths["val"], val) is None
     ):
+        base = ranks.from_main(lambda: start_with(config.model, weights) if weights else base)
         ranks.from_main(lambda: str(model_directory(find_model(base), commit=weights)))  # rank 0 downloads
-        opened, _ = open_model(model_directory(base, commit=weights), ranks)
-        starting_model = PreferenceModel(opened, config.beta)
+        starting_model = PreferenceModel(
+            open_model(model_directory(base, commit=weights), ranks)[0], config.beta
+        )
     train_reference, val_reference = (
         reference_log_probs(
             paths[split], starting_model, dataset, T=T, size=config.micro_batch_size, ranks=ranks

@@ -53,6 +53,9 @@ def lock_and_resume(
     state = load_resumable(out_dir, settings["resume"], ranks)
     if state is not None:  # an old one was in ranks' first precision
         state["content"].setdefault("precision", ranks.precision)
+        begun, name = state["content"].get("weights"), settings.get("model") or settings.get("init_from")
+        if begun and name and ranks.from_main(lambda: start_with(name, begun)) != name:
+            content = content | {"weights": begun}  # the run that this one began from may have gone on
     settle_precision(ranks, settings["dtype"], state and state["content"]["precision"])
     identity = {"fixed": fixed, "content": content | {"precision": ranks.precision}}
     if state is not None:
@@ -184,6 +187,18 @@ def found_start(name: str, out_dir: str) -> str:
         if list_checkpoints(out_dir):
             return name
         raise
+
+
+def start_with(name: str, weights: str) -> str:
+    """Where a run began whose model has these weights, by weights_of: in the folder of a run, which may have
+    gone on since, the checkpoint that has them. Else, or if it is gone, the name as it is."""
+    for path in list_checkpoints(name):
+        try:
+            if weights_of(str(path)) == weights:
+                return str(path)
+        except InputError:  # damaged: not the one
+            continue
+    return name
 
 
 def starting_point(out_dir: str, model: str, *data: str) -> tuple[str, dict]:

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import ALONE, dpo_config, losses, preference, small_model, weights, write_jsonl
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import dpo_gpt
 import sft
 from checkpoint import newest_checkpoint
-from common import IGNORE, InputError, read_records
+from common import IGNORE, InputError, file_sha256, read_json, read_records
 from distributed import Ranks
 from dpo import (
     PreferenceModel,
@@ -325,6 +326,29 @@ def test_a_tuning_goes_on_when_its_starting_model_is_gone(base_run, preferences,
         shutil.rmtree(tmp_path / "run" / "step_0000004")
         dpo_gpt.main(dpo_config(base, data, tmp_path / "run"))
         assert weights(tmp_path / "run", 4) == weights(tmp_path / "straight", 4)
+
+
+def test_a_run_goes_on_and_keeps_its_start_when_the_base_run_has_gone_on(base_run, preferences, tmp_path):
+    """Here a lost reference is computed from the checkpoint that the run began with, not from the newest."""
+    base = shutil.copytree(base_run, tmp_path / "base")
+    newest = newest_checkpoint(base)
+    dpo_gpt.main(dpo_config(base, preferences, tmp_path / "run"))
+    straight = weights(tmp_path / "run", 4)
+    later = shutil.copytree(newest, base / "step_0000099")
+    file, manifest = later / "model.safetensors", read_json(later / "checkpoint.json")
+    save_file({name: 2 * tensor for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    manifest["files"][file.name] |= {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
+    (later / "checkpoint.json").write_text(json.dumps(manifest))
+    assert newest_checkpoint(base, for_resuming=False) == later
+    shutil.rmtree(tmp_path / "run/step_0000004")
+    for path in (tmp_path / "run").glob("data-*/reference-*.npy"):
+        path.unlink()
+    dpo_gpt.main(dpo_config(base, preferences, tmp_path / "run"))
+    assert weights(tmp_path / "run", 4) == straight
+    with pytest.raises(InputError, match=r"with other settings .*weights"):  # no checkpoint has them any more
+        shutil.rmtree(newest)
+        shutil.rmtree(tmp_path / "run/step_0000004")
+        dpo_gpt.main(dpo_config(base, preferences, tmp_path / "run"))
 
 
 def test_a_lost_reference_is_not_computed_from_damaged_weights(base_run, preferences, tmp_path):

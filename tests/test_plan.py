@@ -65,7 +65,7 @@ def test_rehearsed_micro_batches_have_the_names_shapes_and_types_of_the_loaders(
     loaded["noise"] = torch.zeros(B, T, shape.hidden_size)
     there = {"shape": shape, "device": ALONE.device}
     assert described(batch_of("rows", B, T, noisy=True, **there)) == described(loaded)
-    pairs = collate([row] * 2 * B, range(2 * B), T, even=True) | {"reference": torch.zeros(2 * B)}
+    pairs = collate([row] * 2 * B, range(2 * B), T) | {"reference": torch.zeros(2 * B)}
     assert described(batch_of("pairs", B, T, noisy=False, **there)) == described(pairs)
 
 
