@@ -84,14 +84,11 @@ class ShardWriter:
         self.file.close()
         path = self.path()
         path.with_suffix(".bin.partial").replace(path)
+        status, sha256 = path.stat(), file_sha256(path)
         self.shards.append(
-            {
-                "file": path.name,
-                "tokens": self.count,
-                "bytes": path.stat().st_size,
-                "sha256": file_sha256(path),
-            }
+            {"file": path.name, "tokens": self.count, "bytes": status.st_size, "sha256": sha256}
         )
+        note_verified(self.folder, {path.name: [sha256, status.st_mtime_ns]})
         self.file, self.count = None, 0
 
     def position(self) -> dict:
@@ -109,8 +106,15 @@ class ShardWriter:
                 later.unlink()
         self.count = position["count"]
         if self.count:
-            self.file = open(path.with_suffix(".bin.partial"), "r+b")
-            self.file.truncate(4 * HEADER_INTS + self.count * DTYPES[self.version].itemsize)
+            partial = path.with_suffix(".bin.partial")
+            size = 4 * HEADER_INTS + self.count * DTYPES[self.version].itemsize
+            if not partial.is_file() or partial.stat().st_size < size:
+                raise InputError(
+                    f"{partial} is missing or has lost bytes, {size} are noted in progress.json; bring it "
+                    f"back, or delete {self.folder} and prepare again"
+                )
+            self.file = open(partial, "r+b")
+            self.file.truncate(size)
             self.file.seek(0, os.SEEK_END)
 
 
@@ -155,15 +159,23 @@ def read_manifest(folder: Path) -> dict:
     return manifest
 
 
+def verified_shards(folder: Path) -> dict[str, list]:
+    """What note_verified noted, by file."""
+    note = folder / ".verified.json"
+    return read_json(note) if note.exists() else {}
+
+
+def note_verified(folder: Path, stamps: dict[str, list]) -> None:
+    """Note the hash and the modification time of shards that were found right, or have just been written."""
+    write_json(folder / ".verified.json", verified_shards(folder) | stamps)
+
+
 def damaged_shards(folder: Path, manifest: dict) -> dict[str, str]:
     """What is wrong with each shard that differs from the manifest, by file.
 
-    Hashing reads all the data, so shards found right are noted by modification time in `.verified.json`, and
-    later runs only look at size and time.
+    Hashing reads all the data. Of shards that were noted as right only size and time are looked at.
     """
-    note = folder / ".verified.json"
-    seen = read_json(note) if note.exists() else {}
-    before, damaged = dict(seen), {}
+    seen, right, damaged = verified_shards(folder), {}, {}
     for shard in manifest["shards"]:
         path = folder / shard["file"]
         size = path.stat().st_size if path.exists() else None
@@ -177,9 +189,9 @@ def damaged_shards(folder: Path, manifest: dict) -> dict[str, str]:
                     f"{path} is not what was prepared: its SHA-256 differs from the manifest's"
                 )
                 continue
-            seen[path.name] = stamp
-    if seen != before and os.access(folder, os.W_OK):
-        write_json(note, seen)
+            right[path.name] = stamp
+    if right and os.access(folder, os.W_OK):
+        note_verified(folder, right)
     return damaged
 
 

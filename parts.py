@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from common import InputError, file_sha256, locked, make_folder, read_json, sync_to_disk, write_json
-from data import read_manifest
+from data import note_verified, read_manifest, verified_shards
 from prepare_data import (
     PARTS,
     Config,
@@ -161,10 +161,10 @@ def join_parts(config: Config, wanted: int, files: int, commit: str | None) -> N
     out_dir, shards = Path(config.out_dir), {"train": [], "val": []}
     settings = settings_of(config, commit)
     check_alike(config, settings, wanted, files)
-    totals = {split: Counter(documents=0, tokens=0, bytes=0) for split in shards}
+    totals, verified = {split: Counter(documents=0, tokens=0, bytes=0) for split in shards}, {}
     for number in range(wanted):
         folder = part_folder(out_dir, number)
-        manifest = read_manifest(folder)
+        manifest, seen = read_manifest(folder), verified_shards(folder)
         for split in shards:
             totals[split].update(manifest["splits"][split])
         for shard in manifest["shards"]:
@@ -172,10 +172,12 @@ def join_parts(config: Config, wanted: int, files: int, commit: str | None) -> N
             name = f"{split}_{len(shards[split]):06d}.bin"
             if (folder / shard["file"]).exists():
                 (folder / shard["file"]).replace(out_dir / name)
+            verified |= {name: seen[shard["file"]]} if shard["file"] in seen else {}
             shards[split].append({**shard, "file": name, "part": number, "was": shard["file"]})
     if not sum(total["documents"] for total in totals.values()):
         raise InputError(f"{config.source} holds no text, so nothing was prepared; name another --source")
     sync_to_disk(out_dir)
+    note_verified(out_dir, verified)
     write_json(
         out_dir / "manifest.json",
         {

@@ -55,6 +55,10 @@ def file_rows(path: Path) -> Iterator[tuple[object, str]]:
     except (OSError, ValueError) as error:  # pyarrow's errors, json's and Unicode's are of these kinds
         if isinstance(error, InputError):
             raise
+        if isinstance(error, UnicodeDecodeError):
+            raise InputError(
+                f"{path} is no UTF-8 beyond row {number} ({one_line(error)}); convert it to UTF-8"
+            ) from error
         raise InputError(
             f"{path} cannot be read beyond row {number}, it is damaged or cut short "
             f"({one_line(error)}); bring a whole one"
@@ -118,13 +122,13 @@ def files_below(folder: Path) -> list[Path]:
 
 
 def read_txt(path: Path) -> Iterator[dict]:
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8-sig") as file:  # without the mark that Windows' editors put first
         while piece := file.read(TXT_PIECE):
             yield {"text": piece + file.readline(TXT_PIECE)}
 
 
 def read_parquet(path: Path) -> Iterator[dict | ValueError]:
-    """The rows; a ValueError for one whose text is no UTF-8."""
+    """The rows, as arrow_rows gives them."""
     import pyarrow.parquet
 
     # pyarrow would by default keep all that it has read ahead, in the end the whole file
@@ -134,13 +138,20 @@ def read_parquet(path: Path) -> Iterator[dict | ValueError]:
 
 
 def arrow_rows(batch) -> list[dict | ValueError]:
-    """The rows of an Arrow batch or table; a ValueError for one whose text is no UTF-8."""
+    """The rows of an Arrow batch or table. What Python cannot represent in a row, as a text that is no UTF-8
+    or a date beyond its calendar, is a ValueError under its column."""
     try:
         return batch.to_pylist()
-    except UnicodeDecodeError as error:
-        if batch.num_rows == 1:
-            return [error]
-        return [row for i in range(batch.num_rows) for row in arrow_rows(batch.slice(i, 1))]
+    except (ValueError, OverflowError):
+        if batch.num_rows > 1:
+            return [row for i in range(batch.num_rows) for row in arrow_rows(batch.slice(i, 1))]
+    row = {}
+    for name, values in zip(batch.column_names, batch.columns):
+        try:
+            (row[name],) = values.to_pylist()
+        except (ValueError, OverflowError) as error:
+            row[name] = ValueError(one_line(error))
+    return [row]
 
 
 def open_maybe_compressed(path: Path) -> io.BufferedReader:
@@ -221,8 +232,7 @@ def hub_stream(source: str, name: str, split: str, commit: str | None = None):
 
 
 def hub_rows(stream, file: int, source: str) -> Iterator[tuple[object, str]]:
-    """Rows of one of the files, counted from 0, that hub_stream reads; a ValueError for one whose text is no
-    UTF-8."""
+    """Rows of one of the files, counted from 0, that hub_stream reads, as arrow_rows gives them."""
     from huggingface_hub.utils import httpx
 
     if stream.num_shards > 1:
@@ -255,6 +265,8 @@ def column_of(row: object, column: str) -> object:
         raise ValueError(
             f"it has no column {column!r}, only {', '.join(map(repr, row)) or 'none'}; name one with --column"
         )
+    if isinstance(row[column], ValueError):
+        raise ValueError(f"its {column!r} is damaged ({row[column]})")
     return row[column]
 
 

@@ -30,6 +30,7 @@ from conftest import (
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
+import data
 import prepare_data
 import sources
 import tokenization
@@ -180,6 +181,29 @@ def test_stopped_after_shards_finished_since_the_last_place_to_continue_from_giv
     positions = json.loads((out / "progress.json").read_text())["positions"]
     assert len(positions["train"]["shards"]) + 1 < len(list(out.glob("train_*.bin")))
     assert contents(prepare(out, source, tokenizer_dir)) == contents(prepared)
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_a_begun_shard_that_has_lost_bytes_is_not_filled_with_zeros(
+    damage, tmp_path, monkeypatch, source, tokenizer_dir, often
+):
+    out = tmp_path / "out"
+    stopped(monkeypatch, "encode", 6, out, source, tokenizer_dir)
+    (begun,) = out.glob("train_*.bin.partial")
+    whole = begun.read_bytes()
+    if damage == "cut":
+        os.truncate(begun, 1030)
+    else:
+        begun.unlink()
+    refused(f"{begun} is missing or has lost bytes", prepare, out, source, tokenizer_dir)
+    begun.write_bytes(whole)
+    prepare(out, source, tokenizer_dir)
+
+
+def test_a_preparation_notes_its_shards_as_verified_so_that_no_run_hashes_them(prepared, monkeypatch):
+    monkeypatch.setattr(data, "file_sha256", None)
+    assert len(data.verified_shards(prepared)) == len(list(prepared.glob("*.bin"))) > 2
+    assert data.damaged_shards(prepared, data.read_manifest(prepared)) == {}
 
 
 def test_a_preparation_goes_on_only_if_the_files_that_it_has_read_are_still_the_first(

@@ -201,7 +201,7 @@ BAD_SOURCES = {
         raw("a.jsonl", GOOD + b'{"text": "caf\xe9"}\n'),
         r"row 3 of .*a.jsonl: it is damaged .*utf-8",
     ),
-    "txt in Latin-1": (raw("a.txt", b"caf\xe9\n"), r"a.txt cannot be read.*utf-8"),
+    "txt in Latin-1": (raw("a.txt", b"caf\xe9\n"), r"a.txt is no UTF-8 beyond row 0"),
     "half of a surrogate pair": (raw("a.jsonl", GOOD + b'{"text": "x\\ud800"}\n'), r"row 3 of .*a.jsonl"),
     "gz that is none": (raw("a.jsonl.gz", GOOD), r"a.jsonl.gz cannot be read"),
     "zst that is none": (raw("a.jsonl.zst", GOOD), r"a.jsonl.zst cannot be read"),
@@ -319,7 +319,26 @@ def test_a_row_of_a_hub_stream_that_is_no_utf8_is_one_bad_row(tmp_path):
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
     rows = list(sources.hub_rows(sources.hub_stream(str(tmp_path), "", "train"), 0, str(tmp_path)))
     assert [where for _, where in rows] == [f"row {i} of {tmp_path}" for i in range(1, 601)]
-    assert all(isinstance(row, UnicodeDecodeError) for row, _ in rows[1::3])
+    for i, (row, _) in enumerate(rows[1::3]):  # what is whole of the row stays
+        assert isinstance(row["text"], ValueError) and "'utf-8' codec" in str(row["text"])
+        assert row["number"] == 3 * i + 1
     for first, said in ((0, "one"), (2, "three")):
         expected = [{"text": said, "number": i} for i in range(first, 600, 3)]
         assert [row for row, _ in rows[first::3]] == expected
+
+
+def test_a_parquet_column_that_python_cannot_represent_does_no_harm_to_the_text(tmp_path):
+    """A date beyond the year 9999; asked for itself, it is a damaged one."""
+    when = pyarrow.array([0, 2**48, 1], pyarrow.timestamp("s"))
+    table = pyarrow.table({"text": ["one", "two", "three"], "when": when})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    config = prepare_config(tmp_path, tmp_path / "a.parquet", "")
+    assert [text for _, text in prepare_data.documents(config)] == ["one", "two", "three"]
+    row = [row for row, _ in sources.source_rows(str(tmp_path / "a.parquet"), "", "")][1]
+    with pytest.raises(ValueError, match="its 'when' is damaged"):
+        sources.column_of(row, "when")
+
+
+def test_the_mark_that_windows_editors_put_first_is_no_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfhello\n")
+    assert [row for row, _ in sources.source_rows(str(tmp_path / "a.txt"), "", "")] == [{"text": "hello\n"}]
