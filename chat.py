@@ -27,6 +27,7 @@ from common import (
     home_expanded,
     one_line,
     run_script,
+    visible,
 )
 from distributed import Ranks, usable_device
 from generation import SAMPLING, check_sampling
@@ -161,7 +162,7 @@ def respond(model: GPTModel, tokenizer, messages: list[dict], config: Config) ->
         for piece in stream(model, tokenizer, messages, config):
             answer += piece
             times.append(time.monotonic())
-            print(piece, end="", flush=True)
+            print(visible(piece), end="", flush=True)
     except KeyboardInterrupt:
         print(" [stopped]")
         if not answer:

@@ -213,6 +213,11 @@ def half_surrogate(text: str) -> str | None:
     return half and half[0]
 
 
+def visible(text: str) -> str:
+    """Text whose control characters a terminal shows and does not obey, but for tabs and newlines."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda c: f"\\x{ord(c[0]):02x}", text)
+
+
 # -- files ---------------------------------------------------------------------------------------------------
 
 

@@ -27,7 +27,7 @@ from pathlib import Path
 import yaml
 
 from chat import load
-from common import InputError, check_choice, run_script
+from common import InputError, check_choice, run_script, visible
 from distributed import Ranks, usable_device
 from precision import DTYPES, settle_precision
 from sft import prompt_ids, user_turn
@@ -290,7 +290,7 @@ def main(config: Config) -> None:
     with ranks.autocast():
         judged = list(judge(model, tokenizer))
     for _, question, answer, right in judged:
-        print(f"{'right' if right else 'wrong'}  {question} {answer}")
+        print(f"{'right' if right else 'wrong'}  {question} {visible(answer)}")
     for kind in ("known", "new"):
         verdicts = [right for own_kind, _, _, right in judged if own_kind == kind]
         print(f"{sum(verdicts)} of {len(verdicts)} plain questions in {kind} wordings are answered right")

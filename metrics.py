@@ -22,7 +22,16 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import InputError, make_folder, read_json, read_records, replace_file, write_json, write_records
+from common import (
+    InputError,
+    make_folder,
+    read_json,
+    read_records,
+    replace_file,
+    visible,
+    write_json,
+    write_records,
+)
 from distributed import Ranks
 from gpt import GPTConfig
 
@@ -172,7 +181,7 @@ class Metrics:
         """Print lines, above the progress bar if there is one."""
         if self.ranks.is_main:
             for line in lines:
-                self.bar.write(line)
+                self.bar.write(visible(line))
             sys.stdout.flush()
 
     def step(self, step: int, numbers: dict[str, float], *, seconds: float) -> None:
@@ -318,7 +327,13 @@ def has_wandb_key() -> bool:
 
 
 def start_wandb(mode: str, out_dir: str | Path, *, run_id: str | None, settings: dict):
-    """A wandb run, or None. Never a prompt: without a key, or if no server answers, it logs offline."""
+    """A wandb run, or None. Never a prompt: without a key, or if no server answers, it logs offline.
+
+    wandb's own variables hold: WANDB_PROJECT, and WANDB_MODE where the mode is "auto".
+    """
+    if mode == "auto":
+        modes = {"offline": "offline", "dryrun": "offline", "disabled": "off"}
+        mode = modes.get(os.environ.get("WANDB_MODE", ""), mode)
     installed = find_spec("wandb") is not None
     if mode == "off" or (mode == "auto" and not installed):
         return None
@@ -332,7 +347,7 @@ def start_wandb(mode: str, out_dir: str | Path, *, run_id: str | None, settings:
     if mode == "auto" and not key:
         return None
     options = {
-        "project": Path(__file__).parent.name,
+        "project": os.environ.get("WANDB_PROJECT") or Path(__file__).parent.name,
         "name": Path(out_dir).name,
         "id": run_id,
         "resume": "allow",

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import sft_gpt
 from checkpoint import find_model
-from common import IGNORE, InputError, check_choice, check_numbers, one_line, read_json, run_script
+from common import IGNORE, InputError, check_choice, check_numbers, one_line, read_json, run_script, visible
 from gpt import GPTConfig
 from huggingface import model_directory
 from order import data_sources
@@ -44,11 +44,6 @@ def pieces_of_text(ids: Sequence[int], labels: Sequence[int], tokenizer) -> Iter
     pairs = ((id, label != IGNORE) for id, label in zip(ids, labels))
     for trained, stretch in itertools.groupby(pairs, key=lambda pair: pair[1]):
         yield visible(tokenizer.decode([id for id, _ in stretch])), trained
-
-
-def visible(text: str) -> str:
-    """Text whose control characters a terminal shows and does not obey."""
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 def for_terminal(stretches: Sequence[tuple[str, bool]], colour: bool) -> str:

@@ -285,3 +285,8 @@ def test_a_setting_that_can_mean_nothing_is_refused_before_anything_is_read(scri
     config = parse_config(script.Config, [f"--{change}", *(f"--{name}=/nowhere/at/all" for name in places)])
     with pytest.raises(InputError, match=f"--{change}"):
         script.main(config)
+
+
+def test_control_characters_are_shown_and_not_obeyed():
+    told = "a\x1b]52;c;aGk=\x07\r\x9b\x00\tb\n\xa0é👩\u200d🔬"
+    assert common.visible(told) == "a\\x1b]52;c;aGk=\\x07\\x0d\\x9b\\x00\tb\n\xa0é👩\u200d🔬"

@@ -34,15 +34,17 @@ def test_a_run_records_its_numbers(base_run):
 def test_wandb_needs_no_key_no_server_and_no_answer(monkeypatch, tmp_path, capsys):
     wandb = pytest.importorskip("wandb")
 
-    calls, axes = [], []
+    calls, axes, projects = [], [], set()
 
-    def init(mode, **options):
+    def init(mode, project, **options):
         calls.append(mode)
+        projects.add(project)
         if mode == "online":
             raise wandb.errors.CommError("no route to host")
         return SimpleNamespace(mode=mode, define_metric=lambda name, step_metric: axes.append(step_metric))
 
     monkeypatch.setattr(wandb, "init", init)
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
     for key, mode, expected in (
         (False, "auto", []),
         (False, "off", []),
@@ -53,8 +55,24 @@ def test_wandb_needs_no_key_no_server_and_no_answer(monkeypatch, tmp_path, capsy
     ):
         calls.clear()
         monkeypatch.setattr(metrics, "has_wandb_key", lambda key=key: key)
+        monkeypatch.delenv("WANDB_MODE", raising=False)
         result = start_wandb(mode, tmp_path, run_id=None, settings={})
         assert calls == expected and (result.mode if result else None) == (expected[-1] if expected else None)
+    assert projects == {metrics.Path(metrics.__file__).parent.name}
+    # wandb's own variables. It does not look for a key when it is told to stay offline.
+    monkeypatch.setattr(metrics, "has_wandb_key", lambda: False)
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
+    for told, mode, expected in (
+        ("offline", "auto", ["offline"]),
+        ("disabled", "auto", []),
+        ("offline", "off", []),
+        ("disabled", "offline", ["offline"]),
+    ):
+        calls.clear()
+        projects.clear()
+        monkeypatch.setenv("WANDB_MODE", told)
+        start_wandb(mode, tmp_path, run_id=None, settings={})
+        assert calls == expected and projects <= {"mine"}, (told, mode)
     assert set(axes) == {"step"}  # an axis of its own: wandb drops what comes below its last step
     assert "wandb cannot be reached (no route to host)" in capsys.readouterr().err
 

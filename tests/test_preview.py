@@ -7,7 +7,7 @@ from conftest import conversation, refused, run, write_jsonl
 
 import preview
 from common import IGNORE
-from preview import Config, for_terminal, pieces_of_text, visible
+from preview import Config, for_terminal, pieces_of_text
 from sft import render_chatml
 
 
@@ -98,7 +98,6 @@ def test_a_page_that_cannot_be_written_is_one_sentence(base_run, tmp_path):
 @pytest.mark.slow
 def test_a_terminal_gets_colours_and_a_pipe_none(base_run, tmp_path):
     assert for_terminal([("a", False), ("b", True)], True) == "a\033[32mb\033[0m"
-    assert visible("a\tb\n") == "a\\tb\n"
     data = write_jsonl(tmp_path / "data.jsonl", [conversation(1, turns=1)])
     done = run("preview.py", f"--model={base_run}", f"--data={data}")
     assert done.returncode == 0 and "\033" not in done.stdout and "[[" in done.stdout, done.stderr
