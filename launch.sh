@@ -2,14 +2,18 @@
 # What pretrain_full.sh and sft_full.sh share: where and how a training script is started.
 #
 #     one node       bash pretrain_full.sh                                every GPU, or the CPU
-#     Slurm          sbatch -N4 --gpus-per-node=8 --exclusive --time=4:00:00 pretrain_full.sh
+#     Slurm          sbatch -N4 --gpus-per-node=8 --exclusive --mem=0 --time=4:00:00 pretrain_full.sh --lr=2e-3
 #                    account, partition, time as flags, or SBATCH_ACCOUNT, SBATCH_PARTITION, SBATCH_TIMELIMIT;
-#                    bash pretrain_full.sh submit -N4 ... does the same and says which of them are missing
+#                    bash pretrain_full.sh submit -N4 ... -- --lr=2e-3 does the same, but first checks the run, and
+#                    says which of them are missing
 #     by hand        NNODES=2 NODE_RANK=0 MASTER_ADDR=host1 bash pretrain_full.sh    and NODE_RANK=1 on the other
 #
 # VENV    folder of an environment with bin/python: a venv or conda's; empty (VENV=) for the python on the path, as
 #         a module or a container has it. If VENV is not set, .venv is made.
 # NPROC   processes on a node; PREFLIGHT_FLAGS for preflight.py; DRY_RUN=1 only prints the commands.
+# SRUN_FLAGS  for srun, as --container-image=... --container-mounts=...; the job's own shell needs a python, too
+# SHUTDOWN_TIMEOUT  seconds in which ranks finish their step and save after a signal, 120; with more of them give
+#         sbatch more than these, as --signal=B:USR1@600
 # PREFLIGHT=off  on a host that joins again, while the others wait for it in the run itself
 #
 # Before a run the first node asks checks.py, for seconds, what will certainly fail; then all nodes ask preflight.py
@@ -46,11 +50,17 @@ install() { # an environment of the user's is not changed
     need_python
 }
 
-submit() { # SCRIPT SBATCH'S FLAGS: sbatch, and a sentence if the cluster wants to know more
+for_submit() { # what follows the word submit: sbatch's flags, then perhaps -- and the training script's
+    SUBMIT=yes SBATCH_FLAGS=()
+    while [ $# -gt 0 ] && [ "$1" != -- ]; do SBATCH_FLAGS+=("$1") && shift; done
+    FLAGS=("${@:2}")
+}
+
+submit() { # SCRIPT FLAGS: sbatch, and a sentence if the cluster wants to know more
     local script=$1 message
     shift
-    if [ -n "${DRY_RUN:-}" ]; then run sbatch "$@" "$script"; return; fi
-    message=$(sbatch "$@" "$script" 2>&1) || fail "Slurm refused the job (${message//$'\n'/; }); give what the" \
+    if [ -n "${DRY_RUN:-}" ]; then run sbatch "${SBATCH_FLAGS[@]}" "$script" "$@"; return; fi
+    message=$(sbatch "${SBATCH_FLAGS[@]}" "$script" "$@" 2>&1) || fail "Slurm refused the job (${message//$'\n'/; }); give what the" \
         "cluster demands: --account= --partition= --time=, or SBATCH_ACCOUNT, SBATCH_PARTITION, SBATCH_TIMELIMIT"
     echo "$message"
 }
@@ -99,9 +109,9 @@ node() { # SCRIPT DATA OUT FLAGS
     [ "${PREFLIGHT:-}" = off ] || run "${torchrun[@]}" "${check[@]}" preflight.py --data="$data" --out_dir="$out" \
         --device="$(flag device auto "$@")" ${PREFLIGHT_FLAGS:-}
     # A rank that fails is started again with all others, from the newest checkpoint, up to three times; a user's
-    # mistake is not. A signal goes on to the ranks; they have two minutes to finish their step and save. With exec
+    # mistake is not. A signal goes on to the ranks; they have SHUTDOWN_TIMEOUT to finish their step and save. With exec
     # it is torchrun that gets the signal, not this shell, which would keep it to itself.
-    torchrun+=("${meet[@]}" "${logs[@]}" --max_restarts=3 --shutdown_timeout=120
+    torchrun+=("${meet[@]}" "${logs[@]}" --max_restarts=3 --shutdown_timeout="${SHUTDOWN_TIMEOUT:-120}"
         "--signals_to_handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
     if [ -n "${DRY_RUN:-}" ]; then run "${torchrun[@]}" "$script" "$@"; else exec "${torchrun[@]}" "$script" "$@"; fi
 }
@@ -109,12 +119,19 @@ node() { # SCRIPT DATA OUT FLAGS
 # A Slurm job: node() on each node. A job that was warned of its end, and saved, is put into the queue again.
 slurm_job() { # SCRIPT DATA OUT FLAGS
     local script=$1 out=$3 ranks before pid warned="" status=0
+    # A task of an array has a number of its own; that of the last one is the array's, and means all of them.
+    local job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+    job=${job:-$SLURM_JOB_ID}
     export NNODES=${SLURM_JOB_NUM_NODES:-1} RDZV_ID=$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0} HF_HUB_OFFLINE=1
     export MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
     export MASTER_PORT=${MASTER_PORT:-$((20000 + 2 * (SLURM_JOB_ID % 5000)))}
     export RESUMABLE_FILE=$out/.resumable VENV # the ranks make the file when they leave with 75
-    local srun=(srun --ntasks-per-node=1 --kill-on-bad-exit=0 --cpu-bind=none
-        --cpus-per-task="${SLURM_CPUS_ON_NODE:-1}" bash launch.sh "$@")
+    # One launcher a node, with this shell's environment, whatever the job's own flags say.
+    local srun=(srun --nodes="$NNODES" --ntasks="$NNODES" --ntasks-per-node=1 --export=ALL --kill-on-bad-exit=0
+        --cpu-bind=none --cpus-per-task="${SLURM_CPUS_ON_NODE:-1}")
+    [ -z "${SLURM_STEP_ID:-}" ] || srun+=(--overlap) # inside a step, as of \`srun --pty bash\`
+    # shellcheck disable=SC2206 # flags, split at spaces
+    srun+=(${SRUN_FLAGS:-} bash launch.sh "$@")
     ranks=$(processes)
     check $((ranks * NNODES)) "$script" "${@:4}"
     if [ -n "${DRY_RUN:-}" ]; then run "${srun[@]}"; return; fi
@@ -127,18 +144,24 @@ slurm_job() { # SCRIPT DATA OUT FLAGS
     trap : TERM                     # the ranks get it, too; this shell waits for them
     while kill -0 "$pid" 2>/dev/null; do wait "$pid" && status=0 || status=$?; done
     if [ ! -e "$RESUMABLE_FILE" ]; then
-        [ "$status" = 0 ] || [ -z "$warned" ] || echo "error: the run saved nothing after Slurm's warning of its" \
-            "end; if it had not begun to train, ask for more --time" >&2
-        exit "$status"
+        [ "$status" != 0 ] && [ -n "$warned" ] || exit "$status"
+        echo "error: the run saved nothing after Slurm's warning of its end; if it had not begun to train, ask for" \
+            "more --time; if it was amid saving, raise SHUTDOWN_TIMEOUT and --signal=B:USR1@, see launch.sh" >&2
+        [ "$(steps "$out")" != "$before" ] || exit "$status" # else it goes on from what it had saved before
     fi
     [ "$(steps "$out")" != "$before" ] || fail "no step was made since this start, so the job is not requeued;" \
         "ask for more --time, or look why a step takes so long"
     # A job that somebody cancelled, or that Slurm itself requeues, does not run any more.
-    if scontrol show job "$SLURM_JOB_ID" | grep -q 'JobState=RUNNING'; then scontrol requeue "$SLURM_JOB_ID"; fi
+    if scontrol show job "$job" | grep -q 'JobState=RUNNING'; then scontrol requeue "$job"; fi
     exit 75
 }
 
 launch() { # SCRIPT DATA OUT FLAGS
+    if [ -n "${SUBMIT:-}" ]; then # the job will have as many ranks or more, and no network
+        HF_HUB_OFFLINE=1 check 1 "$1" "${@:4}"
+        submit "$(basename "$0")" "${FLAGS[@]}"
+        return
+    fi
     on_a_cluster || install
     if [ -n "${SLURM_JOB_ID:-}" ]; then
         slurm_job "$@"

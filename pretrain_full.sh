@@ -6,7 +6,7 @@
 #     bash pretrain_full.sh                       # any field of pretrain_gpt.py's Config as a flag, too
 #     NPROC=2 bash pretrain_full.sh --micro_batch_size=8
 #     bash pretrain_full.sh prepare               # install, download, tokenize: on a login node, before the next
-#     sbatch -N4 --gpus-per-node=8 --exclusive --time=4:00:00 pretrain_full.sh        # more in launch.sh
+#     sbatch -N4 --gpus-per-node=8 --exclusive --mem=0 --time=4:00:00 pretrain_full.sh        # more in launch.sh
 #     bash pretrain_full.sh --depth=16            # another size, pretrain_gpt.py's by_depth gives the rest; to
 #                                                 # prepare as many tokens, the same flag
 #     PRESET=qwen3-130m bash pretrain_full.sh     # or gpt2-124m: runs to compare with, see presets/
@@ -22,7 +22,7 @@
 set -euo pipefail
 PROJECT=$(dirname "${BASH_SOURCE[0]}")
 if [ ! -f "$PROJECT/launch.sh" ]; then # sbatch runs a copy in a spool folder; Slurm knows where the original is
-    PROJECT=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's|^ *Command=\(.*\)/pretrain_full.sh.*|\1|p') || true
+    PROJECT=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's|^ *Command=\(.*\)/pretrain_full.sh.*|\1|p' | head -n 1) || true
 fi
 cd "${PROJECT:-$SLURM_SUBMIT_DIR}"
 source ./launch.sh
@@ -36,7 +36,7 @@ prepare() {
     for word in "$@"; do [[ $word == --depth=* ]] || flags+=("$word"); done
     [ -z "$DEPTH" ] || tokens=$((983040 * DEPTH ** 3 * 105 / 100))
     install
-    run "$PYTHON" prepare_data.py --source=HuggingFaceFW/fineweb-edu --config=sample-10BT \
+    run "$PYTHON" prepare_data.py --source=HuggingFaceFW/fineweb-edu --config="$SAMPLE" \
         --tokenizer=HuggingFaceTB/SmolLM2-135M --max_tokens="$tokens" --out_dir="$DATA" "${flags[@]}"
 }
 
@@ -45,6 +45,7 @@ prepared() { # or the user's own: a list of folders, or shards with other names 
         compgen -G "$DATA/*.bin" | grep -qvE '/(train|val)_[0-9]+[.]bin$'
 }
 
+DATA_GIVEN=${DATA:-} DEFAULT=data/fineweb-edu SAMPLE=sample-10BT
 RECIPE=(--num_hidden_layers=12 --hidden_size=512 --num_attention_heads=8 --context_length=1024
     --max_steps=2000 --batch_tokens=524_288 --micro_batch_size=32)
 
@@ -55,14 +56,22 @@ if [ -n "${PRESET:-}" ]; then # it sets prepare, prepared, RECIPE, DATA and OUT 
 fi
 if [ -n "$DEPTH" ]; then # it gives what RECIPE would set
     [ -z "${PRESET:-}" ] || fail "PRESET=$PRESET is a run of its own; leave it out, or --depth"
-    RECIPE=(--context_length=1024 --micro_batch_size=32)
+    RECIPE=(--context_length=1024 --micro_batch_size=$((DEPTH < 26 ? 32 : 16))) # of an H100's 80 GB, see plan.py
+    [ "$DEPTH" -lt 22 ] || SAMPLE=sample-100BT # for more than 10 B tokens
+    DEFAULT=$DEFAULT-depth$DEPTH               # other sizes have other amounts
 fi
-DATA=${DATA:-data/fineweb-edu}
+DATA=${DATA:-$DEFAULT}
 OUT=${OUT:-out/base}
 
 need_data() { # for a job
     prepared || [ -n "${DRY_RUN:-}" ] || fail "DATA=$DATA is not prepared, seen from $PWD, and a job" \
-        "fetches nothing; run \`${PRESET:+PRESET=$PRESET }bash pretrain_full.sh prepare\` on a login node first"
+        "fetches nothing; run \`$(to_prepare)\` on a login node first"
+}
+
+to_prepare() { # the command that fills DATA
+    [ -z "${PRESET:-}" ] || printf 'PRESET=%q ' "$PRESET"
+    [ -z "$DATA_GIVEN" ] || printf 'DATA=%q ' "$DATA_GIVEN"
+    echo "bash pretrain_full.sh prepare${DEPTH:+ --depth=$DEPTH}"
 }
 
 case ${1:-} in
@@ -76,18 +85,22 @@ prepare)
     prepare "$@"
     exit
     ;;
-submit) # the job will have as many ranks or more
+submit)
     shift
-    need_data
-    check 1 pretrain_gpt.py --data_dir="$DATA" --out_dir="$OUT" "${RECIPE[@]}"
-    submit pretrain_full.sh "$@"
-    exit
+    for_submit "$@"
+    set -- "${FLAGS[@]}"
     ;;
 [!-]*) fail "$1: expected prepare, submit, or flags of pretrain_gpt.py as --max_steps=100" ;;
 esac
 OUT=$(flag out_dir "$OUT" "$@")
 if [ -z "$(flag data_dir "" "$@")" ] && ! prepared; then
-    if on_a_cluster; then need_data; else prepare; fi
+    if on_a_cluster || [ -n "${SUBMIT:-}" ]; then
+        need_data
+    elif [ -z "$DATA_GIVEN" ] || [ -e "$DATA" ]; then # or begun
+        prepare
+    else
+        fail "there is no DATA=$DATA; name a folder of shards, or fill it with FineWeb-Edu by \`$(to_prepare)\`"
+    fi
 fi
 DATA=$(flag data_dir "$DATA" "$@")
 launch pretrain_gpt.py "$DATA" "$OUT" --data_dir="$DATA" --out_dir="$OUT" "${RECIPE[@]}" "$@"

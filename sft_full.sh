@@ -6,7 +6,7 @@
 #     bash sft_full.sh                            # any field of sft_gpt.py's Config as a flag, too
 #     MODEL=HuggingFaceTB/SmolLM2-135M bash sft_full.sh --max_length=2048
 #     bash sft_full.sh prepare                    # install and download: on a login node, before the next
-#     sbatch -N2 --gpus-per-node=8 --exclusive --time=4:00:00 sft_full.sh             # more in launch.sh
+#     sbatch -N2 --gpus-per-node=8 --exclusive --mem=0 --time=4:00:00 sft_full.sh             # more in launch.sh
 #
 # The data: 460,000 conversations, cut to the context of 1,024 tokens, packed into rows of 1,024
 # A step: 64 rows × 1,024 tokens = 65,536 tokens; on 8 GPUs 8 rows each, in one micro-batch
@@ -14,7 +14,7 @@
 set -euo pipefail
 PROJECT=$(dirname "${BASH_SOURCE[0]}")
 if [ ! -f "$PROJECT/launch.sh" ]; then # sbatch runs a copy in a spool folder; Slurm knows where the original is
-    PROJECT=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's|^ *Command=\(.*\)/sft_full.sh.*|\1|p') || true
+    PROJECT=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's|^ *Command=\(.*\)/sft_full.sh.*|\1|p' | head -n 1) || true
 fi
 cd "${PROJECT:-$SLURM_SUBMIT_DIR}"
 source ./launch.sh
@@ -28,6 +28,9 @@ prepare() {
     install
     if [ "$MODEL" != out/base ] && [ ! -d "$MODEL" ]; then run "${PYTHON%python}hf" download "$MODEL"; fi
     if [ -e "$DATA" ]; then return; fi
+    [[ ! $DATA =~ ^[^./][^/]*/[^/]+$ ]] || [ "$DATA" = "$SMOLTALK" ] || [ -d "${DATA%/*}" ] || fail "DATA=$DATA looks" \
+        "like a dataset of the hub, and prepare fetches smol-smoltalk only; for that one \`hf download $DATA" \
+        "--repo-type=dataset --local-dir=data/${DATA#*/}\`, then DATA=data/${DATA#*/}"
     run "${PYTHON%python}hf" download HuggingFaceTB/smol-smoltalk --repo-type=dataset --include="data/train*" \
         --local-dir="$DATA.partial"
     run mv "$DATA.partial" "$DATA"
@@ -37,7 +40,13 @@ RECIPE=(--epochs=2 --lr=1e-3 --batch_tokens=65_536 --micro_batch_size=8)
 
 need_data() { # for a job
     [ -e "$DATA" ] || [ -n "${DRY_RUN:-}" ] || fail "DATA=$DATA is not there, seen from $PWD, and a job fetches" \
-        "nothing; run \`bash sft_full.sh prepare\` on a login node first"
+        "nothing; run \`$(to_prepare)\` on a login node first"
+}
+
+to_prepare() { # the command that fetches model and data
+    [ "$MODEL" = out/base ] || printf 'MODEL=%q ' "$MODEL"
+    [ "$DATA" = "$SMOLTALK" ] || printf 'DATA=%q ' "$DATA"
+    echo "bash sft_full.sh prepare"
 }
 
 case ${1:-} in
@@ -53,25 +62,23 @@ prepare)
     prepare
     exit
     ;;
-submit) # the job will have as many ranks or more
+submit)
     shift
-    need_data
-    check 1 sft_gpt.py --model="$MODEL" --data="$DATA" --out_dir="$OUT" "${RECIPE[@]}"
-    submit sft_full.sh "$@"
-    exit
+    for_submit "$@"
+    set -- "${FLAGS[@]}"
     ;;
 [!-]*) fail "$1: expected prepare, submit, or flags of sft_gpt.py as --max_steps=100" ;;
 esac
 MODEL=$(flag model "$MODEL" "$@")
 OUT=$(flag out_dir "$OUT" "$@")
 if [ -z "$(flag data "" "$@")" ] && [ ! -e "$DATA" ]; then # --data is the user's own, DATA the folder made here
-    if on_a_cluster; then
+    if on_a_cluster || [ -n "${SUBMIT:-}" ]; then
         need_data
     elif [ "$DATA" = "$SMOLTALK" ]; then
         prepare
     else
         fail "there is no DATA=$DATA; name a folder, a file, or by --data= a hub dataset;" \
-            "\`bash sft_full.sh prepare\` downloads smol-smoltalk there"
+            "\`$(to_prepare)\` downloads smol-smoltalk there"
     fi
 fi
 DATA=$(flag data "$DATA" "$@")

@@ -91,19 +91,64 @@ def test_in_a_slurm_job_there_is_one_launcher_a_node_and_nothing_is_fetched(scri
     job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "3", "SLURM_CPUS_ON_NODE": "96", "MASTER_ADDR": "n1"}
     checks, srun = dry(script, "--lr=7", VENV=sys.prefix, NPROC="8", **job)
     assert checks.startswith("env WORLD_SIZE=24 ") and checks.rstrip().endswith("--lr=7")
-    assert srun.startswith("srun --ntasks-per-node=1 ") and "--cpus-per-task=96 bash launch.sh " in srun
+    # Whatever the job's flags set in the environment: SLURM_NTASKS, SLURM_EXPORT_ENV.
+    assert srun.startswith("srun --nodes=3 --ntasks=3 --ntasks-per-node=1 --export=ALL ")
+    assert "--cpus-per-task=96 bash launch.sh " in srun and "--overlap" not in srun
     assert f" {SCRIPTS[script]} " in srun and srun.rstrip().endswith("--lr=7")
+    _, inside = dry(script, VENV=sys.prefix, NPROC="8", SLURM_STEP_ID="0", SRUN_FLAGS="--a --b=c", **job)
+    assert " --cpus-per-task=96 --overlap --a --b=c bash launch.sh " in inside
     result = shell(script, VENV=sys.prefix, DATA=str(tmp_path / "nothing"), **job)
-    assert result.returncode == 1 and f"run `bash {script} prepare` on a login node" in result.stderr
+    told = f"run `DATA={tmp_path}/nothing bash {script} prepare` on a login node"
+    assert result.returncode == 1 and told in result.stderr
     assert f"DATA={tmp_path}/nothing is not" in result.stderr
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_submit_gives_sbatch_its_flags_and_the_run_what_follows_two_dashes(script, tmp_path):
+    known = {"VENV": sys.prefix, "DATA": str(tmp_path), "OUT": str(tmp_path / "out")}
+    check, sbatch = dry(script, "submit", "-N4", "--time=1:00", "--", "--lr=7", "--seed=1", **known)
+    assert check.startswith("env WORLD_SIZE=1 ") and check.rstrip().endswith("--lr=7 --seed=1")
+    assert sbatch.split() == ["sbatch", "-N4", "--time=1:00", script, "--lr=7", "--seed=1"]
+    assert dry(script, "submit", "-N4", **known)[-1].split() == ["sbatch", "-N4", script]
+    missing = shell(script, "submit", "-N4", **known | {"DATA": f"{tmp_path}/none"})
+    assert missing.returncode == 1 and f"`DATA={tmp_path}/none bash {script} prepare`" in missing.stderr
+
+
+def test_a_task_of_an_array_asks_slurm_for_itself_and_not_for_all_tasks(data_dir, tmp_path):
+    """The last task's number is the array's: of that name Slurm would show, and requeue, all tasks."""
+    out, tools = tmp_path / "out", tmp_path / "bin"
+    out.mkdir()
+    tools.mkdir()
+    for name, script in {
+        "python": "exit 0",
+        "srun": f"mkdir {out}/step_0000001; touch {out}/.resumable; exit 1",
+        "scontrol": f"echo $* >> {tmp_path}/asked; echo '   JobState=RUNNING Reason=None'",
+    }.items():
+        (tools / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tools / name).chmod(0o755)
+    job = {"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3", "MASTER_ADDR": "n1"}
+    path = {"PATH": f"{tools}:{os.environ['PATH']}", "VENV": "", "OUT": str(out), "NPROC": "1"}
+    result = shell("pretrain_full.sh", **job, **path, DATA=str(data_dir))
+    assert result.returncode == 75, result.stderr
+    assert (tmp_path / "asked").read_text() == "show job 7_3\nrequeue 7_3\n"
 
 
 def test_a_name_that_does_not_exist_is_no_place_to_download_smol_smoltalk_to(tmp_path):
     result = shell("sft_full.sh", DATA="me/my-chats", VENV=sys.prefix, NPROC="1", DRY_RUN="1")
     told = "error: there is no DATA=me/my-chats; name a folder, a file, or by --data= a hub dataset;"
     assert result.returncode == 1 and not result.stdout and result.stderr.startswith(told)
-    made = dry("sft_full.sh", "prepare", DATA="me/my-chats", VENV=sys.prefix)
-    assert any("--local-dir=me/my-chats" in line for line in made)
+    other = shell("sft_full.sh", "prepare", DATA="me/my-chats", VENV=sys.prefix, DRY_RUN="1")
+    assert other.returncode == 1 and "DATA=me/my-chats looks like a dataset of the hub" in other.stderr
+    made = dry("sft_full.sh", "prepare", DATA=f"{tmp_path}/my-chats", VENV=sys.prefix)
+    assert any(f"--local-dir={tmp_path}/my-chats" in line for line in made)
+
+
+def test_a_name_that_does_not_exist_is_no_place_to_prepare_fineweb_edu_in(tmp_path):
+    result = shell("pretrain_full.sh", DATA="data/mien", VENV=sys.prefix, NPROC="1", DRY_RUN="1")
+    told = "error: there is no DATA=data/mien; name a folder of shards, or fill it with FineWeb-Edu by "
+    assert result.returncode == 1 and not result.stdout and result.stderr.startswith(told)
+    assert "`DATA=data/mien bash pretrain_full.sh prepare`" in result.stderr
+    assert any("prepare_data.py" in line for line in dry("pretrain_full.sh", VENV=sys.prefix, NPROC="1"))
 
 
 def test_preparing_installs_only_when_no_environment_is_given():
@@ -186,10 +231,16 @@ def test_a_saved_job_is_requeued_only_if_it_made_a_step_and_still_runs(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("end", "status"), [("kill -s KILL $$", 137), ("exit 3", 3), ("exit 0", 0)])
+@pytest.mark.parametrize(
+    ("end", "status"),
+    [("kill -s KILL $$", 137), ("exit 3", 3), ("exit 0", 0), ("mkdir -p $OUT/step_0000001; exit 3", 75)],
+)
 def test_a_job_that_saves_nothing_after_slurm_s_warning_tells_so_unless_all_is_done(
     end, status, data_dir, tmp_path
 ):
+    """It goes back into the queue if it had saved before the warning."""
+    (tmp_path / "scontrol").write_text("#!/bin/sh\necho JobState=RUNNING\n")
+    (tmp_path / "scontrol").chmod(0o755)
     (tmp_path / "srun").write_text(f"#!/bin/sh\ntrap : USR1\nkill -s USR1 $PPID; sleep 1; {end}\n")
     (tmp_path / "srun").chmod(0o755)
     job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "MASTER_ADDR": "n1", "DATA": str(data_dir)}
@@ -220,10 +271,10 @@ def test_a_preset_is_a_run_that_others_have_made(preset, tmp_path):
     named = [source.path for source in parse_sources(config.data_dir)]
     assert all(any(folder in line for line in made) for folder in named)
     assert ("hf download gpt2 " in made[0]) == (config.tokenizer == "gpt2")  # a job fetches nothing
-    elsewhere = dry(
-        "pretrain_full.sh", PRESET=preset, VENV=sys.prefix, NPROC="8", OUT=str(tmp_path), DATA="d"
-    )
-    assert f"--data_dir=d --out_dir={tmp_path} " in elsewhere[-1]
+    (tmp_path / "d").mkdir()
+    places = {"VENV": sys.prefix, "NPROC": "8", "OUT": str(tmp_path), "DATA": str(tmp_path / "d")}
+    elsewhere = dry("pretrain_full.sh", PRESET=preset, **places)
+    assert f"--data_dir={tmp_path}/d --out_dir={tmp_path} " in elsewhere[-1]
     missing = shell("pretrain_full.sh", PRESET=preset, VENV=sys.prefix, NNODES="2")
     assert missing.returncode == 1, missing
     assert f"run `PRESET={preset} bash pretrain_full.sh prepare` on a login" in missing.stderr
@@ -242,6 +293,11 @@ def test_a_depth_replaces_the_recipe_and_does_not_go_with_a_preset():
         assert f"--{name}=" not in run
     made = dry("pretrain_full.sh", "prepare", "--depth=16", "--workers=4", VENV=sys.prefix)
     assert "--max_tokens=4227858432 " in made[-1] and made[-1].rstrip().endswith("--workers=4")
+    assert "--config=sample-10BT " in made[-1] and "--out_dir=data/fineweb-edu-depth16 " in made[-1]
+    (large,) = dry("pretrain_full.sh", "prepare", "--depth=28", VENV=sys.prefix)
+    assert "--config=sample-100BT " in large and "--out_dir=data/fineweb-edu-depth28 " in large
+    *_, run = dry("pretrain_full.sh", "--depth=28", VENV=sys.prefix, NPROC="8", DATA=str(ROOT / "tests"))
+    assert "--micro_batch_size=16 " in run
     known = {"VENV": sys.prefix, "NPROC": "8", "DATA": str(ROOT / "tests")}
     for words in ([], ["prepare"]):  # no depth: the recipe, as in pretrain_gpt.py, a limited prepare
         plain = dry("pretrain_full.sh", *words, **known)
