@@ -14,12 +14,13 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
+from huggingface_hub import constants
 
 import dpo_gpt
 import pretrain_gpt
 import sft_gpt
 from checkpoint import checkpoint_bytes, lacking_room, list_checkpoints
-from common import InputError, read_json, run_script
+from common import InputError, cache_folder, read_json, run_script
 from data import TokenLoader, joint_folders, read_manifest, require_shards
 from distributed import Ranks
 from gpt import GPTConfig, GPTModel, padded
@@ -27,7 +28,7 @@ from optim import make_optimizer
 from order import data_sources, parse_sources
 from resume import check_shape
 from sft import row_length
-from sources import source_files
+from sources import commit_note, source_files
 from tokenization import load_tokenizer
 from training import step_size
 
@@ -145,8 +146,14 @@ def check_data(config) -> None:
     if isinstance(config, sft_gpt.Config):
         names = [part.data for part in sft_gpt.source_configs(config, data_sources(config.data))]
     for name in names:
-        if name != "embedded":
-            source_files(name)
+        if name == "embedded" or source_files(name) is not None or not constants.HF_HUB_OFFLINE:
+            continue
+        if not commit_note(name, cache_folder(config.cache_dir)).exists():  # it was never read here
+            raise InputError(
+                f"{name} is a dataset of the hub, which HF_HUB_OFFLINE=1 shuts off; download it elsewhere, "
+                f"`hf download {name} --repo-type=dataset --local-dir=data/{Path(name).name}`, and give that"
+                f" folder"
+            )
 
 
 def checkpoint_size(shape: GPTConfig, optimizer: str) -> int:

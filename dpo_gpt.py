@@ -26,7 +26,7 @@ from report import report_end
 from resume import lock_and_resume, settle_commits, start_with, starting_point
 from sft import PAIR_RENDERING, SFTDataset, cached_as, preparation_notes, row_length
 from sharding import wrap
-from sources import source_rows
+from sources import source_rows, unread_files
 from training import (
     Prefetcher,
     check_settings,
@@ -176,7 +176,7 @@ def main(config: Config) -> None:
         f"{max_steps} steps of {pairs_per_step} pairs, {max_steps * pairs_per_step / pairs:.2f} epochs; "
         f"{ranks.world} x {ranks.device}, {ranks.precision}"
     )
-    for note in preparation_notes(report, T):
+    for note in (*unread_files(config.data), *preparation_notes(report, T)):
         ranks.print(note)
 
     # What the starting model makes of the answers; a resumed run has to open it again if this is lost.

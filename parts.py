@@ -191,6 +191,9 @@ def join_parts(config: Config, wanted: int, files: int, commit: str | None) -> N
             "shards": shards["train"] + shards["val"],
         },
     )
+    tokens = sum(total["tokens"] for total in totals.values())
+    if tokens < config.max_tokens:
+        print(f"the source ended after {tokens:,} tokens, before --max_tokens={config.max_tokens:,}")
     for split, total in totals.items():
         print(f"{split}: " + ", ".join(f"{value:,} {name}" for name, value in total.items()))
 

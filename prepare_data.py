@@ -40,7 +40,7 @@ from common import (
     write_json,
 )
 from data import ShardWriter, damaged_shards, read_manifest
-from sources import BadRows, hash_fraction, newest_commit, rows_by_file, source_files, text_of
+from sources import BadRows, hash_fraction, newest_commit, rows_by_file, source_files, text_of, unread_files
 from tokenization import (
     END,
     MOST_IDS,
@@ -73,7 +73,9 @@ class Config:
     out_dir: str = "data/fineweb-edu"  # folder for the shards
     max_tokens: int = 0  # stop after the document that reaches so many tokens; 0 reads all
     val_fraction: float = 0.005  # share of the documents that go to validation, chosen by a hash of the text
-    max_bad_rows: float = 0.1  # share of the rows that may be unusable; they are skipped and counted
+    max_bad_rows: float = (
+        0.1  # share of the rows that may be unusable, in parts of a file's; they are skipped
+    )
     shard_tokens: int = 100_000_000  # tokens in a shard
     workers: int = 0  # tokenizing threads; 0 for one a core
     part: str = ""  # 3/8: the third of eight shares of the files; empty: torchrun's or Slurm's, or all
@@ -408,6 +410,9 @@ def prepare(config: Config, settings: dict) -> None:
         },
     )
     progress.unlink()
+    total = sum(writer.totals["tokens"] for writer in writers.values())
+    if total < config.max_tokens:
+        print(f"the source ended after {total:,} tokens, before --max_tokens={config.max_tokens:,}")
     for split, writer in writers.items():
         print(f"{split}: " + ", ".join(f"{value:,} {name}" for name, value in writer.totals.items()))
         if writer.totals["documents"] or config.part:
@@ -475,6 +480,8 @@ def main(config: Config) -> None:
     here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes of torchrun on this machine
     if config.workers or here > 1:
         os.environ["RAYON_NUM_THREADS"] = str(config.workers or max(1, (os.cpu_count() or 1) // here))
+    for note in unread_files(config.source) if share_of(config.part)[0] == 0 else []:
+        print(note)
     if config.part:
         prepare_share(config)
     else:

@@ -47,7 +47,7 @@ from sft import (
     row_length,
 )
 from sharding import wrap
-from sources import column_of, source_rows
+from sources import column_of, source_rows, unread_files
 from tasks import read_questions, score
 from tokenization import REASONING, TRAIN_ON, chat_template
 from training import (
@@ -298,8 +298,8 @@ def main(config: Config) -> None:
     )
     for line in mix_report(names, weights, sizes, read=max_steps * train.rows_per_step, unit="rows"):
         ranks.print(line)
-    for name, report in zip(names, reports):
-        for note in preparation_notes(report, T):
+    for name, report, part in zip(names, reports, parts):
+        for note in (*unread_files(part.data), *preparation_notes(report, T)):
             ranks.print(f"{name}: {note}" if len(reports) > 1 else note)
 
     # What records the run, and what can stop it.

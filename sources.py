@@ -100,6 +100,24 @@ def source_files(source: str) -> list[Path] | None:
     return files
 
 
+def unread_files(source: str) -> list[str]:
+    """A line, if there are any, about the files in a source's folders that are not read, as their names end
+    otherwise."""
+    left = [
+        file.name
+        for path in map(Path, source.split(","))
+        if path.is_dir()
+        for file in files_below(path)
+        if not file.name.endswith(SUFFIXES)
+        and not any(part.startswith(".") for part in file.relative_to(path).parts)
+    ]
+    if not left:
+        return []
+    ends = sorted({"".join(Path(name).suffixes[-2:]) or name for name in left})
+    told = ", ".join(ends[:5]) + (", …" if len(ends) > 5 else "")
+    return [f"{source}: {len(left)} files are not read ({told}); names must end in {', '.join(SUFFIXES)}"]
+
+
 def files_below(folder: Path) -> list[Path]:
     """All files in a folder and those below it, sorted. Links are followed, but no folder is read twice."""
 
@@ -198,13 +216,18 @@ def hub_commits(sources: Iterable[str], known: dict[str, str], notes: Path) -> d
     return {source: commit for source, commit in commits.items() if commit}
 
 
+def commit_note(dataset: str, notes: Path) -> Path:
+    """Where newest_commit notes a hub dataset's commit."""
+    return notes / f"commit-{fingerprint(dataset)}.json"
+
+
 def newest_commit(dataset: str, notes: Path | None = None) -> str | None:
     """A hub dataset's newest commit, kept in a note. If the hub cannot be reached, as on a compute node, the
     noted one; None without a note. Reading the dataset then tells what is wrong."""
     from huggingface_hub import HfApi
     from huggingface_hub.utils import httpx
 
-    note = notes and notes / f"commit-{fingerprint(dataset)}.json"
+    note = notes and commit_note(dataset, notes)
     try:
         commit = patiently(lambda: HfApi().dataset_info(dataset, timeout=10).sha)
     except (OSError, ValueError, httpx.HTTPError):

@@ -12,6 +12,7 @@ import pretrain_gpt
 from checks import check_data, find_run, room_problem
 from common import parse_config, write_json
 from gpt import GPTConfig, GPTModel
+from sources import commit_note
 
 
 def test_what_a_run_starts_from_gives_its_shape_steps_and_lengths(base_run, data_dir, chats, preferences):
@@ -73,8 +74,9 @@ def test_a_run_that_goes_on_needs_the_model_no_more_that_it_started_from(base_ru
 
 
 def test_data_that_are_missing_too_few_or_do_not_fit_are_one_sentence(
-    base_run, data_dir, chats, preferences, tmp_path
+    base_run, data_dir, chats, preferences, tmp_path, monkeypatch
 ):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     check_data(pretrain_config(data_dir, "out"))
     refused("holds no token shards; make", check_data, pretrain_config(tmp_path / "no", "out"))
     refused("too few for one window", check_data, pretrain_config(data_dir, "out", context_length=10**6))
@@ -147,3 +149,16 @@ def test_without_a_name_it_is_pretraining_and_no_tokenizer_is_loaded(data_dir, m
 def test_the_size_of_a_model_that_no_machine_holds_is_told():
     shape = GPTConfig(hidden_size=2**16, num_hidden_layers=100, num_attention_heads=2**9)
     assert checks.checkpoint_size(shape, "muon") > 4e13 and torch.empty(0).device.type == "cpu"
+
+
+def test_a_dataset_of_the_hub_that_was_never_read_is_told_where_there_is_no_network(
+    base_run, tmp_path, monkeypatch
+):
+    config = sft_config(base_run, "some/chats:0.5,other/chats:0.5", tmp_path / "out")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    check_data(config)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    refused("some/chats is a dataset of the hub.*--local-dir=data/chats", check_data, config)
+    for name in ("some/chats", "other/chats"):  # as newest_commit notes it where a run has read it
+        write_json(commit_note(name, tmp_path / "out"), {"dataset": name, "commit": "abc"})
+    check_data(config)

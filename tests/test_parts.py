@@ -26,7 +26,7 @@ from conftest import (
 import parts
 import prepare_data
 from common import InputError
-from data import TokenLoader
+from data import TokenLoader, verified_shards
 from parts import prepare_share, started_part
 
 FILES = 5  # the third is empty
@@ -71,6 +71,7 @@ def test_any_number_of_processes_in_any_order_makes_the_same_folder(
     manifest = json.loads((one / "manifest.json").read_text())
     assert manifest["splits"]["train"]["documents"] + manifest["splits"]["val"]["documents"] == 32
     assert not (one / "parts").exists() and manifest["files"] == FILES
+    assert verified_shards(one).keys() == {shard["file"] for shard in manifest["shards"]}
 
 
 def test_a_tokenizer_is_trained_once_on_the_whole_source(crawl, tmp_path, monkeypatch):

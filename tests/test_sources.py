@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import json
 import os
+import re
 import tracemalloc
 from pathlib import Path
 
@@ -342,3 +343,15 @@ def test_a_parquet_column_that_python_cannot_represent_does_no_harm_to_the_text(
 def test_the_mark_that_windows_editors_put_first_is_no_text(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfhello\n")
     assert [row for row, _ in sources.source_rows(str(tmp_path / "a.txt"), "", "")] == [{"text": "hello\n"}]
+
+
+def test_files_that_are_not_read_are_told(tmp_path, tokenizer_dir, capsys):
+    (tmp_path / "in/.cache").mkdir(parents=True)
+    for name in ("a.jsonl", "b.json.gz", "c.txt.gz", "D.TXT", "README", ".hidden", ".cache/d.lock"):
+        (tmp_path / "in" / name).write_text('{"text": "one"}\n')
+    told = f"{tmp_path}/in: 4 files are not read (.TXT, .json.gz, .txt.gz, README); names must end in .txt, "
+    assert sources.unread_files(f"{tmp_path}/in")[0].startswith(told)
+    assert sources.unread_files("some/dataset") == sources.unread_files(f"{tmp_path}/in/a.jsonl") == []
+    prepare(tmp_path / "out", tmp_path / "in", tokenizer_dir, val_fraction=0.0, max_tokens=1000)
+    said = capsys.readouterr().out
+    assert told in said and re.search(r"the source ended after \d+ tokens, before --max_tokens=1,000\n", said)
