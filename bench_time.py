@@ -3,10 +3,10 @@
     git clone https://github.com/karpathy/nanoGPT
     python bench.py --only=time_to_loss --nanogpt=nanoGPT --data_dir=data/mine
 
-nanoGPT trains with each of four rates, as it is shipped and, where a CPU has bf16, under autocast. The best
-last loss is the target. Ours then looks for the fewest steps whose last loss reaches it. Only steps are
-timed: the median seconds of a step times the number of steps, without evaluations. This takes a quarter of an
-hour a dataset and more.
+nanoGPT trains with each of four rates, as it is shipped and, where a CPU has bf16, under autocast; then once
+more in our model's shape. The best last loss is the target. Ours then looks for the fewest steps whose last
+loss reaches it. Only steps are timed: the median seconds of a step times the number of steps, without
+evaluations. This takes a quarter of an hour a dataset and more.
 """
 
 import contextlib
@@ -31,15 +31,20 @@ from data import TokenLoader, read_manifest, read_shard
 from distributed import Ranks
 from precision import has_bf16, settle_precision
 
-# The quick start's, see quickstart.sh, with windows that grow, which help a short run.
-RECIPE = pretrain_gpt.Config(
+QUICK_START = pretrain_gpt.Config(  # see quickstart.sh
     num_hidden_layers=3, hidden_size=256, num_attention_heads=4, context_length=256,
-    batch_tokens=4096, micro_batch_size=16, warmup_steps=10, decay_fraction=0.7, length_warmup_fraction=0.75,
+    batch_tokens=4096, micro_batch_size=16, warmup_steps=10, decay_fraction=0.7,
     lr=0.025, embedding_lr=0.15, head_lr=0.0075, beta1=0.8, beta2=0.97,
+)  # fmt: skip
+# For a tenth of its steps: a smaller model, and rates, momentum and windows for a short run.
+RECIPE = replace(
+    QUICK_START, num_hidden_layers=1, hidden_size=128, num_attention_heads=2, rope_theta=1000.0,
+    length_warmup_fraction=0.75, warmup_steps=4, beta1=0.4, lr=0.05, matrix_lr=0.03, head_lr=0.012,
 )  # fmt: skip
 # nanoGPT's shape is the quick start's with a layer more. The best rate counts. The rest is from its
 # config/train_shakespeare_char.py, but without dropout, because few tokens are seen twice.
-LAYERS, BATCH = 4, 8  # blocks, and windows in a step
+SHAPE = {"n_layer": 4, "n_head": 4, "n_embd": 256}
+BATCH = 8  # windows in a step
 RATES = (5e-4, 1e-3, 2e-3, 4e-3)
 WARMUP, BETAS, DECAY = 100, (0.9, 0.99), 0.1
 GRAIN = 10  # steps by which runs of ours differ
@@ -67,14 +72,14 @@ def cosine(step: int, steps: int, rate: float) -> float:
 
 
 def train_nanogpt(
-    theirs, *, config: Config, rate: float, tokens: np.ndarray, vocab_size: int, ranks: Ranks
+    theirs, *, config: Config, shape: dict, rate: float, tokens: np.ndarray, vocab_size: int, ranks: Ranks
 ) -> tuple:
     """A model of theirs, trained as train.py does, and the median seconds of a step."""
     torch.manual_seed(0)
-    T, C, heads = RECIPE.context_length, RECIPE.hidden_size, RECIPE.num_attention_heads
-    shape = {"n_layer": LAYERS, "n_head": heads, "n_embd": C, "block_size": T, "vocab_size": vocab_size}
+    T = RECIPE.context_length
+    fields = {**shape, "block_size": T, "vocab_size": vocab_size, "dropout": 0.0, "bias": False}
     with contextlib.redirect_stdout(io.StringIO()):
-        model = theirs.GPT(theirs.GPTConfig(**shape, dropout=0.0, bias=False))
+        model = theirs.GPT(theirs.GPTConfig(**fields))
         optimizer = model.configure_optimizers(DECAY, rate, BETAS, "cpu")
     seconds = []
     for step in range(config.their_steps):
@@ -101,14 +106,16 @@ def their_loss(model: torch.nn.Module, val: TokenLoader, windows: range) -> floa
     return statistics.fmean(losses)
 
 
-def best_of_theirs(theirs, val: TokenLoader, *, config: Config, data_dir: str, ranks: Ranks) -> tuple:
+def best_of_theirs(
+    theirs, val: TokenLoader, *, config: Config, shape: dict, data_dir: str, ranks: Ranks
+) -> tuple:
     """The loss and the seconds of the rate with the least last loss."""
     paths = sorted(Path(data_dir).glob("train_*.bin"))
     tokens = np.concatenate([read_shard(path) for path in paths])
     windows = val.first_windows(config.eval_windows, [1.0])[0]
     results = []
     for rate in RATES:
-        settings = {"rate": rate, "tokens": tokens, "vocab_size": val.vocab_size}
+        settings = {"shape": shape, "rate": rate, "tokens": tokens, "vocab_size": val.vocab_size}
         model, seconds = train_nanogpt(theirs, config=config, ranks=ranks, **settings)
         with ranks.autocast():
             loss = their_loss(model, val, windows)
@@ -163,17 +170,23 @@ def compare(config: Config, ranks: Ranks) -> None:
     theirs, precision = nanogpt(config.nanogpt), ranks.precision
     if not config.data_dir:
         raise InputError("--only=time_to_loss needs --data_dir, folders of prepare_data.py, commas between")
-    kinds = {"as shipped, fp32": "float32", **({"bf16 autocast": "bfloat16"} if has_bf16() else {})}
+    ours = {"n_layer": RECIPE.num_hidden_layers, "n_head": RECIPE.num_attention_heads}
+    kinds = {"as shipped": ("float32", SHAPE)}
+    if has_bf16():
+        kinds["bf16 autocast"] = ("bfloat16", SHAPE)
+    kinds["of our shape"] = (precision.split()[0], {**ours, "n_embd": RECIPE.hidden_size})
     for data_dir in config.data_dir.split(","):
         vocab_size = read_manifest(Path(data_dir))["vocab_size"]
         val = TokenLoader(data_dir, "val", RECIPE.context_length, vocab_size)
         print(f"\n{data_dir}: nanoGPT, {config.their_steps} steps of {BATCH * RECIPE.context_length} tokens")
         peers = {}
-        for name, kind in kinds.items():
-            print(f"  {name}")
+        for name, (kind, shape) in kinds.items():
+            print(f"  {name}, {kind}: {shape['n_layer']} x {shape['n_embd']}")
             settle_precision(ranks, kind)
-            peers[name] = best_of_theirs(theirs, val, config=config, data_dir=data_dir, ranks=ranks)
-        print(f"  ours, {precision}, {RECIPE.batch_tokens} tokens a step")
+            settings = {"config": config, "shape": shape, "data_dir": data_dir, "ranks": ranks}
+            peers[name] = best_of_theirs(theirs, val, **settings)
+        shape = f"{RECIPE.num_hidden_layers} x {RECIPE.hidden_size}"
+        print(f"  ours, {precision}: {shape}, {RECIPE.batch_tokens} tokens a step")
         for name, (target, seconds) in peers.items():
             times = speedups(target, seconds, config=config, data_dir=data_dir, precision=precision)
             spread = f" ± {statistics.stdev(times):.1f}" if len(times) > 1 else ""
