@@ -8,6 +8,7 @@ names, sizes and headers of files are read. The exit status is 1 if the run woul
 """
 
 import os
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,6 +132,14 @@ def model_fields(name: str) -> dict | None:
     return None
 
 
+def in_datasets_cache(name: str) -> bool:
+    """Whether `datasets` may have a hub dataset in its cache, where it gives names another spelling."""
+    from datasets.config import HF_DATASETS_CACHE
+
+    known = [path.name for path in Path(HF_DATASETS_CACHE).glob("*")]
+    return any(re.sub(r"\W|_", "", name).lower() == re.sub(r"\W|_", "", other).lower() for other in known)
+
+
 def check_data(config) -> None:
     """Raise InputError for data that are missing, too few for a window, or do not fit together, and for a
     tokenizer that cannot be loaded."""
@@ -148,11 +157,12 @@ def check_data(config) -> None:
     for name in names:
         if name == "embedded" or source_files(name) is not None or not constants.HF_HUB_OFFLINE:
             continue
-        if not commit_note(name, cache_folder(config.cache_dir)).exists():  # it was never read here
+        # Neither a run has read it nor load_dataset.
+        if not commit_note(name, cache_folder(config.cache_dir)).exists() and not in_datasets_cache(name):
             raise InputError(
-                f"{name} is a dataset of the hub, which HF_HUB_OFFLINE=1 shuts off; download it elsewhere, "
-                f"`hf download {name} --repo-type=dataset --local-dir=data/{Path(name).name}`, and give that"
-                f" folder"
+                f"{name} is a dataset of the hub, which HF_HUB_OFFLINE=1 shuts off; download the files of a "
+                f"split elsewhere, `hf download {name} --repo-type=dataset --include='data/train*' "
+                f"--local-dir=data/{Path(name).name}`, and give that folder"
             )
 
 

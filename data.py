@@ -84,11 +84,9 @@ class ShardWriter:
         self.file.close()
         path = self.path()
         path.with_suffix(".bin.partial").replace(path)
-        status, sha256 = path.stat(), file_sha256(path)
-        self.shards.append(
-            {"file": path.name, "tokens": self.count, "bytes": status.st_size, "sha256": sha256}
-        )
-        note_verified(self.folder, {path.name: [sha256, status.st_mtime_ns]})
+        size, sha256 = path.stat().st_size, file_sha256(path)
+        self.shards.append({"file": path.name, "tokens": self.count, "bytes": size, "sha256": sha256})
+        note_verified(self.folder, {path.name: stamp_of(path, sha256)})
         self.file, self.count = None, 0
 
     def position(self) -> dict:
@@ -165,15 +163,21 @@ def verified_shards(folder: Path) -> dict[str, list]:
     return read_json(note) if note.exists() else {}
 
 
+def stamp_of(path: Path, sha256: str) -> list:
+    """By what a shard with this hash is known: the time of its last change, and a number that no copy has."""
+    status = path.stat()
+    return [sha256, status.st_mtime_ns, status.st_ino]
+
+
 def note_verified(folder: Path, stamps: dict[str, list]) -> None:
-    """Note the hash and the modification time of shards that were found right, or have just been written."""
+    """Note the stamps of shards that were found right, or have just been written."""
     write_json(folder / ".verified.json", verified_shards(folder) | stamps)
 
 
 def damaged_shards(folder: Path, manifest: dict) -> dict[str, str]:
     """What is wrong with each shard that differs from the manifest, by file.
 
-    Hashing reads all the data. Of shards that were noted as right only size and time are looked at.
+    Hashing reads all the data. Of shards that were noted as right only size and stamp are looked at.
     """
     seen, right, damaged = verified_shards(folder), {}, {}
     for shard in manifest["shards"]:
@@ -182,7 +186,7 @@ def damaged_shards(folder: Path, manifest: dict) -> dict[str, str]:
         if size != shard["bytes"]:
             damaged[path.name] = f"{path} has {size or 'no'} bytes, the manifest says {shard['bytes']}"
             continue
-        stamp = [shard["sha256"], path.stat().st_mtime_ns]
+        stamp = stamp_of(path, shard["sha256"])
         if seen.get(path.name) != stamp:
             if file_sha256(path) != shard["sha256"]:
                 damaged[path.name] = (

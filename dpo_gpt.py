@@ -176,7 +176,8 @@ def main(config: Config) -> None:
         f"{max_steps} steps of {pairs_per_step} pairs, {max_steps * pairs_per_step / pairs:.2f} epochs; "
         f"{ranks.world} x {ranks.device}, {ranks.precision}"
     )
-    for note in (*unread_files(config.data), *preparation_notes(report, T)):
+    unread = ranks.from_main(lambda: unread_files(config.data))
+    for note in (*unread, *preparation_notes(report, T)):
         ranks.print(note)
 
     # What the starting model makes of the answers; a resumed run has to open it again if this is lost.

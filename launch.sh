@@ -12,13 +12,13 @@
 #         a module or a container has it. If VENV is not set, .venv is made.
 # NPROC   processes on a node; PREFLIGHT_FLAGS for preflight.py; DRY_RUN=1 only prints the commands.
 # SRUN_FLAGS  for srun, as --container-image=... --container-mounts=...; the job's own shell needs a python, too
-# SHUTDOWN_TIMEOUT  seconds in which ranks finish their step and save after a signal, 120; with more of them give
-#         sbatch more than these, as --signal=B:USR1@600
+# SHUTDOWN_TIMEOUT  seconds in which ranks finish their step and save after a signal, 120; Slurm must warn earlier than
+#         that, 180 seconds before the end unless sbatch gets another --signal=B:USR1@...
 # PREFLIGHT=off  on a host that joins again, while the others wait for it in the run itself
 #
 # Before a run the first node asks checks.py, for seconds, what will certainly fail; then all nodes ask preflight.py
 # together about machines and network.
-VENV_GIVEN=${VENV+yes}
+VENV_GIVEN=${VENV+yes} SUBMIT="" SBATCH_FLAGS=() FLAGS=()
 VENV=${VENV-.venv}
 PYTHON=${VENV:+$VENV/bin/}python
 
@@ -84,7 +84,7 @@ check() { # RANKS SCRIPT FLAGS: what of the run will certainly fail
     local ranks=$1
     shift
     need_python
-    run env WORLD_SIZE="$ranks" "$PYTHON" checks.py "$@"
+    run env ${SUBMIT:+HF_HUB_OFFLINE=1} WORLD_SIZE="$ranks" "$PYTHON" checks.py "$@"
 }
 
 # One node's part: torchrun, which starts a process for each GPU and brings all nodes together.
@@ -119,17 +119,17 @@ node() { # SCRIPT DATA OUT FLAGS
 # A Slurm job: node() on each node. A job that was warned of its end, and saved, is put into the queue again.
 slurm_job() { # SCRIPT DATA OUT FLAGS
     local script=$1 out=$3 ranks before pid warned="" status=0
-    # A task of an array has a number of its own; that of the last one is the array's, and means all of them.
+    # By an array's number Slurm means all its tasks, and the last of these has the same number.
     local job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
     job=${job:-$SLURM_JOB_ID}
     export NNODES=${SLURM_JOB_NUM_NODES:-1} RDZV_ID=$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0} HF_HUB_OFFLINE=1
     export MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
     export MASTER_PORT=${MASTER_PORT:-$((20000 + 2 * (SLURM_JOB_ID % 5000)))}
     export RESUMABLE_FILE=$out/.resumable VENV # the ranks make the file when they leave with 75
-    # One launcher a node, with this shell's environment, whatever the job's own flags say.
+    # One launcher a node, with this shell's environment: --ntasks or --export of the job would have others.
     local srun=(srun --nodes="$NNODES" --ntasks="$NNODES" --ntasks-per-node=1 --export=ALL --kill-on-bad-exit=0
         --cpu-bind=none --cpus-per-task="${SLURM_CPUS_ON_NODE:-1}")
-    [ -z "${SLURM_STEP_ID:-}" ] || srun+=(--overlap) # inside a step, as of \`srun --pty bash\`
+    [ -z "${SLURM_STEP_ID:-}" ] || srun+=(--overlap) # inside a step, as in srun --pty bash
     # shellcheck disable=SC2206 # flags, split at spaces
     srun+=(${SRUN_FLAGS:-} bash launch.sh "$@")
     ranks=$(processes)
@@ -147,7 +147,8 @@ slurm_job() { # SCRIPT DATA OUT FLAGS
         [ "$status" != 0 ] && [ -n "$warned" ] || exit "$status"
         echo "error: the run saved nothing after Slurm's warning of its end; if it had not begun to train, ask for" \
             "more --time; if it was amid saving, raise SHUTDOWN_TIMEOUT and --signal=B:USR1@, see launch.sh" >&2
-        [ "$(steps "$out")" != "$before" ] || exit "$status" # else it goes on from what it had saved before
+        [ "$(steps "$out")" != "$before" ] || exit "$status"
+        echo "the job goes back into the queue, and on from what it had saved before" >&2
     fi
     [ "$(steps "$out")" != "$before" ] || fail "no step was made since this start, so the job is not requeued;" \
         "ask for more --time, or look why a step takes so long"
@@ -158,7 +159,7 @@ slurm_job() { # SCRIPT DATA OUT FLAGS
 
 launch() { # SCRIPT DATA OUT FLAGS
     if [ -n "${SUBMIT:-}" ]; then # the job will have as many ranks or more, and no network
-        HF_HUB_OFFLINE=1 check 1 "$1" "${@:4}"
+        check 1 "$1" "${@:4}"
         submit "$(basename "$0")" "${FLAGS[@]}"
         return
     fi

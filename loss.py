@@ -30,7 +30,7 @@ def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 class DifferentiableProduct(torch.autograd.Function):
-    """a bᵀ by product, for whose fp32 sums of bf16 factors torch has no derivative."""
+    """a bᵀ in fp32. torch.mm has no derivative where its output has another type, so it is written here."""
 
     @staticmethod
     def forward(ctx, a, b):

@@ -331,11 +331,11 @@ def start_wandb(mode: str, out_dir: str | Path, *, run_id: str | None, settings:
 
     wandb's own variables hold: WANDB_PROJECT, and WANDB_MODE where the mode is "auto".
     """
+    installed = find_spec("wandb") is not None
     if mode == "auto":
         modes = {"offline": "offline", "dryrun": "offline", "disabled": "off"}
-        mode = modes.get(os.environ.get("WANDB_MODE", ""), mode)
-    installed = find_spec("wandb") is not None
-    if mode == "off" or (mode == "auto" and not installed):
+        mode = modes.get(os.environ.get("WANDB_MODE", ""), mode) if installed else "off"
+    if mode == "off":
         return None
     if not installed:
         raise InputError(

@@ -73,9 +73,7 @@ class Config:
     out_dir: str = "data/fineweb-edu"  # folder for the shards
     max_tokens: int = 0  # stop after the document that reaches so many tokens; 0 reads all
     val_fraction: float = 0.005  # share of the documents that go to validation, chosen by a hash of the text
-    max_bad_rows: float = (
-        0.1  # share of the rows that may be unusable, in parts of a file's; they are skipped
-    )
+    max_bad_rows: float = 0.1  # share of unusable rows, which are skipped; of a file's with --part
     shard_tokens: int = 100_000_000  # tokens in a shard
     workers: int = 0  # tokenizing threads; 0 for one a core
     part: str = ""  # 3/8: the third of eight shares of the files; empty: torchrun's or Slurm's, or all
@@ -480,12 +478,12 @@ def main(config: Config) -> None:
     here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes of torchrun on this machine
     if config.workers or here > 1:
         os.environ["RAYON_NUM_THREADS"] = str(config.workers or max(1, (os.cpu_count() or 1) // here))
-    for note in unread_files(config.source) if share_of(config.part)[0] == 0 else []:
-        print(note)
     if config.part:
         prepare_share(config)
     else:
         prepare_folder(config)
+    for note in unread_files(config.source) if share_of(config.part)[0] == 0 else []:
+        print(note)
 
 
 if __name__ == "__main__":

@@ -96,10 +96,10 @@ OUT=$(flag out_dir "$OUT" "$@")
 if [ -z "$(flag data_dir "" "$@")" ] && ! prepared; then
     if on_a_cluster || [ -n "${SUBMIT:-}" ]; then
         need_data
-    elif [ -z "$DATA_GIVEN" ] || [ -e "$DATA" ]; then # or begun
+    elif [ -z "$DATA_GIVEN" ] || [ -f "$DATA/progress.json" ] || [ -d "$DATA/parts" ]; then # or begun
         prepare
     else
-        fail "there is no DATA=$DATA; name a folder of shards, or fill it with FineWeb-Edu by \`$(to_prepare)\`"
+        fail "there are no shards in DATA=$DATA; name a folder of shards, or fill it by \`$(to_prepare)\`"
     fi
 fi
 DATA=$(flag data_dir "$DATA" "$@")

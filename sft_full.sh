@@ -25,20 +25,26 @@ OUT=${OUT:-out/chat}
 
 # The training split's files, and the model if it is one of the hub's. A download that broke off goes on.
 prepare() {
+    refuse_hub_id
     install
     if [ "$MODEL" != out/base ] && [ ! -d "$MODEL" ]; then run "${PYTHON%python}hf" download "$MODEL"; fi
     if [ -e "$DATA" ]; then return; fi
-    [[ ! $DATA =~ ^[^./][^/]*/[^/]+$ ]] || [ "$DATA" = "$SMOLTALK" ] || [ -d "${DATA%/*}" ] || fail "DATA=$DATA looks" \
-        "like a dataset of the hub, and prepare fetches smol-smoltalk only; for that one \`hf download $DATA" \
-        "--repo-type=dataset --local-dir=data/${DATA#*/}\`, then DATA=data/${DATA#*/}"
     run "${PYTHON%python}hf" download HuggingFaceTB/smol-smoltalk --repo-type=dataset --include="data/train*" \
         --local-dir="$DATA.partial"
     run mv "$DATA.partial" "$DATA"
 }
 
+refuse_hub_id() {
+    [[ $DATA =~ ^[^./][^/]*/[^/]+$ && $DATA != data/* && ! -d ${DATA%/*} ]] || return 0
+    fail "there is no DATA=$DATA, and prepare fetches smol-smoltalk only; a dataset of the hub is given by" \
+        "--data=$DATA, and for a job first by \`hf download $DATA --repo-type=dataset --include='data/train*'" \
+        "--local-dir=data/${DATA#*/}\`, then DATA=data/${DATA#*/}"
+}
+
 RECIPE=(--epochs=2 --lr=1e-3 --batch_tokens=65_536 --micro_batch_size=8)
 
 need_data() { # for a job
+    [ -e "$DATA" ] || [ -n "${DRY_RUN:-}" ] || refuse_hub_id
     [ -e "$DATA" ] || [ -n "${DRY_RUN:-}" ] || fail "DATA=$DATA is not there, seen from $PWD, and a job fetches" \
         "nothing; run \`$(to_prepare)\` on a login node first"
 }
@@ -77,6 +83,7 @@ if [ -z "$(flag data "" "$@")" ] && [ ! -e "$DATA" ]; then # --data is the user'
     elif [ "$DATA" = "$SMOLTALK" ]; then
         prepare
     else
+        refuse_hub_id
         fail "there is no DATA=$DATA; name a folder, a file, or by --data= a hub dataset;" \
             "\`$(to_prepare)\` downloads smol-smoltalk there"
     fi

@@ -298,8 +298,9 @@ def main(config: Config) -> None:
     )
     for line in mix_report(names, weights, sizes, read=max_steps * train.rows_per_step, unit="rows"):
         ranks.print(line)
-    for name, report, part in zip(names, reports, parts):
-        for note in (*unread_files(part.data), *preparation_notes(report, T)):
+    unread = ranks.from_main(lambda: [unread_files(part.data) for part in parts])
+    for name, report, notes in zip(names, reports, unread):
+        for note in (*notes, *preparation_notes(report, T)):
             ranks.print(f"{name}: {note}" if len(reports) > 1 else note)
 
     # What records the run, and what can stop it.

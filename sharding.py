@@ -61,7 +61,7 @@ def wrap(model: nn.Module, ranks: Ranks, compile: str) -> nn.Module:
     if ranks.world > 2 and not ranks.sharded and ranks.device.type == "cpu":
         # DDP arranges its buckets anew after its first backward pass. In which order three ranks and more
         # are added follows from the buckets. So a run and its continuation both begin with an empty pass.
-        ids = torch.zeros(2, 2, dtype=torch.long)
+        ids = torch.zeros(2, 1, dtype=torch.long)
         (module(ids, ids).sum() * 0).backward()
         model.zero_grad(set_to_none=True)
     if wanted:

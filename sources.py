@@ -55,7 +55,7 @@ def file_rows(path: Path) -> Iterator[tuple[object, str]]:
     except (OSError, ValueError) as error:  # pyarrow's errors, json's and Unicode's are of these kinds
         if isinstance(error, InputError):
             raise
-        if isinstance(error, UnicodeDecodeError):
+        if isinstance(error, UnicodeDecodeError) and error.reason != "unexpected end of data":
             raise InputError(
                 f"{path} is no UTF-8 beyond row {number} ({one_line(error)}); convert it to UTF-8"
             ) from error
@@ -104,16 +104,17 @@ def unread_files(source: str) -> list[str]:
     """A line, if there are any, about the files in a source's folders that are not read, as their names end
     otherwise."""
     left = [
-        file.name
+        file
         for path in map(Path, source.split(","))
         if path.is_dir()
         for file in files_below(path)
-        if not file.name.endswith(SUFFIXES)
+        if not file.name.endswith((*SUFFIXES, ".md"))
         and not any(part.startswith(".") for part in file.relative_to(path).parts)
     ]
     if not left:
         return []
-    ends = sorted({"".join(Path(name).suffixes[-2:]) or name for name in left})
+    last = {".gz": 2, ".zst": 2}  # so many of a name's suffixes count, one of others
+    ends = sorted({"".join(file.suffixes[-last.get(file.suffix, 1) :]) or file.name for file in left})
     told = ", ".join(ends[:5]) + (", …" if len(ends) > 5 else "")
     return [f"{source}: {len(left)} files are not read ({told}); names must end in {', '.join(SUFFIXES)}"]
 

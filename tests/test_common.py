@@ -288,5 +288,6 @@ def test_a_setting_that_can_mean_nothing_is_refused_before_anything_is_read(scri
 
 
 def test_control_characters_are_shown_and_not_obeyed():
-    told = "a\x1b]52;c;aGk=\x07\r\x9b\x00\tb\n\xa0é👩\u200d🔬"
-    assert common.visible(told) == "a\\x1b]52;c;aGk=\\x07\\x0d\\x9b\\x00\tb\n\xa0é👩\u200d🔬"
+    told = "a\x1b]52;c;aGk=\x07\r\x9b\x00\u202e\ufeff\tb\n\xa0é👩\u200d🔬"
+    shown = r"a\x1b]52;c;aGk=\x07\r\x9b\x00\u202e\ufeff" + "\tb\n\xa0é👩\u200d🔬"
+    assert common.visible(told) == shown

@@ -37,7 +37,10 @@ from common import InputError, parse_config, read_records
 from order import parse_sources
 
 CLEAN = {
-    k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SBATCH", "NNODES", "MASTER", "VENV"))
+    k: v
+    for k, v in os.environ.items()
+    if not k.startswith(("SLURM", "SBATCH", "SRUN", "SHUTDOWN", "NNODES", "MASTER", "VENV", "PRESET"))
+    and k not in ("DATA", "OUT", "MODEL")
 }
 
 
@@ -107,7 +110,9 @@ def test_in_a_slurm_job_there_is_one_launcher_a_node_and_nothing_is_fetched(scri
 def test_submit_gives_sbatch_its_flags_and_the_run_what_follows_two_dashes(script, tmp_path):
     known = {"VENV": sys.prefix, "DATA": str(tmp_path), "OUT": str(tmp_path / "out")}
     check, sbatch = dry(script, "submit", "-N4", "--time=1:00", "--", "--lr=7", "--seed=1", **known)
-    assert check.startswith("env WORLD_SIZE=1 ") and check.rstrip().endswith("--lr=7 --seed=1")
+    assert check.startswith("env HF_HUB_OFFLINE=1 WORLD_SIZE=1 ") and check.rstrip().endswith(
+        "--lr=7 --seed=1"
+    )
     assert sbatch.split() == ["sbatch", "-N4", "--time=1:00", script, "--lr=7", "--seed=1"]
     assert dry(script, "submit", "-N4", **known)[-1].split() == ["sbatch", "-N4", script]
     missing = shell(script, "submit", "-N4", **known | {"DATA": f"{tmp_path}/none"})
@@ -135,20 +140,23 @@ def test_a_task_of_an_array_asks_slurm_for_itself_and_not_for_all_tasks(data_dir
 
 def test_a_name_that_does_not_exist_is_no_place_to_download_smol_smoltalk_to(tmp_path):
     result = shell("sft_full.sh", DATA="me/my-chats", VENV=sys.prefix, NPROC="1", DRY_RUN="1")
-    told = "error: there is no DATA=me/my-chats; name a folder, a file, or by --data= a hub dataset;"
+    told = "error: there is no DATA=me/my-chats, and prepare fetches smol-smoltalk only; a dataset of"
     assert result.returncode == 1 and not result.stdout and result.stderr.startswith(told)
     other = shell("sft_full.sh", "prepare", DATA="me/my-chats", VENV=sys.prefix, DRY_RUN="1")
-    assert other.returncode == 1 and "DATA=me/my-chats looks like a dataset of the hub" in other.stderr
-    made = dry("sft_full.sh", "prepare", DATA=f"{tmp_path}/my-chats", VENV=sys.prefix)
-    assert any(f"--local-dir={tmp_path}/my-chats" in line for line in made)
+    assert other.returncode == 1 and not other.stdout and other.stderr == result.stderr
+    result = shell("sft_full.sh", DATA=f"{tmp_path}/none", VENV=sys.prefix, NPROC="1", DRY_RUN="1")
+    told = f"error: there is no DATA={tmp_path}/none; name a folder, a file, or by --data= a hub dataset;"
+    assert result.returncode == 1 and not result.stdout and result.stderr.startswith(told)
+    for folder in (f"{tmp_path}/my-chats", "data/my-chats"):
+        made = dry("sft_full.sh", "prepare", DATA=folder, VENV=sys.prefix)
+        assert any(f"--local-dir={folder}" in line for line in made)
 
 
 def test_a_name_that_does_not_exist_is_no_place_to_prepare_fineweb_edu_in(tmp_path):
     result = shell("pretrain_full.sh", DATA="data/mien", VENV=sys.prefix, NPROC="1", DRY_RUN="1")
-    told = "error: there is no DATA=data/mien; name a folder of shards, or fill it with FineWeb-Edu by "
+    told = "error: there are no shards in DATA=data/mien; name a folder of shards, or fill it by "
     assert result.returncode == 1 and not result.stdout and result.stderr.startswith(told)
     assert "`DATA=data/mien bash pretrain_full.sh prepare`" in result.stderr
-    assert any("prepare_data.py" in line for line in dry("pretrain_full.sh", VENV=sys.prefix, NPROC="1"))
 
 
 def test_preparing_installs_only_when_no_environment_is_given():
@@ -286,8 +294,8 @@ def test_a_preset_is_a_run_that_others_have_made(preset, tmp_path):
     )
 
 
-def test_a_depth_replaces_the_recipe_and_does_not_go_with_a_preset():
-    *_, run = dry("pretrain_full.sh", "--depth=16", VENV=sys.prefix, NPROC="8", DATA=str(ROOT / "tests"))
+def test_a_depth_replaces_the_recipe_and_does_not_go_with_a_preset(data_dir):
+    *_, run = dry("pretrain_full.sh", "--depth=16", VENV=sys.prefix, NPROC="8", DATA=str(data_dir))
     assert "--depth=16" in run and "--micro_batch_size=32" in run
     for name in ("num_hidden_layers", "hidden_size", "num_attention_heads", "max_steps", "batch_tokens"):
         assert f"--{name}=" not in run
@@ -296,9 +304,9 @@ def test_a_depth_replaces_the_recipe_and_does_not_go_with_a_preset():
     assert "--config=sample-10BT " in made[-1] and "--out_dir=data/fineweb-edu-depth16 " in made[-1]
     (large,) = dry("pretrain_full.sh", "prepare", "--depth=28", VENV=sys.prefix)
     assert "--config=sample-100BT " in large and "--out_dir=data/fineweb-edu-depth28 " in large
-    *_, run = dry("pretrain_full.sh", "--depth=28", VENV=sys.prefix, NPROC="8", DATA=str(ROOT / "tests"))
+    *_, run = dry("pretrain_full.sh", "--depth=28", VENV=sys.prefix, NPROC="8", DATA=str(data_dir))
     assert "--micro_batch_size=16 " in run
-    known = {"VENV": sys.prefix, "NPROC": "8", "DATA": str(ROOT / "tests")}
+    known = {"VENV": sys.prefix, "NPROC": "8", "DATA": str(data_dir)}
     for words in ([], ["prepare"]):  # no depth: the recipe, as in pretrain_gpt.py, a limited prepare
         plain = dry("pretrain_full.sh", *words, **known)
         none = dry("pretrain_full.sh", *words, "--depth=0", **known)
@@ -327,6 +335,7 @@ def test_shards_that_others_made_and_a_mix_of_folders_are_never_prepared(tmp_pat
     for folder, name in ((shards, "fineweb_train_000001.bin"), (half, "train_000000.bin")):
         folder.mkdir()
         (folder / name).touch()
+    (half / "progress.json").touch()
     known = {"VENV": sys.prefix, "NPROC": "8", "OUT": str(tmp_path / "out")}
     for data, prepares in ((str(shards), False), ("a:0.7,b:0.3", False), (str(half), True)):
         made = dry("pretrain_full.sh", **known, DATA=data)

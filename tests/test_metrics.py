@@ -341,7 +341,9 @@ def test_without_wandb_and_matplotlib_a_run_goes_on_and_says_so(tmp_path, monkey
     log.close()
     assert not (tmp_path / "loss.png").exists() and len(read_records(tmp_path / "metrics.jsonl")) == 2
     assert "matplotlib is not installed, so there will be no loss.png" in capsys.readouterr().err
-    assert start_wandb("auto", tmp_path, run_id=None, settings={}) is None
+    for told in ("", "offline"):
+        monkeypatch.setenv("WANDB_MODE", told)
+        assert start_wandb("auto", tmp_path, run_id=None, settings={}) is None
     with pytest.raises(InputError, match="--wandb=online needs wandb, which is not installed"):
         start_wandb("online", tmp_path, run_id=None, settings={})
 

@@ -203,6 +203,7 @@ BAD_SOURCES = {
         r"row 3 of .*a.jsonl: it is damaged .*utf-8",
     ),
     "txt in Latin-1": (raw("a.txt", b"caf\xe9\n"), r"a.txt is no UTF-8 beyond row 0"),
+    "txt cut within a character": (raw("a.txt", b"caf\xc3"), r"a.txt cannot be read.*damaged or cut short"),
     "half of a surrogate pair": (raw("a.jsonl", GOOD + b'{"text": "x\\ud800"}\n'), r"row 3 of .*a.jsonl"),
     "gz that is none": (raw("a.jsonl.gz", GOOD), r"a.jsonl.gz cannot be read"),
     "zst that is none": (raw("a.jsonl.zst", GOOD), r"a.jsonl.zst cannot be read"),
@@ -347,9 +348,19 @@ def test_the_mark_that_windows_editors_put_first_is_no_text(tmp_path):
 
 def test_files_that_are_not_read_are_told(tmp_path, tokenizer_dir, capsys):
     (tmp_path / "in/.cache").mkdir(parents=True)
-    for name in ("a.jsonl", "b.json.gz", "c.txt.gz", "D.TXT", "README", ".hidden", ".cache/d.lock"):
+    for name in (
+        "a.jsonl",
+        "b.json.gz",
+        "c.txt.gz",
+        "D.TXT",
+        "READ",
+        "README.md",
+        "e.00017.json",
+        ".hidden",
+        ".cache/d.lock",
+    ):
         (tmp_path / "in" / name).write_text('{"text": "one"}\n')
-    told = f"{tmp_path}/in: 4 files are not read (.TXT, .json.gz, .txt.gz, README); names must end in .txt, "
+    told = f"{tmp_path}/in: 5 files are not read (.TXT, .json, .json.gz, .txt.gz, READ); names must end in"
     assert sources.unread_files(f"{tmp_path}/in")[0].startswith(told)
     assert sources.unread_files("some/dataset") == sources.unread_files(f"{tmp_path}/in/a.jsonl") == []
     prepare(tmp_path / "out", tmp_path / "in", tokenizer_dir, val_fraction=0.0, max_tokens=1000)
