@@ -65,10 +65,10 @@ echo "matrix products in $(cat "$OUT/precision.txt"): $STEPS steps of pretrainin
     --lr=0.025 --embedding_lr=0.15 --head_lr=0.0075 --beta1=0.8 --beta2=0.97 --decay_fraction=0.7 \
     --eval_every=100 --eval_tokens=40000 --save_every=100 ${PRETRAIN_FLAGS:-}
 
-# 5 and 6: 130 steps × 4,096 tokens; the same questions before and after, and fifty plain ones in the end.
+# 5 and 6: 200 steps × 4,096 tokens; the same questions before and after, and fifty plain ones in the end.
 "$PYTHON" sft_gpt.py --model="$OUT/base" --data=embedded --out_dir="$OUT/chat" \
-    --max_steps=130 --dtype="$DTYPE" --batch_tokens=4096 --micro_batch_size=16 --optimizer=muon --lr=3e-3 --matrix_lr=0.01 \
-    --max_new_tokens=120 --eval_every=26 --eval_questions=40 ${SFT_FLAGS:-}
+    --max_steps=200 --dtype="$DTYPE" --batch_tokens=4096 --micro_batch_size=16 --optimizer=muon --lr=3e-3 --matrix_lr=0.01 \
+    --max_new_tokens=120 --eval_every=40 --eval_questions=40 ${SFT_FLAGS:-}
 
 "$PYTHON" embedded.py --model="$OUT/chat" --dtype="$DTYPE"
 echo "Talk to it: $PYTHON chat.py --model=$OUT/chat"
