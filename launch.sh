@@ -60,8 +60,9 @@ submit() { # SCRIPT FLAGS: sbatch, and a sentence if the cluster wants to know m
     local script=$1 message
     shift
     if [ -n "${DRY_RUN:-}" ]; then run sbatch "${SBATCH_FLAGS[@]}" "$script" "$@"; return; fi
-    message=$(sbatch "${SBATCH_FLAGS[@]}" "$script" "$@" 2>&1) || fail "Slurm refused the job (${message//$'\n'/; }); give what the" \
-        "cluster demands: --account= --partition= --time=, or SBATCH_ACCOUNT, SBATCH_PARTITION, SBATCH_TIMELIMIT"
+    message=$(sbatch "${SBATCH_FLAGS[@]}" "$script" "$@" 2>&1) ||
+        fail "Slurm refused the job (${message//$'\n'/; }); give what the cluster demands: --account= --partition=" \
+            "--time=, or SBATCH_ACCOUNT, SBATCH_PARTITION, SBATCH_TIMELIMIT"
     echo "$message"
 }
 
