@@ -151,14 +151,27 @@ def check_data(config) -> None:
         if config.tokenizer:
             load_tokenizer(config.tokenizer)
         return
-    names = [config.data]
+    for name in tuning_sources(config):
+        if name != "embedded":
+            source_files(name)
+
+
+def tuning_sources(config) -> list[str]:
+    """The names of a tuning run's data."""
     if isinstance(config, sft_gpt.Config):
-        names = [part.data for part in sft_gpt.source_configs(config, data_sources(config.data))]
-    for name in names:
-        if name == "embedded" or source_files(name) is not None or not constants.HF_HUB_OFFLINE:
+        return [part.data for part in sft_gpt.source_configs(config, data_sources(config.data))]
+    return [config.data]
+
+
+def check_downloaded(config) -> None:
+    """Raise InputError for a dataset of the hub that this machine cannot fetch, as HF_HUB_OFFLINE=1 forbids it,
+    and that neither a run nor `datasets` has read here before."""
+    if isinstance(config, pretrain_gpt.Config) or not constants.HF_HUB_OFFLINE:
+        return
+    for name in tuning_sources(config):
+        if name == "embedded" or source_files(name) is not None or in_datasets_cache(name):
             continue
-        # Neither a run has read it nor load_dataset.
-        if not commit_note(name, cache_folder(config.cache_dir)).exists() and not in_datasets_cache(name):
+        if not commit_note(name, cache_folder(config.cache_dir)).exists():
             raise InputError(
                 f"{name} is a dataset of the hub, which HF_HUB_OFFLINE=1 shuts off; download the files of a "
                 f"split elsewhere, `hf download {name} --repo-type=dataset --include='data/train*' "
@@ -189,6 +202,7 @@ def room_problem(config, run: Run) -> str | None:
 def main(config) -> None:
     run = find_run(config, int(os.environ.get("WORLD_SIZE", 1)))
     check_data(config)
+    check_downloaded(config)
     if run and (lacking := room_problem(config, run)):
         raise InputError(lacking)
 

@@ -9,7 +9,7 @@ from conftest import dpo_config, flags, pretrain_config, refused, run, sft_confi
 
 import checks
 import pretrain_gpt
-from checks import check_data, find_run, room_problem
+from checks import check_data, check_downloaded, find_run, room_problem
 from common import parse_config, write_json
 from gpt import GPTConfig, GPTModel
 from sources import commit_note
@@ -74,9 +74,8 @@ def test_a_run_that_goes_on_needs_the_model_no_more_that_it_started_from(base_ru
 
 
 def test_data_that_are_missing_too_few_or_do_not_fit_are_one_sentence(
-    base_run, data_dir, chats, preferences, tmp_path, monkeypatch
+    base_run, data_dir, chats, preferences, tmp_path
 ):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     check_data(pretrain_config(data_dir, "out"))
     refused("holds no token shards; make", check_data, pretrain_config(tmp_path / "no", "out"))
     refused("too few for one window", check_data, pretrain_config(data_dir, "out", context_length=10**6))
@@ -156,9 +155,9 @@ def test_a_dataset_of_the_hub_that_was_never_read_is_told_where_there_is_no_netw
 ):
     config = sft_config(base_run, "some/chats:0.5,other/chats:0.5", tmp_path / "out")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    check_data(config)
+    check_downloaded(config)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    refused("some/chats is a dataset of the hub.*--local-dir=data/chats", check_data, config)
+    refused("some/chats is a dataset of the hub.*--local-dir=data/chats", check_downloaded, config)
     for name in ("some/chats", "other/chats"):  # as newest_commit notes it where a run has read it
         write_json(commit_note(name, tmp_path / "out"), {"dataset": name, "commit": "abc"})
-    check_data(config)
+    check_downloaded(config)
