@@ -164,8 +164,8 @@ def tuning_sources(config) -> list[str]:
 
 
 def check_downloaded(config) -> None:
-    """Raise InputError for a dataset of the hub that this machine cannot fetch, as HF_HUB_OFFLINE=1 forbids it,
-    and that neither a run nor `datasets` has read here before."""
+    """Raise InputError for a dataset of the hub that neither a run nor `datasets` has read here before, and
+    that HF_HUB_OFFLINE=1 forbids to fetch."""
     if isinstance(config, pretrain_gpt.Config) or not constants.HF_HUB_OFFLINE:
         return
     for name in tuning_sources(config):
