@@ -120,7 +120,8 @@ def test_one_graph_serves_all_further_tokens_of_a_call_and_nothing_waits_in_it(d
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_one_graph_serves_all_blocks_and_nothing_is_compiled_later(script):
     found = on_fake_cuda("compiles", script=script)
-    assert found["first step"] == (2 if script == "dpo" else 3)  # block, last norm, head's softmax
+    # Block, last norm and head's softmax; of pairs block and norm, for two widths.
+    assert found["first step"] == (4 if script == "dpo" else 3)
     assert found["evaluation"] == 2  # the block and the norm, without gradients
     assert found["later"] == 0
 
