@@ -214,8 +214,8 @@ def half_surrogate(text: str) -> str | None:
 
 
 def visible(text: str) -> str:
-    """Text whose control characters, but for tabs and newlines, and those without a width or against the
-    direction of writing are shown and not obeyed by a terminal."""
+    """Text that is safe to print on a terminal. Control characters are spelled out, except tabs and newlines.
+    So are characters that take no width or turn the direction of writing."""
     unseen = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff]"
     return re.sub(unseen, lambda c: c[0].encode("unicode_escape").decode(), text)
 

@@ -164,7 +164,7 @@ def verified_shards(folder: Path) -> dict[str, list]:
 
 
 def stamp_of(path: Path, sha256: str) -> list:
-    """By what a shard with this hash is known: the time of its last change, and a number that no copy has."""
+    """What marks a shard as the checked one: its hash, last change, and inode, which no copy keeps."""
     status = path.stat()
     return [sha256, status.st_mtime_ns, status.st_ino]
 

@@ -54,8 +54,9 @@ def lock_and_resume(
     if state is not None:  # an old one was in ranks' first precision
         state["content"].setdefault("precision", ranks.precision)
         begun, name = state["content"].get("weights"), settings.get("model") or settings.get("init_from")
-        if begun and name and ranks.from_main(lambda: start_with(name, begun)) != name:
-            content = content | {"weights": begun}  # the run that this one began from may have gone on
+        other = begun and content.get("weights") not in (None, begun)
+        if other and ranks.from_main(lambda: start_with(name, begun)) != name:
+            content = content | {"weights": begun}  # the run that this one began from has gone on
     settle_precision(ranks, settings["dtype"], state and state["content"]["precision"])
     identity = {"fixed": fixed, "content": content | {"precision": ranks.precision}}
     if state is not None:
@@ -190,8 +191,8 @@ def found_start(name: str, out_dir: str) -> str:
 
 
 def start_with(name: str, weights: str) -> str:
-    """Where a run began whose model has these weights, by weights_of: in the folder of a run, which may have
-    gone on since, the checkpoint that has them. Else, or if it is gone, the name as it is."""
+    """The checkpoint in a run's folder whose weights have this hash, see weights_of; without one the name as
+    it is. So a later run finds its start again although the earlier run has gone on."""
     for path in list_checkpoints(name):
         try:
             if weights_of(str(path)) == weights:

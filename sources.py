@@ -100,9 +100,15 @@ def source_files(source: str) -> list[Path] | None:
     return files
 
 
+def ending(file: Path) -> str:
+    """A file's suffix, with the one before it if it is compressed; the name of a file without any."""
+    compressed = file.suffix in (".gz", ".zst")
+    return "".join(file.suffixes[-2 if compressed else -1 :]) or file.name
+
+
 def unread_files(source: str) -> list[str]:
-    """A line, if there are any, about the files in a source's folders that are not read, as their names end
-    otherwise."""
+    """A line about the files in a source's folders whose names end otherwise, and which are not read; none if
+    there are no such files."""
     left = [
         file
         for path in map(Path, source.split(","))
@@ -113,8 +119,7 @@ def unread_files(source: str) -> list[str]:
     ]
     if not left:
         return []
-    last = {".gz": 2, ".zst": 2}  # so many of a name's suffixes count, one of others
-    ends = sorted({"".join(file.suffixes[-last.get(file.suffix, 1) :]) or file.name for file in left})
+    ends = sorted({ending(file) for file in left})
     told = ", ".join(ends[:5]) + (", …" if len(ends) > 5 else "")
     return [f"{source}: {len(left)} files are not read ({told}); names must end in {', '.join(SUFFIXES)}"]
 
