@@ -1,6 +1,7 @@
 """What all scripts need: the user's mistakes, the command line, small helpers for files."""
 
 import ast
+import atexit
 import dataclasses
 import errno
 import fcntl
@@ -146,10 +147,13 @@ def run_script(main: Callable, config_class: type) -> None:
             stream.reconfigure(errors="replace")  # a terminal in Latin-1 prints ? for what it lacks
     try:
         main(parse_config(config_class, sys.argv[1:]))
+        end_rank(0)
         return
     except SystemExit as end:
-        if end.code == RESUMABLE and (mark := os.environ.get("RESUMABLE_FILE")):
-            Path(mark).touch()  # for launch.sh: torchrun's own status is 1 however its ranks end
+        if end.code == RESUMABLE:
+            if mark := os.environ.get("RESUMABLE_FILE"):
+                Path(mark).touch()  # for launch.sh: torchrun's own status is 1 however its ranks end
+            end_rank(RESUMABLE)
         raise
     except InputError as error:
         message = f"error: {error}"
@@ -178,6 +182,20 @@ def run_script(main: Callable, config_class: type) -> None:
     if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
         os.kill(os.getppid(), signal.SIGTERM)  # torchrun: another start would end in the same way
     raise SystemExit(1)
+
+
+def end_rank(status: int) -> None:
+    """End this process at once if it is one of several ranks, all of whose work is done.
+
+    Python would end its threads one by one. One of gloo's may be about to free a tensor: it waits for
+    Python's lock, is ended there, and with it the process by SIGABRT (pytorch issue 190489). FSDP2 keeps
+    gloo's threads until the end.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 def check_numbers(settings: dict, positive: Sequence[str]) -> None:

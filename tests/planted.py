@@ -6,6 +6,7 @@ A fault is kind:step:rank or kind:step:rank:restart. It happens on that rank wit
 that step, or of each in a range like 5-9, in the first start that torchrun makes or in that restart.
 """
 
+import atexit
 import hashlib
 import os
 import signal
@@ -131,6 +132,7 @@ def start(script: str, config, world: int, rank: int, port: int, faults, log: in
     try:
         os.dup2(log, 1)
         os.dup2(log, 2)
+        atexit._clear()  # what the tests' process has registered is not this one's to do
         if world > 1:
             place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world}
             store = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
