@@ -305,7 +305,7 @@ def bench_generate(config: Config, ranks: Ranks) -> None:
             theirs[kind] = AutoModelForCausalLM.from_pretrained(folder or name, dtype=getattr(torch, kind))
             theirs[kind].to(ranks.device)
     n = min(128, ours.config.max_position_embeddings // 2)
-    ours.graph_decoding = True
+    ours.graph_decoding, ours.kept_weights = True, {}  # as in a chat
 
     def our_generate(prompts: list[list[int]], kind: str, int8: bool) -> None:
         settle_precision(ranks, kind)

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM
 
 from common import InputError
-from generation import Decoding, Int8Matrix, product, sample
+from generation import Decoding, Int8Matrix, can_pack, joined, product, sample
 from gpt import AttentionInputs, GPTConfig, GPTModel, has_varlen
 
 
@@ -236,6 +236,20 @@ def test_a_product_with_an_int8_matrix_is_within_half_a_step_a_factor(dtype):
     )
     assert ((found - x.float() @ w.T).abs() <= bound + rounding + 1e-5).all()
     assert not found[:, 5].any()
+
+
+@pytest.mark.parametrize("rows", [1, 16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_product_with_packed_weights_is_that_of_the_weights(dtype, rows):
+    """Of any sizes; in a type that oneDNN does not pack here they stay as they are."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(rows, 37, generator=generator).to(dtype)
+    parts = [torch.randn(n, 37, generator=generator) for n in (61, 3)]
+    matrix = joined(*parts, dtype=dtype, packed=can_pack(dtype), int8=False)
+    assert matrix.is_mkldnn == can_pack(dtype) and (dtype != torch.float64 or not matrix.is_mkldnn)
+    expected = x.double() @ torch.cat(parts).to(dtype).double().T
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 0.1, torch.float64: 1e-12}[dtype]
+    torch.testing.assert_close(product(x, matrix).double(), expected, atol=tolerance, rtol=0)
 
 
 def test_a_row_draws_by_its_own_seed_whatever_it_is_batched_with():

@@ -2,8 +2,8 @@
 
 import json
 import os
-import shlex
 import re
+import shlex
 import shutil
 import signal
 import socket
