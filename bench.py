@@ -63,7 +63,7 @@ class Config:
     conversations: int = 3000  # of sft: about so many of them, evenly spaced, are an epoch
     batch_tokens: int = 4096  # of sft and roofline: tokens in an optimizer step
     their_batch_size: int = 8  # of sft: conversations that TRL gives to its model at once
-    nanogpt: str = ""  # of time_to_loss: the folder of a clone of karpathy/nanoGPT
+    nanogpt: str = ""  # of time_to_loss and, on a CPU, step: the folder of a clone of karpathy/nanoGPT
     data_dir: str = ""  # of time_to_loss: prepared shards, one comparison for each folder: a,b
     their_steps: int = 600  # of time_to_loss: steps that nanoGPT makes
     eval_windows: int = 200  # of time_to_loss: so many windows of the validation split give the loss
@@ -224,11 +224,17 @@ def bench_step(config: Config, ranks: Ranks) -> None:
     models = {"GPTModel": ours, "GPTModel, compiled": compiled}
     models["transformers Qwen3"] = their_model(config, ranks.device)
     candidates = {name: step_of(model, config, ranks) for name, model in models.items()}
+    if config.nanogpt and ranks.device.type == "cpu":
+        import bench_time  # which imports this file
+
+        candidates |= bench_time.nanogpt_steps(config, ranks)
     title = f"step of {ours.num_parameters():,} parameters, B={B} T={T}, {config.optimizer}"
     seconds = medians(candidates, config.rounds, ranks.device)
     report(title, seconds, B * T, "tok/s")
     peak = peak_flops(ranks, ranks.dtype)
     for name, each in seconds.items() if peak else ():
+        if name not in models:
+            continue  # of another shape
         print(f"  {name:44} {100 * B * T * flops_per_token(ours.config, T) / each / peak:9.1f}% MFU")
 
 

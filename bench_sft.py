@@ -15,10 +15,11 @@ import numpy as np
 import torch
 
 import sft_gpt
+from attention import has_varlen
 from bench import Config, model_of, optimizer_of, report, training_step
 from common import InputError
 from distributed import Ranks
-from gpt import GPTModel, has_varlen
+from gpt import GPTModel
 from optim import schedule
 from packing import PackedLoader, pack
 from sft import SFTDataset, first_question, prepare_conversations, render_batch, why_unusable

@@ -71,16 +71,48 @@ def cosine(step: int, steps: int, rate: float) -> float:
     return rate * (0.1 + 0.45 * (1 + math.cos(math.pi * share)))
 
 
+def nanogpt_model(theirs, shape: dict, *, context: int, vocab_size: int, rate: float) -> tuple:
+    """A model of theirs and its optimizer."""
+    torch.manual_seed(0)
+    fields = {**shape, "block_size": context, "vocab_size": vocab_size, "dropout": 0.0, "bias": False}
+    with contextlib.redirect_stdout(io.StringIO()):
+        model = theirs.GPT(theirs.GPTConfig(**fields))
+        return model, model.configure_optimizers(DECAY, rate, BETAS, "cpu")
+
+
+def nanogpt_step(model, optimizer, rows: torch.Tensor, ranks: Ranks) -> None:
+    """A step as train.py makes it, on rows (B, T + 1)."""
+    with ranks.autocast():  # anew each step: it keeps the weights that it has cast
+        loss = model(rows[:, :-1], rows[:, 1:].contiguous())[1]
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def nanogpt_steps(config: Config, ranks: Ranks) -> dict[str, Callable[[], None]]:
+    """What makes a step of theirs in bench.py's shape: as shipped, and in our type under autocast."""
+    T, V, steps = config.context_length, config.vocab_size, {}
+    shape = {
+        "n_layer": config.num_hidden_layers,
+        "n_head": config.num_attention_heads,
+        "n_embd": config.hidden_size,
+    }
+    rows = torch.randint(V, (config.micro_batch_size, T + 1))
+    for precision in dict.fromkeys(("float32", ranks.precision)):
+        peer = nanogpt_model(nanogpt(config.nanogpt), shape, context=T, vocab_size=V, rate=config.lr)
+        steps[f"nanoGPT, {precision}"] = partial(
+            nanogpt_step, *peer, rows, replace(ranks, precision=precision)
+        )
+    return steps
+
+
 def train_nanogpt(
     theirs, *, config: Config, shape: dict, rate: float, tokens: np.ndarray, vocab_size: int, ranks: Ranks
 ) -> tuple:
     """A model of theirs, trained as train.py does, and the median seconds of a step."""
-    torch.manual_seed(0)
     T = RECIPE.context_length
-    fields = {**shape, "block_size": T, "vocab_size": vocab_size, "dropout": 0.0, "bias": False}
-    with contextlib.redirect_stdout(io.StringIO()):
-        model = theirs.GPT(theirs.GPTConfig(**fields))
-        optimizer = model.configure_optimizers(DECAY, rate, BETAS, "cpu")
+    model, optimizer = nanogpt_model(theirs, shape, context=T, vocab_size=vocab_size, rate=rate)
     seconds = []
     for step in range(config.their_steps):
         began = time.perf_counter()
@@ -88,12 +120,7 @@ def train_nanogpt(
             group["lr"] = cosine(step, config.their_steps, rate)
         starts = torch.randint(len(tokens) - T, (BATCH,)).tolist()
         rows = torch.from_numpy(np.stack([tokens[i : i + T + 1].astype(np.int64) for i in starts]))
-        with ranks.autocast():  # anew each step: it keeps the weights that it has cast
-            loss = model(rows[:, :-1], rows[:, 1:].contiguous())[1]
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        nanogpt_step(model, optimizer, rows, ranks)
         seconds.append(time.perf_counter() - began)
     return model, statistics.median(seconds)
 

@@ -13,7 +13,6 @@ B batch, T positions, S keys, C hidden size, H query heads, G key/value heads, D
 vocabulary.
 """
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,9 +20,9 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.attention import varlen
 from torch.utils.checkpoint import checkpoint
 
+from attention import attend, varlen_attention
 from common import InputError, read_json
 from generation import KVCache, generate
 from huggingface import check_size, config_from_hf, config_to_hf, load_weights, model_directory, write_model
@@ -107,52 +106,6 @@ class AttentionInputs:
     cache: KVCache | None = None  # what keeps the keys and values
 
 
-@torch.compiler.disable
-def attend_one_by_one(q, k, v, cu_seqlens, _, longest_q, longest_k, *, window_size, enable_gqa):
-    """What attend_at_once does on CUDA, sequence by sequence."""
-    lengths = [n for n in cu_seqlens.diff().tolist() if n]
-    parts = zip(*(x.transpose(0, 1)[None].split(lengths, dim=2) for x in (q, k, v)))  # (1, H or G, n, D) each
-    done = [F.scaled_dot_product_attention(*part, is_causal=True, enable_gqa=enable_gqa) for part in parts]
-    return torch.cat(done, dim=2)[0].transpose(0, 1)
-
-
-# Where varlen_attn has no such argument (torch 2.11) it takes fewer key than query heads without being asked.
-ASKS_FOR_GROUPS = "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters
-
-
-def attend_at_once(q, k, v, *sequences, window_size, enable_gqa):
-    """varlen.varlen_attn in any version."""
-    groups = {"enable_gqa": enable_gqa} if ASKS_FOR_GROUPS else {}
-    return varlen.varlen_attn(q, k, v, *sequences, window_size=window_size, **groups)
-
-
-VARLEN = {"cuda": attend_at_once, "cpu": attend_one_by_one}
-
-
-def varlen_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor
-) -> torch.Tensor:
-    """Causal attention (B, T, H, D) inside each packed sequence.
-
-    The result is that of a block mask, without the masked work.
-    """
-    T, H = q.size(2), q.size(1)
-    q, k, v = (x.transpose(1, 2).flatten(0, 1).to(v.dtype) for x in (q, k, v))  # (B T, H or G, D)
-    y = VARLEN[q.device.type](
-        q, k, v, cu_seqlens, cu_seqlens, T, T, window_size=(-1, 0), enable_gqa=k.size(1) != H
-    )
-    return y.reshape(-1, T, *y.shape[1:])
-
-
-def has_varlen(device: torch.device, head_dim: int, dtype: torch.dtype = torch.bfloat16) -> bool:
-    """Whether varlen_attention runs: on CPUs, and from Ampere on in bf16 if head_dim is a multiple of 8 up to
-    256."""
-    if device.type != "cuda":
-        return device.type in VARLEN
-    recent = torch.cuda.get_device_capability(device) >= (8, 0)
-    return recent and dtype == torch.bfloat16 and head_dim % 8 == 0 and head_dim <= 256
-
-
 class MultiHeadAttention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
@@ -178,14 +131,7 @@ class MultiHeadAttention(nn.Module):
         if inputs.cu_seqlens is not None:
             y = varlen_attention(q, k, v, inputs.cu_seqlens)
             return self.o_proj(y.reshape(B, T, -1))
-        mask = inputs.mask
-        # No fused kernel takes fewer key heads together with a mask or, on a GPU, with fp32.
-        unfused = mask is not None or (x.is_cuda and x.dtype == torch.float32)
-        if unfused and T > 1 and k.size(1) != q.size(1):
-            k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.size(1) != k.size(1)
-        )
+        y = attend(q, k, v, inputs.mask)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 

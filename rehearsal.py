@@ -26,9 +26,10 @@ from torch.utils._pytree import tree_leaves
 
 import sharding
 import training
+from attention import has_varlen
 from distributed import Ranks
 from dpo import PreferenceModel
-from gpt import GPTConfig, GPTModel, has_varlen
+from gpt import GPTConfig, GPTModel
 from loss import nats_and_gradient
 from optim import make_optimizer, set_learning_rate
 from sharding import own_numbers

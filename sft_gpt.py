@@ -17,10 +17,10 @@ from pathlib import Path
 
 import torch
 
+from attention import has_varlen
 from checkpoint import open_model, told_name, too_many_bad_steps
 from common import RESUMABLE, InputError, cache_folder, check_choice, file_sha256, fingerprint, run_script
 from distributed import Ranks, join_ranks
-from gpt import has_varlen
 from metrics import flops_per_token, mean_context
 from optim import make_optimizer, schedule, set_learning_rate
 from order import (

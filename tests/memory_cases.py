@@ -16,8 +16,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
+import attention
 import distributed
-import gpt
 from gpt import GPTConfig
 from rehearsal import Rehearsal
 
@@ -26,7 +26,9 @@ T, B = 256, 8
 
 
 def rehearse(optimizer: str, unit: str) -> dict[str, int]:
-    gpt.VARLEN.pop("cpu")  # it reads where sequences begin, which fake tensors do not know; rows get a mask
+    attention.VARLEN.pop(
+        "cpu"
+    )  # it reads where sequences begin, which fake tensors do not know; rows get a mask
     ranks = distributed.Ranks(0, 1, torch.device("cpu"))
     shape = GPTConfig(**SHAPE, max_position_embeddings=T)
     settings = {"T": T, "unit": unit, "compile": False, "checkpoint_activations": False}

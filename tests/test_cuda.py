@@ -34,11 +34,12 @@ import dpo_gpt
 import gpt
 import pretrain_gpt
 import sft_gpt
+from attention import has_varlen
 from chat import Config as ChatConfig
 from checkpoint import copy_to_host
 from common import read_records, run_script
 from distributed import Ranks
-from gpt import GPTModel, has_varlen
+from gpt import GPTModel
 from optim import make_optimizer, set_learning_rate
 from packing import collate
 from training import StepHistory, forward_backward

@@ -11,9 +11,10 @@ from conftest import SWITCHES, random_ids, small_model
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM
 
+from attention import has_varlen
 from common import InputError
 from generation import Decoding, Int8Matrix, can_pack, joined, product, sample
-from gpt import AttentionInputs, GPTConfig, GPTModel, has_varlen
+from gpt import AttentionInputs, GPTConfig, GPTModel
 
 
 @pytest.mark.parametrize("switches", SWITCHES, ids=str)

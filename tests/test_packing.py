@@ -27,6 +27,7 @@ from properties import few, given, settings, st
 from test_order import STRETCHES, steps_of
 from test_sft import prepared
 
+import attention
 import gpt
 import sft
 import sft_gpt
@@ -371,7 +372,7 @@ def reference_varlen_attention(q, k, v, starts, _, longest, __, *, window_size, 
 @pytest.mark.parametrize("groups", [4, 2])
 def test_sequences_give_what_the_mask_gives(groups, kernel, tokenizer, tmp_path, monkeypatch):
     if kernel != "that of the CPU":
-        monkeypatch.setitem(gpt.VARLEN, "cpu", reference_varlen_attention)
+        monkeypatch.setitem(attention.VARLEN, "cpu", reference_varlen_attention)
     dataset = prepared(tokenizer, tmp_path / "data")
     model = small_model(max_position_embeddings=256, num_key_value_heads=groups)
     rows = [

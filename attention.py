@@ -1,0 +1,119 @@
+"""Attention of queries to keys, causal or masked, and inside the sequences of packed rows.
+
+B rows, T positions, S keys, H query heads, G key/value heads, D dimensions of a head.
+"""
+
+import inspect
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import varlen
+
+BLOCK = 64  # queries that BlockedAttention multiplies at once
+BLOCKED_UP_TO = 512  # positions; what it keeps grows with their square
+
+
+class BlockedAttention(torch.autograd.Function):
+    """Causal attention on a CPU, a block of queries at a time, to no key after the block.
+
+    The backward pass finds the probabilities kept, in the values' type; torch's kernel computes them again.
+    That is about twice as fast for short rows. Scores are products in q's and k's type, so that in bf16 with
+    fp32 queries the result is a little more exact, too.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v):  # (B, H, T, D) each
+        shape, T, D = q.shape, q.size(2), q.size(3)
+        q, k, v = (x.reshape(-1, T, D) for x in (q * D**-0.5, k, v))
+        later = torch.full((BLOCK, BLOCK), -torch.inf, dtype=q.dtype).triu_(1)
+        out, kept = torch.empty_like(v), []
+        for a in range(0, T, BLOCK):
+            b = min(a + BLOCK, T)
+            scores = q[:, a:b] @ k[:, :b].mT
+            scores[:, :, a:] += later[: b - a, : b - a]
+            probs = scores.softmax(-1).to(v.dtype)
+            out[:, a:b] = probs @ v[:, :b]
+            kept.append(probs)
+        ctx.dtype, ctx.shape = q.dtype, shape
+        ctx.save_for_backward(q.to(v.dtype), k.to(v.dtype), v, *kept)
+        return out.view(shape)
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, *kept = ctx.saved_tensors
+        T, D = q.shape[1:]
+        grad = grad.reshape(v.shape)
+        dq = torch.empty_like(q, dtype=ctx.dtype)
+        dk, dv = (torch.zeros_like(x, dtype=ctx.dtype) for x in (k, v))
+        for a, probs in zip(range(0, T, BLOCK), kept):
+            b = min(a + BLOCK, T)
+            dv[:, :b] += probs.mT @ grad[:, a:b]
+            scores = torch._softmax_backward_data(grad[:, a:b] @ v[:, :b].mT, probs, -1, probs.dtype)
+            dk[:, :b] += scores.mT @ q[:, a:b]
+            dq[:, a:b] = scores @ k[:, :b]
+        return dq.mul_(D**-0.5).view(ctx.shape), dk.view(ctx.shape), dv.to(v.dtype).view(ctx.shape)
+
+
+def attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Values (B, H, T, D) that queries (B, H, T, D) find by keys (B, G, S, D): causal without a mask
+    (B, 1, T, S), which is True where a query may see a key."""
+    on_cpu, T = q.device.type == "cpu", q.size(2)
+    blocked = on_cpu and mask is None and T <= BLOCKED_UP_TO and not torch.compiler.is_compiling()
+    # No other fused kernel takes fewer key heads together with a mask or, on a GPU, with fp32.
+    whole = blocked or mask is not None or (q.is_cuda and v.dtype == torch.float32)
+    if whole and k.size(1) != q.size(1):
+        k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
+    if blocked:
+        with torch.autocast("cpu", enabled=False):
+            return BlockedAttention.apply(q, k, v)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.size(1) != k.size(1)
+    )
+
+
+@torch.compiler.disable
+def attend_one_by_one(q, k, v, cu_seqlens, _, longest_q, longest_k, *, window_size, enable_gqa):
+    """What attend_at_once does on CUDA, sequence by sequence."""
+    lengths = [n for n in cu_seqlens.diff().tolist() if n]
+    parts = zip(*(x.transpose(0, 1)[None].split(lengths, dim=2) for x in (q, k, v)))  # (1, H or G, n, D) each
+    done = [attend(*part) for part in parts]
+    return torch.cat(done, dim=2)[0].transpose(0, 1)
+
+
+# Where varlen_attn has no such argument (torch 2.11) it takes fewer key than query heads without being asked.
+ASKS_FOR_GROUPS = "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters
+
+
+def attend_at_once(q, k, v, *sequences, window_size, enable_gqa):
+    """varlen.varlen_attn in any version."""
+    groups = {"enable_gqa": enable_gqa} if ASKS_FOR_GROUPS else {}
+    return varlen.varlen_attn(q.to(v.dtype), k.to(v.dtype), v, *sequences, window_size=window_size, **groups)
+
+
+VARLEN = {"cuda": attend_at_once, "cpu": attend_one_by_one}
+
+
+def varlen_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor
+) -> torch.Tensor:
+    """Causal attention (B, T, H, D) inside each packed sequence.
+
+    The result is that of a block mask, without the masked work.
+    """
+    T, H = q.size(2), q.size(1)
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # (B T, H or G, D)
+    y = VARLEN[q.device.type](
+        q, k, v, cu_seqlens, cu_seqlens, T, T, window_size=(-1, 0), enable_gqa=k.size(1) != H
+    )
+    return y.reshape(-1, T, *y.shape[1:])
+
+
+def has_varlen(device: torch.device, head_dim: int, dtype: torch.dtype = torch.bfloat16) -> bool:
+    """Whether varlen_attention runs: on CPUs, and from Ampere on in bf16 if head_dim is a multiple of 8 up to
+    256."""
+    if device.type != "cuda":
+        return device.type in VARLEN
+    recent = torch.cuda.get_device_capability(device) >= (8, 0)
+    return recent and dtype == torch.bfloat16 and head_dim % 8 == 0 and head_dim <= 256

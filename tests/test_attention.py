@@ -1,0 +1,56 @@
+"""Attention: what is written here for CPUs against torch's, in double precision."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import attention
+from attention import attend
+
+
+def results(function, q, k, v, dtype=None) -> list[torch.Tensor]:
+    """The values and the gradients of a weighted sum of them, in double precision."""
+    q, k, v = (x.to(dtype or torch.float64).detach().requires_grad_() for x in (q, k, v))
+    found = function(q, k, v)
+    weights = torch.randn(found.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    found.backward(weights.to(found.dtype))
+    return [x.double() for x in (found.detach(), q.grad, k.grad, v.grad)]
+
+
+def torchs(q, k, v):
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.size(1) != k.size(1))
+
+
+def random_heads(T: int, groups: int = 4) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(T)
+    return [torch.randn(2, n, T, 8, generator=generator) * 2 for n in (4, groups, groups)]
+
+
+@pytest.mark.parametrize("groups", [4, 2])
+@pytest.mark.parametrize("T", [1, 63, 64, 65, 200, attention.BLOCKED_UP_TO, attention.BLOCKED_UP_TO + 1])
+def test_causal_attention_and_its_gradients_are_torch_s(T, groups, monkeypatch):
+    inputs, blocked = random_heads(T, groups), []
+    apply = attention.BlockedAttention.apply
+    monkeypatch.setattr(attention.BlockedAttention, "apply", lambda *x: blocked.append(1) or apply(*x))
+    for found, expected in zip(results(attend, *inputs), results(torchs, *inputs)):
+        torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-10)
+    assert len(blocked) == (T <= attention.BLOCKED_UP_TO)
+
+
+def test_under_autocast_scores_stay_in_fp32_and_nothing_is_less_exact_than_torch_s():
+    """Queries and keys come from the rotation in fp32, values from a product in bf16."""
+    q, k, v = random_heads(200)
+    exact = results(torchs, q, k, v)
+
+    def mixed(function):
+        def call(q, k, v):
+            with torch.autocast("cpu", torch.bfloat16):
+                return function(q, k, v.bfloat16())
+
+        return results(call, q, k, v, torch.float32)
+
+    def errors(found):
+        return [((x - y).norm() / y.norm()).item() for x, y in zip(found, exact)]
+
+    ours, theirs = errors(mixed(attend)), errors(mixed(lambda q, k, v: torchs(q.bfloat16(), k.bfloat16(), v)))
+    assert all(a < b for a, b in zip(ours, theirs)) and max(ours) < 0.01, (ours, theirs)
