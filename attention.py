@@ -22,8 +22,8 @@ class BlockedAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, q, k, v):  # (B, H, T, D) each
-        shape, T, D = q.shape, q.size(2), q.size(3)
+    def forward(ctx, q, k, v, sequences):  # (B, H, T, D) each; None or the numbers of sequences (B, T)
+        shape, (B, _, T, D) = q.shape, q.shape
         q, k, v = (x.reshape(-1, T, D) for x in (q * D**-0.5, k, v))
         later = torch.full((BLOCK, BLOCK), -torch.inf, dtype=q.dtype).triu_(1)
         out, kept = torch.empty_like(v), []
@@ -31,6 +31,9 @@ class BlockedAttention(torch.autograd.Function):
             b = min(a + BLOCK, T)
             scores = q[:, a:b] @ k[:, :b].mT
             scores[:, :, a:] += later[: b - a, : b - a]
+            if sequences is not None:
+                apart = sequences[:, a:b, None] != sequences[:, None, :b]
+                scores.view(B, -1, b - a, b).masked_fill_(apart[:, None], -torch.inf)
             probs = scores.softmax(-1).to(v.dtype)
             out[:, a:b] = probs @ v[:, :b]
             kept.append(probs)
@@ -51,7 +54,23 @@ class BlockedAttention(torch.autograd.Function):
             scores = torch._softmax_backward_data(grad[:, a:b] @ v[:, :b].mT, probs, -1, probs.dtype)
             dk[:, :b] += scores.mT @ q[:, a:b]
             dq[:, a:b] = scores @ k[:, :b]
-        return dq.mul_(D**-0.5).view(ctx.shape), dk.view(ctx.shape), dv.to(v.dtype).view(ctx.shape)
+        return *(x.view(ctx.shape) for x in (dq.mul_(D**-0.5), dk, dv.to(v.dtype))), None
+
+
+def is_blocked(q: torch.Tensor) -> bool:
+    """Whether causal attention of these queries is BlockedAttention."""
+    return q.device.type == "cpu" and q.size(2) <= BLOCKED_UP_TO
+
+
+def repeated(x: torch.Tensor, heads: int) -> torch.Tensor:
+    """Keys or values (B, G, S, D), once for each query head."""
+    return x if x.size(1) == heads else x.repeat_interleave(heads // x.size(1), dim=1)
+
+
+def blocked_attention(q, k, v, sequences: torch.Tensor | None = None) -> torch.Tensor:
+    """BlockedAttention with fewer key heads, inside autocast, too."""
+    with torch.autocast("cpu", enabled=False):
+        return BlockedAttention.apply(q, repeated(k, q.size(1)), repeated(v, q.size(1)), sequences)
 
 
 def attend(
@@ -59,15 +78,11 @@ def attend(
 ) -> torch.Tensor:
     """Values (B, H, T, D) that queries (B, H, T, D) find by keys (B, G, S, D): causal without a mask
     (B, 1, T, S), which is True where a query may see a key."""
-    on_cpu, T = q.device.type == "cpu", q.size(2)
-    blocked = on_cpu and mask is None and T <= BLOCKED_UP_TO and not torch.compiler.is_compiling()
-    # No other fused kernel takes fewer key heads together with a mask or, on a GPU, with fp32.
-    whole = blocked or mask is not None or (q.is_cuda and v.dtype == torch.float32)
-    if whole and k.size(1) != q.size(1):
-        k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
-    if blocked:
-        with torch.autocast("cpu", enabled=False):
-            return BlockedAttention.apply(q, k, v)
+    if mask is None and is_blocked(q):
+        return blocked_attention(q, k, v)
+    # No fused kernel takes fewer key heads together with a mask or, on a GPU, with fp32.
+    if mask is not None or (q.is_cuda and v.dtype == torch.float32):
+        k, v = repeated(k, q.size(1)), repeated(v, q.size(1))
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.size(1) != k.size(1)
     )
@@ -102,7 +117,11 @@ def varlen_attention(
 
     The result is that of a block mask, without the masked work.
     """
-    T, H = q.size(2), q.size(1)
+    B, H, T, _ = q.shape
+    if is_blocked(q):
+        places = torch.arange(B * T, device=q.device)
+        sequences = torch.bucketize(places, cu_seqlens, right=True).view(B, T)
+        return blocked_attention(q, k, v, sequences).transpose(1, 2)
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # (B T, H or G, D)
     y = VARLEN[q.device.type](
         q, k, v, cu_seqlens, cu_seqlens, T, T, window_size=(-1, 0), enable_gqa=k.size(1) != H

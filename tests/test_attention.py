@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import attention
-from attention import attend
+from attention import attend, varlen_attention
 
 
 def results(function, q, k, v, dtype=None) -> list[torch.Tensor]:
@@ -54,3 +54,33 @@ def test_under_autocast_scores_stay_in_fp32_and_nothing_is_less_exact_than_torch
 
     ours, theirs = errors(mixed(attend)), errors(mixed(lambda q, k, v: torchs(q.bfloat16(), k.bfloat16(), v)))
     assert all(a < b for a, b in zip(ours, theirs)) and max(ours) < 0.01, (ours, theirs)
+
+
+@pytest.mark.parametrize("up_to", [attention.BLOCKED_UP_TO, 0])
+def test_packed_sequences_do_not_see_each_other(up_to, monkeypatch):
+    """By blocks, across whose borders sequences reach, and one by one."""
+    monkeypatch.setattr(attention, "BLOCKED_UP_TO", up_to)
+    lengths = [1, 62, 2, 90, 45, 64, 136]  # two rows of 200
+    starts = torch.tensor([0, *lengths, 0]).cumsum(0)  # the last one is empty, as in a batch of fixed size
+
+    def packed(q, k, v):
+        return varlen_attention(q, k, v, starts).transpose(1, 2)
+
+    def alone(q, k, v):
+        rows = [torchs(*part) for part in zip(*(flat(x).split(lengths, dim=2) for x in (q, k, v)))]
+        return torch.cat(rows, dim=2).unflatten(2, (2, 200))[0].transpose(0, 1)
+
+    def flat(x):  # (2, H, 200, D) as one row (1, H, 400, D)
+        return x.transpose(0, 1).flatten(1, 2)[None]
+
+    inputs = random_heads(200, groups=2)
+    for found, expected in zip(results(packed, *inputs), results(alone, *inputs)):
+        torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-10)
+
+
+@pytest.mark.slow
+def test_a_compiled_block_attends_alike():
+    q, k, v = random_heads(100)
+    compiled = torch.compile(attend, dynamic=False)
+    for found, expected in zip(results(compiled, q, k, v), results(attend, q, k, v)):
+        torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-10)
