@@ -99,7 +99,7 @@ def nanogpt_steps(config: Config, ranks: Ranks) -> dict[str, Callable[[], None]]
         "n_embd": config.hidden_size,
     }
     rows = torch.randint(V, (config.micro_batch_size, T + 1))
-    for precision in dict.fromkeys(("float32", ranks.precision)):
+    for precision in dict.fromkeys(("float32", ranks.precision.split()[0])):
         peer = nanogpt_model(nanogpt(config.nanogpt), shape, context=T, vocab_size=V, rate=config.lr)
         steps[f"nanoGPT, {precision}"] = partial(
             nanogpt_step, *peer, rows, replace(ranks, precision=precision)

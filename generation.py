@@ -315,7 +315,7 @@ def sample(
     noise (B,), uniform in [0, 1), decides: a row's id is where the sum of the probabilities so far passes it.
     """
     if temperature == 0:
-        return logits.argmax(-1)
+        return logits.max(-1).indices  # the first of equal ones; argmax is slower in bf16 on a CPU
     V = logits.size(-1)
     logits, order = (logits.float() / temperature).topk(min(top_k or V, V))  # falling
     probs = logits.softmax(-1)
