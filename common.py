@@ -2,6 +2,7 @@
 
 import ast
 import atexit
+import ctypes
 import dataclasses
 import errno
 import fcntl
@@ -16,6 +17,7 @@ import signal
 import socket
 import sys
 import textwrap
+import threading
 import time
 import tokenize
 import typing
@@ -187,14 +189,15 @@ def run_script(main: Callable, config_class: type) -> None:
 def end_rank(status: int) -> None:
     """End this process at once if it is one of several ranks, all of whose work is done.
 
-    Python would end its threads one by one. One of gloo's may be about to free a tensor: it waits for
-    Python's lock, is ended there, and with it the process by SIGABRT (pytorch issue 190489). FSDP2 keeps
-    gloo's threads until the end.
+    Python's own end stops each thread that asks for its lock, and gloo's may be about to free a tensor: then
+    the process aborts (pytorch issue 190489). FSDP2 keeps gloo's threads until the end.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        threading._shutdown()
         atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            stream.flush()
+        ctypes.CDLL(None).fflush(None)  # what NCCL has printed
         os._exit(status)
 
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from conftest import ALONE, ROOT
 
 import distributed
-from common import InputError
+from common import InputError, end_rank
 from distributed import Ranks
 from sharding import wrap
 
@@ -39,6 +39,8 @@ def one_of(target, rank: int, world: int, folder) -> None:
     store = dist.FileStore(str(folder / "store"), world)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
     target(Ranks(rank, world, torch.device("cpu"), store), folder)
+    os.environ["WORLD_SIZE"] = str(world)
+    end_rank(0)  # as run_script ends a rank
 
 
 def train_and_leave(ranks: Ranks, folder) -> None:

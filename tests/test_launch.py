@@ -698,8 +698,7 @@ def command_of(pid: int) -> str:
 
 def has_told_all(slurm) -> bool:
     """Whether Slurm has no message left for its nodes. What one did not answer it is told a minute later,
-    also if that is to end a step of the job's first life. The two minutes that a requeued job usually waits
-    are longer; here they are cut short."""
+    also if that is to end a step of the job's first life. Usually a requeued job waits for two minutes."""
     left = re.findall(r"^Agent (?:queue size|count|thread count): +(\d+)$", slurm("sdiag"), re.MULTILINE)
     return left == ["0", "0", "0"]
 
@@ -746,6 +745,7 @@ def test_a_node_lost_without_a_word_changes_no_loss_and_the_wandb_run_goes_on(
         try:
             number = (out / "wandb_id").read_text()
             job.wait_for(lambda: job.state() == "PENDING")
+            slurm("scontrol", "update", f"JobId={job.number}", "StartTime=now+1hour")
             assert 0 < len(losses(out)) < LONG["max_steps"]
             assert not [pid for pid in everything_on(other, slurm_folder) if "pretrain" in command_of(pid)]
         finally:  # it starts anew
