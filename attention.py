@@ -7,6 +7,7 @@ import inspect
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 from torch.nn.attention import varlen
 
 BLOCK = 64  # queries that BlockedAttention multiplies at once
@@ -14,18 +15,19 @@ BLOCKED_UP_TO = 512  # positions; what it keeps grows with their square
 
 
 class BlockedAttention(torch.autograd.Function):
-    """Causal attention on a CPU, a block of queries at a time, to no key after the block.
+    """Causal attention on a CPU, a block of queries at a time, to no key after the block; of packed sequences
+    each to itself.
 
-    The backward pass finds the probabilities kept, in the values' type; torch's kernel computes them again.
-    That is about twice as fast for short rows. Scores are products in q's and k's type, so that in bf16 with
-    fp32 queries the result is a little more exact, too.
+    The backward pass finds the probabilities kept, in the values' type; torch's kernel computes them again,
+    in small pieces. Where products are fast that takes about half of the time. With fp32 queries and keys
+    scores are fp32, and the result in bf16 is a little more exact, too.
     """
 
     @staticmethod
     def forward(ctx, q, k, v, sequences):  # (B, H, T, D) each; None or the numbers of sequences (B, T)
         shape, (B, _, T, D) = q.shape, q.shape
         q, k, v = (x.reshape(-1, T, D) for x in (q * D**-0.5, k, v))
-        later = torch.full((BLOCK, BLOCK), -torch.inf, dtype=q.dtype).triu_(1)
+        later = torch.full((BLOCK, BLOCK), -torch.inf, dtype=q.dtype, device=q.device).triu_(1)
         out, kept = torch.empty_like(v), []
         for a in range(0, T, BLOCK):
             b = min(a + BLOCK, T)
@@ -36,12 +38,14 @@ class BlockedAttention(torch.autograd.Function):
                 scores.view(B, -1, b - a, b).masked_fill_(apart[:, None], -torch.inf)
             probs = scores.softmax(-1).to(v.dtype)
             out[:, a:b] = probs @ v[:, :b]
-            kept.append(probs)
+            if any(ctx.needs_input_grad):
+                kept.append(probs)
         ctx.dtype, ctx.shape = q.dtype, shape
         ctx.save_for_backward(q.to(v.dtype), k.to(v.dtype), v, *kept)
         return out.view(shape)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         q, k, v, *kept = ctx.saved_tensors
         T, D = q.shape[1:]
@@ -57,9 +61,12 @@ class BlockedAttention(torch.autograd.Function):
         return *(x.view(ctx.shape) for x in (dq.mul_(D**-0.5), dk, dv.to(v.dtype))), None
 
 
-def is_blocked(q: torch.Tensor) -> bool:
-    """Whether causal attention of these queries is BlockedAttention."""
-    return q.device.type == "cpu" and q.size(2) <= BLOCKED_UP_TO
+def is_blocked(q: torch.Tensor, v: torch.Tensor) -> bool:
+    """Whether causal attention is BlockedAttention: on a CPU, for short rows, if products are in bf16 or in
+    fp32 by oneDNN. By MKL they are so slow that it does not pay."""
+    if q.device.type != "cpu" or q.size(2) > BLOCKED_UP_TO or q.dtype != torch.float32:
+        return False
+    return v.dtype == torch.bfloat16 or torch.get_float32_matmul_precision() != "highest"
 
 
 def repeated(x: torch.Tensor, heads: int) -> torch.Tensor:
@@ -78,8 +85,9 @@ def attend(
 ) -> torch.Tensor:
     """Values (B, H, T, D) that queries (B, H, T, D) find by keys (B, G, S, D): causal without a mask
     (B, 1, T, S), which is True where a query may see a key."""
-    if mask is None and is_blocked(q):
+    if mask is None and is_blocked(q, v):
         return blocked_attention(q, k, v)
+    q, k = q.to(v.dtype), k.to(v.dtype)
     # No fused kernel takes fewer key heads together with a mask or, on a GPU, with fp32.
     if mask is not None or (q.is_cuda and v.dtype == torch.float32):
         k, v = repeated(k, q.size(1)), repeated(v, q.size(1))
@@ -113,12 +121,10 @@ VARLEN = {"cuda": attend_at_once, "cpu": attend_one_by_one}
 def varlen_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor
 ) -> torch.Tensor:
-    """Causal attention (B, T, H, D) inside each packed sequence.
-
-    The result is that of a block mask, without the masked work.
-    """
+    """Causal attention (B, T, H, D) inside each packed sequence, as AttentionInputs has them. The result is
+    that of a block mask, but except for short rows on a CPU without the masked work."""
     B, H, T, _ = q.shape
-    if is_blocked(q):
+    if is_blocked(q, v):
         places = torch.arange(B * T, device=q.device)
         sequences = torch.bucketize(places, cu_seqlens, right=True).view(B, T)
         return blocked_attention(q, k, v, sequences).transpose(1, 2)

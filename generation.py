@@ -80,8 +80,8 @@ def product(x: torch.Tensor, matrix: torch.Tensor | Int8Matrix) -> torch.Tensor:
 
 
 def can_pack(dtype: torch.dtype) -> bool:
-    """Whether oneDNN is there and multiplies in this type on this CPU."""
-    if not torch.backends.mkldnn.is_available():
+    """Whether oneDNN's packed layout serves any number of rows here, in this type; known of x86 only."""
+    if not (torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()):
         return False
     bf16 = dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return bf16 or dtype == torch.float32
@@ -138,9 +138,9 @@ class Decoding:
     """B rows that are continued, token by token; `ids` (B,) are the newest.
 
     Products and the cache are in autocast's type, or without autocast in the weights' type. Besides the cache
-    it holds copies of matrices: of all on a CPU or if that type is not the weights', else of the joined ones.
-    If the model is split over ranks, each rank has a whole copy of all matrices, and the ranks make and read
-    it together.
+    it holds copies of matrices: of all if they are packed or that type is not the weights', else of the
+    joined ones. If the model is split over ranks, each rank has a whole copy of all matrices, and the ranks
+    make and read it together.
     """
 
     def __init__(self, model: nn.Module, lengths: Sequence[int], steps: int, *, choose: Callable):

@@ -102,7 +102,8 @@ class AttentionInputs:
 
     rope: tuple[torch.Tensor, torch.Tensor]  # cos and sin, (T, D) or (B, 1, T, D)
     mask: torch.Tensor | None = None  # (B, 1, T, S), True where a query may see a key
-    cu_seqlens: torch.Tensor | None = None  # where each sequence begins in the B x T tokens, and the end
+    # Where each sequence begins in the B x T tokens, and their end. No sequence reaches into another row.
+    cu_seqlens: torch.Tensor | None = None
     cache: KVCache | None = None  # what keeps the keys and values
 
 
@@ -397,8 +398,8 @@ class GPTModel(nn.Module):
             ids = [id for (id,) in model.generate([prompt], stop_ids=[2])]
 
         Under autocast products are in its type. Until the generator ends it holds a cache of 2 G D numbers
-        for each layer, prompt and position, and copies of matrices: of all under autocast, else of q, k, v,
-        gate and up, and for one prompt of the head.
+        for each layer, prompt and position, and copies of matrices: of all under autocast and on an x86 CPU,
+        else of q, k, v, gate and up.
         """
         options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         return generate(self, prompts, max_new_tokens, **options, seed=seed, stop_ids=stop_ids)

@@ -26,9 +26,7 @@ T, B = 256, 8
 
 
 def rehearse(optimizer: str, unit: str) -> dict[str, int]:
-    attention.VARLEN.pop(
-        "cpu"
-    )  # it reads where sequences begin, which fake tensors do not know; rows get a mask
+    del attention.VARLEN["cpu"]  # it reads where sequences begin, as fake tensors cannot; rows get a mask
     ranks = distributed.Ranks(0, 1, torch.device("cpu"))
     shape = GPTConfig(**SHAPE, max_position_embeddings=T)
     settings = {"T": T, "unit": unit, "compile": False, "checkpoint_activations": False}

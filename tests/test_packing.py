@@ -371,8 +371,7 @@ def reference_varlen_attention(q, k, v, starts, _, longest, __, *, window_size, 
 @pytest.mark.parametrize("kernel", ["by blocks", "sequence by sequence", "a stand-in for CUDA's"])
 @pytest.mark.parametrize("groups", [4, 2])
 def test_sequences_give_what_the_mask_gives(groups, kernel, tokenizer, tmp_path, monkeypatch):
-    if kernel != "by blocks":
-        monkeypatch.setattr(attention, "BLOCKED_UP_TO", 0)
+    monkeypatch.setattr(attention, "is_blocked", lambda *_: kernel == "by blocks")
     if kernel == "a stand-in for CUDA's":
         monkeypatch.setitem(attention.VARLEN, "cpu", reference_varlen_attention)
     dataset = prepared(tokenizer, tmp_path / "data")
