@@ -15,8 +15,8 @@ BLOCKED_UP_TO = 512  # positions; what it keeps grows with their square
 
 
 class BlockedAttention(torch.autograd.Function):
-    """Causal attention on a CPU, a block of queries at a time, to no key after the block; of packed sequences
-    each to itself.
+    """Causal attention on a CPU. It multiplies a block of queries at a time with the keys up to the block's
+    end. In packed rows a query sees its own sequence only.
 
     The backward pass finds the probabilities kept, in the values' type; torch's kernel computes them again,
     in small pieces. Where products are fast that takes about half of the time. With fp32 queries and keys
@@ -62,8 +62,8 @@ class BlockedAttention(torch.autograd.Function):
 
 
 def is_blocked(q: torch.Tensor, v: torch.Tensor) -> bool:
-    """Whether causal attention is BlockedAttention: on a CPU, for short rows, if products are in bf16 or in
-    fp32 by oneDNN. By MKL they are so slow that it does not pay."""
+    """Whether causal attention is BlockedAttention: on a CPU, up to BLOCKED_UP_TO positions, if products are
+    in bf16 or in fp32 by oneDNN. By MKL whole rows would gain a little, but packed short ones would lose."""
     if q.device.type != "cpu" or q.size(2) > BLOCKED_UP_TO or q.dtype != torch.float32:
         return False
     return v.dtype == torch.bfloat16 or torch.get_float32_matmul_precision() != "highest"
@@ -83,8 +83,8 @@ def blocked_attention(q, k, v, sequences: torch.Tensor | None = None) -> torch.T
 def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Values (B, H, T, D) that queries (B, H, T, D) find by keys (B, G, S, D): causal without a mask
-    (B, 1, T, S), which is True where a query may see a key."""
+    """Attention (B, H, T, D) of queries (B, H, T, D) to keys and values (B, G, S, D). A mask (B, 1, T, S) is
+    True where a query may see a key. Without one, attention is causal."""
     if mask is None and is_blocked(q, v):
         return blocked_attention(q, k, v)
     q, k = q.to(v.dtype), k.to(v.dtype)
@@ -122,7 +122,7 @@ def varlen_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor
 ) -> torch.Tensor:
     """Causal attention (B, T, H, D) inside each packed sequence, as AttentionInputs has them. The result is
-    that of a block mask, but except for short rows on a CPU without the masked work."""
+    that of a block mask. The masked part is not computed, except where is_blocked is true."""
     B, H, T, _ = q.shape
     if is_blocked(q, v):
         places = torch.arange(B * T, device=q.device)

@@ -1,10 +1,11 @@
 """How fast the parts are, side by side with what a user would pick instead.
 
-    python bench.py                       # all, on the GPU if there is one
+    python bench.py                       # all but roofline and time_to_loss; on the GPU if there is one
     python bench.py --only=loss
     python bench.py --only=step --hidden_size=512 --num_attention_heads=8 --num_hidden_layers=12
 
-Each comparison runs its candidates in turn, `rounds` times, and prints the median; a warm-up comes first.
+Speeds are medians of `rounds` runs of each candidate, in turn; a warm-up run comes first. Memory is measured
+once. How time_to_loss measures is told in bench_time.py.
 """
 
 import math

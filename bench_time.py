@@ -3,10 +3,10 @@
     git clone https://github.com/karpathy/nanoGPT
     python bench.py --only=time_to_loss --nanogpt=nanoGPT --data_dir=data/mine
 
-nanoGPT trains with each of four rates, as it is shipped and, where a CPU has bf16, under autocast; then once
-more in our model's shape. The best last loss is the target. Ours then looks for the fewest steps whose last
-loss reaches it. Only steps are timed: the median seconds of a step times the number of steps, without
-evaluations. This takes a quarter of an hour a dataset and more.
+nanoGPT trains at each of four rates: as shipped; under bf16 autocast, if the CPU has bf16; and in our model's
+shape. The best last loss of each kind is a target. Ours then looks for the fewest steps that reach it. Only
+steps are timed: the median seconds of a step times the number of steps, without evaluations. It runs on a
+CPU, and takes a quarter of an hour or more for each dataset.
 """
 
 import contextlib

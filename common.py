@@ -72,7 +72,8 @@ def field_comments(config_class: type) -> dict[str, str]:
 
 
 def parse_value(text: str, kind: type):
-    """A command-line value as the field's type, 1_000 and 1e9 for integers too; ValueError if it is none."""
+    """A command-line value as the field's type, 1_000 and 1e9 for integers too. Raises ValueError,
+    KeyError or OverflowError for any other text."""
     if kind is bool:
         return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
     if kind is int and not re.fullmatch(r"[-+]?[\d_]+", text):
@@ -187,10 +188,11 @@ def run_script(main: Callable, config_class: type) -> None:
 
 
 def end_rank(status: int) -> None:
-    """End this process at once if it is one of several ranks, all of whose work is done.
+    """End this process, if it is one of several ranks, without Python's own end. Threads and exit functions
+    finish first, and output is flushed.
 
-    Python's own end stops each thread that asks for its lock, and gloo's may be about to free a tensor: then
-    the process aborts (pytorch issue 190489). FSDP2 keeps gloo's threads until the end.
+    Python's own end stops every thread that asks for the GIL. One of gloo's may be about to free a tensor:
+    then the process aborts (pytorch issue 190489). FSDP2 keeps gloo's threads until the end.
     """
     if int(os.environ.get("WORLD_SIZE") or 1) > 1:
         threading._shutdown()

@@ -1,7 +1,8 @@
 """Generation: the model reads the prompts once; then a plain step makes one token after another.
 
-The step works on tensors that stay where they are: a cache, the newest ids, and the slot they go to. On CUDA
-it is recorded as a graph after it ran once, and each further token is one launch and one read.
+The step works on tensors that stay where they are: a cache, the newest ids, and the slot they go to. On CUDA,
+in a chat or a compiled model, a step is recorded as a graph after it ran once. Each further token is then one
+launch and one read.
 
 B rows, T tokens in the longest prompt, S slots in the cache, N new tokens, C hidden size, H query heads, G
 key/value heads, D dimensions of a head, V vocabulary.
@@ -80,7 +81,7 @@ def product(x: torch.Tensor, matrix: torch.Tensor | Int8Matrix) -> torch.Tensor:
 
 
 def can_pack(dtype: torch.dtype) -> bool:
-    """Whether oneDNN's packed layout serves any number of rows here, in this type; known of x86 only."""
+    """Whether matrices can be packed for oneDNN here, in this type. This is known to work on x86 only."""
     if not (torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()):
         return False
     bf16 = dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -90,7 +91,7 @@ def can_pack(dtype: torch.dtype) -> bool:
 def joined(*weights: torch.Tensor, dtype: torch.dtype, packed: bool, int8: bool) -> torch.Tensor | Int8Matrix:
     """Matrices (out, in) concatenated by rows. A single one in the right type and layout is not copied.
 
-    `packed`: in the layout in which oneDNN reads a matrix for few rows, twice as fast. `int8`: a quarter of
+    `packed`: in oneDNN's own layout, in which few rows take about half of the time. `int8`: a quarter of
     the bytes. torch's int8 kernel needs both sizes to be multiples of 64; other matrices are not rounded.
     """
     matrices = [whole(weight) for weight in weights]
@@ -121,7 +122,8 @@ def layer_weights(block: nn.Module, **layout) -> LayerWeights:
 
 
 def step_weights(model: nn.Module, **layout) -> tuple[list[LayerWeights], torch.Tensor | Int8Matrix]:
-    """The weights of all layers and of the head; layout as in joined. A dict of the model's keeps them."""
+    """The weights of all layers and of the head; layout as in joined. model.kept_weights keeps them if it
+    is a dict; else they are made anew."""
     kept, key = model.kept_weights, tuple(layout.items())
     if kept is not None and key in kept:
         return kept[key]
@@ -293,8 +295,8 @@ def pad_prompts(prompts: Sequence[Sequence[int]], limit: int) -> tuple[torch.Ten
 
 
 def uniform_noise(seed: int | Sequence[int] | None, rows: int, steps: int) -> torch.Tensor:
-    """Numbers (rows, steps) in [0, 1), one for each token. A row's depend on its own seed alone: seed + row,
-    or its one of several."""
+    """Numbers (rows, steps) in [0, 1), one for each token. With an integer seed row i has the
+    seed `seed + i`, with several its own. So its numbers depend on no other row. None: random."""
     if seed is None:
         return torch.rand(rows, steps)
     seeds = [seed + row for row in range(rows)] if isinstance(seed, int) else seed

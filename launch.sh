@@ -4,17 +4,17 @@
 #     one node       bash pretrain_full.sh                                every GPU, or the CPU
 #     Slurm          sbatch -N4 --gpus-per-node=8 --exclusive --mem=0 --time=4:00:00 pretrain_full.sh --lr=2e-3
 #                    account, partition, time as flags, or SBATCH_ACCOUNT, SBATCH_PARTITION, SBATCH_TIMELIMIT;
-#                    bash pretrain_full.sh submit -N4 ... -- --lr=2e-3 does the same, but first checks the run, and
-#                    says which of them are missing
+#                    bash pretrain_full.sh submit -N4 ... -- --lr=2e-3 checks the run first. If Slurm refuses the job,
+#                    it prints Slurm's reason and the flags that a cluster may demand
 #     by hand        NNODES=2 NODE_RANK=0 MASTER_ADDR=host1 bash pretrain_full.sh    and NODE_RANK=1 on the other
 #
 # VENV    folder of an environment with bin/python: a venv or conda's; empty (VENV=) for the python on the path, as
 #         a module or a container has it. If VENV is not set, .venv is made.
 # NPROC   processes on a node; PREFLIGHT_FLAGS for preflight.py; DRY_RUN=1 only prints the commands.
 # SRUN_FLAGS  for srun, as --container-image=... --container-mounts=...; the job's own shell needs a python, too
-# SHUTDOWN_TIMEOUT  seconds in which ranks finish their step and save after a signal, 120; Slurm must warn earlier than
-#         that, 180 seconds before the end unless sbatch gets another --signal=B:USR1@...
-# PREFLIGHT=off  on a host that joins again, while the others wait for it in the run itself
+# SHUTDOWN_TIMEOUT  seconds (120) that ranks have after a signal to finish their step and save. Slurm's warning must
+#         come earlier: it comes 180 seconds before the end, or as sbatch's --signal=B:USR1@... says
+# PREFLIGHT=off  for a host that joins a running job again: the other hosts are past the preflight
 #
 # Before a run the first node asks checks.py, for seconds, what will certainly fail; then all nodes ask preflight.py
 # together about machines and network.

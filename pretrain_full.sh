@@ -5,7 +5,7 @@
 #
 #     bash pretrain_full.sh                       # any field of pretrain_gpt.py's Config as a flag, too
 #     NPROC=2 bash pretrain_full.sh --micro_batch_size=8
-#     bash pretrain_full.sh prepare               # install, download, tokenize: on a login node, before the next
+#     bash pretrain_full.sh prepare               # on a login node, before sbatch: install, download, tokenize
 #     sbatch -N4 --gpus-per-node=8 --exclusive --mem=0 --time=4:00:00 pretrain_full.sh        # more in launch.sh
 #     bash pretrain_full.sh --depth=16            # another size, pretrain_gpt.py's by_depth gives the rest; to
 #                                                 # prepare as many tokens, the same flag

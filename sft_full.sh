@@ -5,7 +5,7 @@
 #
 #     bash sft_full.sh                            # any field of sft_gpt.py's Config as a flag, too
 #     MODEL=HuggingFaceTB/SmolLM2-135M bash sft_full.sh --max_length=2048
-#     bash sft_full.sh prepare                    # install and download: on a login node, before the next
+#     bash sft_full.sh prepare                    # on a login node, before sbatch: install and download
 #     sbatch -N2 --gpus-per-node=8 --exclusive --mem=0 --time=4:00:00 sft_full.sh             # more in launch.sh
 #
 # The data: 460,000 conversations, cut to the context of 1,024 tokens, packed into rows of 1,024

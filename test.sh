@@ -5,7 +5,7 @@
 #     bash test.sh -k packed      # any of pytest's arguments
 #     bash test.sh -m slow        # those on real weights and in other tools, left out otherwise
 #     TYPES=1 bash test.sh        # and check each call against the annotations, slower
-#     PYTHON=python3 bash test.sh -m cuda    # those on a GPU, with what this Python has: torch >= 2.11, pytest
+#     PYTHON=python3 bash test.sh -m cuda    # those on a GPU; needs torch >= 2.11, transformers >= 5.17, pytest
 #
 # With PYTHON nothing is installed or downloaded, and ruff, whose versions differ in style, is not run. Tests
 # of what is not there (hypothesis, datasets, trl, a GPU) are skipped and listed with the reason.
