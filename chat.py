@@ -35,7 +35,7 @@ from gpt import GPTModel
 from huggingface import model_directory
 from precision import DTYPES, settle_precision
 from sft import HEAD, prompt_ids
-from tokenization import END, TURN_END, load_tokenizer, vocabulary_size
+from tokenization import END, TURN_END, TURN_START, load_tokenizer
 from web import ChatServer, serve
 
 
@@ -63,8 +63,9 @@ def load(name: str, device: str = "cpu") -> tuple[GPTModel, object]:
     path = model_directory(find_model(name))
     model, tokenizer = GPTModel.from_pretrained(path).to(device), load_tokenizer(path)
     model.graph_decoding, model.kept_weights = True, {}
-    unknown = tokenizer.convert_tokens_to_ids(TURN_END) in tokenizer.new_ids
-    if unknown or vocabulary_size(tokenizer) > model.config.vocab_size:
+    turns = tokenizer.convert_tokens_to_ids([TURN_START, TURN_END])
+    known = set(tokenizer.get_vocab().values()) - set(tokenizer.new_ids)
+    if not known.issuperset(turns) or max(known) >= model.config.vocab_size:
         raise InputError(f"{name} has no ids for ChatML's tokens; fine-tune it with sft_gpt.py first")
     return model, tokenizer
 
@@ -86,8 +87,11 @@ def drop_oldest(messages: list[dict], tokenizer, room: int) -> tuple[list[dict],
     first = bisect_left(starts, True, key=lambda i: len(prompt_ids(system + turns[i:], tokenizer)) <= room)
     if first < len(starts):
         return system + turns[starts[first] :], starts[first]
-    length = len(prompt_ids(system + turns[-1:], tokenizer))
-    raise InputError(f"the message takes {length} tokens and the context leaves it {room}; shorten it")
+    length, rest = (len(prompt_ids(part, tokenizer)) for part in (system + turns[-1:], turns[-1:]))
+    if rest <= room:
+        told = f"the system message and the last one take {length} tokens and the context leaves them {room}"
+        raise InputError(f"{told}; shorten one of them")
+    raise InputError(f"the message takes {rest} tokens and the context leaves it {room}; shorten it")
 
 
 def stream(model: GPTModel, tokenizer, messages: list[dict], config: Config) -> Iterator[str]:

@@ -273,8 +273,12 @@ def read_records(path: Path) -> list[dict]:
         if not line.endswith(b"\n"):
             break
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except ValueError:
+            row = None
+        if isinstance(row, dict):
+            rows.append(row)
+        else:
             print(f"warning: line {number} of {path} is damaged and left out", file=sys.stderr)
     return rows
 

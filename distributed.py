@@ -24,6 +24,8 @@ import torch.distributed as dist
 
 from common import InputError
 
+STORE_PART = 2**22  # bytes of an answer that go into the store at once
+
 
 @dataclass
 class Ranks:
@@ -149,17 +151,27 @@ class Ranks:
             try:
                 answer = {"value": compute()}
             except InputError as error:
-                self.store.set(key, json.dumps({"error": str(error)}))
+                self.publish(key, {"error": str(error)})
                 raise
-            self.store.set(key, json.dumps(answer))
+            self.publish(key, answer)
             return answer["value"]
         while not self.store.check([key]):
             self.at(f"waiting for rank 0's {key}")
             time.sleep(0.05)
-        answer = json.loads(self.store.get(key))
+        parts = [self.store.get(f"{key}, part {i}") for i in range(int(self.store.get(key)))]
+        answer = json.loads(b"".join(parts))
         if "error" in answer:
             raise SystemExit(1)  # rank 0 tells why
         return answer["value"]
+
+    def publish(self, key: str, answer: dict) -> None:
+        """Put an answer into the store, in parts, as torch's store takes no value above 8 MiB. Then the key
+        tells how many there are."""
+        text = json.dumps(answer).encode()
+        parts = [text[i : i + STORE_PART] for i in range(0, len(text), STORE_PART)]
+        for i, part in enumerate(parts):
+            self.store.set(f"{key}, part {i}", part)
+        self.store.set(key, str(len(parts)))
 
     def gather(self, value) -> list | None:
         """Each rank's value, any object that pickles, on rank 0; None on the others."""

@@ -62,7 +62,7 @@ if [ "$MODEL" = prepare ]; then exit; fi
 ln -sfn "$("$PYTHON" -c 'import lm_eval; print(lm_eval.__path__[0])')/tasks" downloads/lm_eval_tasks
 
 case " $* " in
-    *" --tasks"*) ;;
+    *" --task"* | *" -t "*) ;;
     *) set -- --tasks "$(cd evals && printf '%s_offline,' *.yaml | sed 's/\.yaml//g; s/,$//')" "$@" ;;
 esac
 "$PYTHON" -m lm_eval --model hf --model_args "pretrained=$MODEL,dtype=auto" --batch_size 16 \

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from common import (
     InputError,
     make_folder,
+    one_line,
     read_json,
     read_records,
     replace_file,
@@ -86,11 +87,15 @@ class Metrics:
         self.seconds, self.steps, self.tokens = 0.0, 0, 0  # since the last report
         self.recorded = 0.0  # of these seconds, those that stand in a row already
         if ranks.is_main:  # at step 0 nothing was saved, and what stands there may be another run's
+            last = start or -1
             for name in (self.path.name, "answers.jsonl", "samples.jsonl"):
-                if forked and (parent / name).exists():
-                    rows = [row for row in read_records(parent / name) if row["step"] <= start]
-                    write_records(own / name, rows)
-            self.keep_rows(start or -1)
+                if (parent / name).exists():
+                    rows = [row for row in read_records(parent / name) if row["step"] <= last]
+                    if rows:
+                        write_records(own / name, rows)
+                    else:
+                        (own / name).unlink(missing_ok=True)
+            self.keep_rows(last)
         note = Path(out_dir) / "wandb_id"  # a run may die before its first checkpoint
         if running and self.wandb_id is None and note.exists() and self.noted_settings() == (settings or {}):
             self.wandb_id = note.read_text()
@@ -279,10 +284,19 @@ class Metrics:
         return [f"step {step}, {name}: {100 * value:.1f}%" for name, (step, value) in self.scores.items()]
 
     def plot(self) -> None:
-        """Draw loss.png from all rows so far: losses, learning rate and speed, at most some thousand points
-        of each curve."""
+        """Draw loss.png from all rows so far. What goes wrong with matplotlib costs the picture only."""
         if not self.ranks.is_main or not self.draws:
             return
+        try:
+            picture = self.drawn()
+        except Exception as error:  # an installation that is broken can raise anything
+            print(f"warning: there will be no loss.png ({one_line(error)})", file=sys.stderr)
+            self.draws = False
+        else:
+            replace_file(self.path.with_name("loss.png"), picture)
+
+    def drawn(self) -> bytes:
+        """A picture of losses, learning rate and speed, of at most some thousand points of each curve."""
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(7, 6.5), layout="constrained")
@@ -297,7 +311,8 @@ class Metrics:
             stride = 1 + len(steps) // 2000
             if steps:
                 axes.plot(steps[::stride], values[::stride], label=label, **style)
-        losses.set(ylabel=f"loss ({self.unit})", title=self.path.parent.name)
+        losses.set(ylabel=f"loss ({self.unit})")
+        losses.set_title(self.path.parent.name, parse_math=False)
         losses.legend()
         rate.set(ylabel="learning rate", ylim=(0, None))
         speed.set(ylabel="tokens/s", xlabel="optimizer step", ylim=(0, None))
@@ -307,7 +322,7 @@ class Metrics:
         figure.align_ylabels()
         picture = BytesIO()
         figure.savefig(picture, format="png", dpi=120)
-        replace_file(self.path.with_name("loss.png"), picture.getvalue())
+        return picture.getvalue()
 
     def close(self) -> None:
         self.bar.close()

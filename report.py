@@ -67,7 +67,8 @@ class Run:
     def curve(self, name: str) -> list[tuple[float, float]]:
         """(step, value) wherever a number was logged and finite, but for the losses of skipped steps."""
         rows = [row for row in self.rows if name != "loss" or not row.get("skipped")]
-        return [(row["step"], row[name]) for row in rows if isinstance(row.get(name), int | float)]
+        numbers = [(row["step"], row[name]) for row in rows if isinstance(row.get(name), int | float)]
+        return [(step, number) for step, number in numbers if math.isfinite(number)]
 
     def evaluations(self) -> dict[str, list[tuple[float, float]]]:
         """The curve of each number that is not a step's own, in the order of first appearance."""

@@ -95,8 +95,10 @@ def serve(server: ChatServer) -> None:
                 )  # a Ctrl-C just before a wait does not end that wait
             except Empty:
                 continue
-            handler.send_answer()
-            server.waiting.task_done()
+            try:
+                handler.send_answer()
+            finally:
+                server.waiting.task_done()
     except KeyboardInterrupt:
         print()
     finally:
@@ -170,13 +172,11 @@ class Handler(BaseHTTPRequestHandler):
     def send_answer(self) -> None:
         """Send the answer as it is made; if the browser hangs up, stop making it."""
         try:
-            with closing(self.events()) as events:
-                for event in events:
-                    if self.hung_up():
-                        break
+            with closing(self.events()) as events:  # which begin when the first one is asked for
+                while not self.hung_up() and (event := next(events, None)):
                     self.send(event)
-        except (ConnectionError, TimeoutError):
-            pass  # it hung up between looking and sending
+        except OSError:
+            pass  # it hung up between looking and sending, or its network is gone
         finally:
             self.answered.set()
 

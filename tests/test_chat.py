@@ -93,6 +93,24 @@ def test_a_flag_that_chat_cannot_use_is_told_before_the_model_is_opened(flag, wo
     refused(words, chat.main, common.parse_config(chat.Config, ["--model=nowhere", flag]))
 
 
+@pytest.mark.parametrize(
+    ("taken_away", "known"), [("<|endoftext|>", True), ("<|im_end|>", False), ("<|im_start|>", False)]
+)
+def test_a_chat_needs_the_two_tokens_of_turns_only(taken_away, known, base_run, tmp_path):
+    """Others' models: one without <|endoftext|> chats, one that lacks a token of turns does not."""
+    model, tokenizer = chat.load(str(base_run))
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        if (tmp_path / name).exists():
+            text = (tmp_path / name).read_text()
+            (tmp_path / name).write_text(text.replace(taken_away, "<|another|>"))
+    if known:
+        assert chat.load(str(tmp_path))[1].new_ids
+    else:
+        refused("has no ids for ChatML's tokens", chat.load, str(tmp_path))
+
+
 @pytest.fixture(scope="session")
 def talker(base_run):
     return chat.load(str(base_run))
@@ -109,10 +127,11 @@ def test_a_full_context_drops_the_oldest_turns_and_keeps_the_system_message(talk
     assert chat.drop_oldest(messages, tokenizer, lengths[0]) == (messages, 0)
     assert chat.drop_oldest(messages, tokenizer, lengths[0] - 1) == ([messages[0], *messages[3:]], 2)
     assert chat.drop_oldest(messages, tokenizer, lengths[2]) == ([messages[0], messages[5]], 4)
-    with pytest.raises(
-        InputError, match=f"takes {lengths[2]} tokens and the context leaves it {lengths[2] - 1}"
-    ):
-        chat.drop_oldest(messages, tokenizer, lengths[2] - 1)
+    told = f"the system message and the last one take {lengths[2]} tokens and the context leaves them "
+    refused(told, chat.drop_oldest, messages, tokenizer, lengths[2] - 1)
+    alone = len(chat.prompt_ids([messages[5]], tokenizer))
+    told = f"the message takes {alone} tokens and the context leaves it {alone - 1}"
+    refused(told, chat.drop_oldest, messages, tokenizer, alone - 1)
 
 
 @pytest.mark.parametrize("role", ["developer", "assistant"])

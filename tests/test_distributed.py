@@ -96,6 +96,14 @@ def test_the_others_wait_for_rank_0_without_a_collective_operation_which_would_t
     assert in_ranks(ask_without_a_group, tmp_path) == [0, 0]
 
 
+def test_an_answer_may_be_larger_than_a_value_of_torch_s_store():
+    main = dist.TCPStore("127.0.0.1", 0, 2, is_master=True, wait_for_workers=False)
+    other = dist.TCPStore("127.0.0.1", main.port, 2, wait_for_workers=False)
+    answer = {"text": "é" * 2_000_000}  # 12 MB as JSON
+    assert Ranks(0, 2, torch.device("cpu"), main).from_main(lambda: answer) == answer
+    assert Ranks(1, 2, torch.device("cpu"), other).from_main(lambda: None) == answer
+
+
 def test_alone_rank_0_is_asked_without_a_store():
     assert ALONE.from_main(lambda: [1]) == [1] and ALONE.any(True) and not ALONE.any(False)
 

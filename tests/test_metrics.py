@@ -331,6 +331,32 @@ def test_the_picture_has_losses_learning_rate_and_speed(tmp_path, monkeypatch):
     assert labels == ["loss (nats/token)", "learning rate", "tokens/s"]
 
 
+def test_a_picture_that_cannot_be_drawn_costs_the_picture_only(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    folder = tmp_path / "$lr_$wd"  # no formula
+    folder.mkdir()
+    log = recorder(folder)
+    log.validated(0, 3.0)
+    assert log.path.with_name("loss.png").exists()
+    monkeypatch.setattr(Metrics, "drawn", lambda self: 1 / 0)
+    for step in (2, 4):
+        log.validated(step, 2.5)
+    log.close()
+    told = "warning: there will be no loss.png (division by zero)"
+    assert capsys.readouterr().err.count(told) == 1 and len(read_records(log.path)) == 3
+
+
+@pytest.mark.parametrize(("start", "kept"), [(0, []), (2, [0, 2])])
+def test_what_a_lost_run_wrote_after_its_last_checkpoint_is_not_shown_as_this_run_s(start, kept, tmp_path):
+    for name in ("answers.jsonl", "samples.jsonl"):
+        write_records(tmp_path / name, [{"step": step, "text": "lost"} for step in (0, 2, 4)])
+    state = {"path": tmp_path / "step_0000002", "wandb_id": None} if start else None
+    recorder(tmp_path, start=start, state=state).close()
+    for name in ("answers.jsonl", "samples.jsonl"):
+        assert [row["step"] for row in read_records(tmp_path / name)] == kept
+        assert (tmp_path / name).exists() == bool(kept)
+
+
 def test_without_wandb_and_matplotlib_a_run_goes_on_and_says_so(tmp_path, monkeypatch, capsys):
     for name in ("wandb", "matplotlib", "matplotlib.figure"):
         monkeypatch.setitem(sys.modules, name, None)  # an import of it fails

@@ -1,5 +1,6 @@
 """The chat page: what it answers, whom it refuses, when it stops."""
 
+import errno
 import http.client
 import json
 import os
@@ -200,6 +201,48 @@ def test_a_closed_tab_stops_its_answer_and_the_next_in_line_gets_its_own():
         first.close()
         assert [json.loads(row) for row in line] == [{"text": "mine"}, {"done": True}]
         assert stopped.is_set()
+
+
+def test_a_browser_whose_network_is_gone_ends_its_answer_only(monkeypatch):
+    lost, send = [], web.Handler.send
+
+    def unreachable(self, event):
+        if not lost and "text" in event:
+            lost.append(event)
+            raise OSError(errno.EHOSTUNREACH, "No route to host")
+        send(self, event)
+
+    monkeypatch.setattr(web.Handler, "send", unreachable)
+    with served() as server:
+        assert ask(server) == (200, [])
+        assert ask(server)[1][-1] == {"done": True} and lost
+
+
+def test_a_question_whose_browser_left_while_it_waited_is_not_begun():
+    begun, go = [], threading.Event()
+
+    def slow(messages):
+        begun.append(messages[0]["content"])
+        yield {"text": "one"}
+        go.wait(60)
+        yield {"text": "two"}
+
+    with served(slow) as server:
+        first = threading.Thread(target=ask, args=[server])
+        first.start()
+        while not begun:
+            time.sleep(0.01)
+        body = json.dumps({"messages": [{"role": "user", "content": "left"}]}).encode()
+        with socket.create_connection(server.server_address[:2], timeout=60) as client:
+            head = f"POST /answer HTTP/1.0\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
+            client.sendall(head.encode() + body)
+            with client.makefile("rb") as answer:
+                while b"waiting" not in answer.readline():  # then it is in the queue, or about to be
+                    pass
+        go.set()
+        first.join(60)
+        assert ask(server, [{"role": "user", "content": "stays"}])[0] == 200
+    assert begun == ["Hello!", "stays"]
 
 
 def test_a_browser_that_never_stops_sending_is_hung_up_on(monkeypatch):
