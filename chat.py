@@ -161,7 +161,7 @@ def respond(model: GPTModel, tokenizer, messages: list[dict], config: Config) ->
     if dropped:
         context = model.config.max_position_embeddings
         tell(f"the context of {context} tokens is full: the {dropped} oldest messages were dropped")
-    answer, times = "", [time.monotonic()]
+    answer, piece, times = "", "", [time.monotonic()]
     try:
         for piece in stream(model, tokenizer, messages, config):
             answer += piece
@@ -172,7 +172,8 @@ def respond(model: GPTModel, tokenizer, messages: list[dict], config: Config) ->
         if not answer:
             return before
     else:
-        print()
+        cut = piece and len(times) > config.max_new_tokens  # what ends an answer has no text
+        print(f" [cut at {config.max_new_tokens} tokens]" if cut else "")
     if config.speed and len(times) > 2:
         began, first, *_, last = times
         speed = (len(times) - 2) / (last - first)

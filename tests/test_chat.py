@@ -398,3 +398,13 @@ def test_a_paste_is_one_message_and_the_arrow_brings_it_back(roomy, tmp_path):
     (row,) = read_records(path)
     asked = [message["content"] for message in row["messages"] if message["role"] == "user"]
     assert asked == ["first line\nsecond line"] * 2
+
+
+@pytest.mark.parametrize(
+    ("pieces", "shown"),
+    [(["a", "b", "c"], "abc [cut at 3 tokens]\n"), (["a", "b", ""], "ab\n"), (["a"], "a\n")],
+)
+def test_an_answer_that_is_cut_says_so(pieces, shown, talker, monkeypatch, capsys):
+    monkeypatch.setattr(chat, "stream", lambda *_: iter(pieces))
+    messages = chat.respond(*talker, turns("Hello!"), chat.Config(max_new_tokens=3))
+    assert capsys.readouterr().out == shown and messages[-1]["content"] == "".join(pieces)
