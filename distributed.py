@@ -24,8 +24,6 @@ import torch.distributed as dist
 
 from common import InputError
 
-STORE_PART = 2**22  # bytes of an answer that go into the store at once
-
 
 @dataclass
 class Ranks:
@@ -158,20 +156,18 @@ class Ranks:
         while not self.store.check([key]):
             self.at(f"waiting for rank 0's {key}")
             time.sleep(0.05)
-        parts = [self.store.get(f"{key}, part {i}") for i in range(int(self.store.get(key)))]
-        answer = json.loads(b"".join(parts))
+        answer = json.loads(b"".join(self.store.get(f"{key}.{i}") for i in range(int(self.store.get(key)))))
         if "error" in answer:
             raise SystemExit(1)  # rank 0 tells why
         return answer["value"]
 
     def publish(self, key: str, answer: dict) -> None:
-        """Put an answer into the store, in parts, as torch's store takes no value above 8 MiB. Then the key
-        tells how many there are."""
-        text = json.dumps(answer).encode()
-        parts = [text[i : i + STORE_PART] for i in range(0, len(text), STORE_PART)]
-        for i, part in enumerate(parts):
-            self.store.set(f"{key}, part {i}", part)
-        self.store.set(key, str(len(parts)))
+        """Put an answer into the store, in parts; then, under the key, their number."""
+        text, most = json.dumps(answer).encode(), 2**22  # torch's store takes no value above 8 MiB
+        count = -(-len(text) // most)
+        for i in range(count):
+            self.store.set(f"{key}.{i}", text[i * most : (i + 1) * most])
+        self.store.set(key, str(count))
 
     def gather(self, value) -> list | None:
         """Each rank's value, any object that pickles, on rank 0; None on the others."""

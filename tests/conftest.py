@@ -96,8 +96,9 @@ def conversation(i: int, turns: int = 1) -> dict:
 
 @pytest.fixture(autouse=True)
 def garbage():
-    """A run in this process turns Python's collector off."""
+    """A run in this process turns Python's collector off, and may choose oneDNN for fp32."""
     yield
+    torch.set_float32_matmul_precision("highest")
     gc.enable()
     gc.unfreeze()
 

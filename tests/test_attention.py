@@ -1,5 +1,7 @@
 """Attention: what is written here for CPUs against torch's, in double precision."""
 
+import os
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -35,22 +37,18 @@ def test_causal_attention_by_blocks_and_its_gradients_are_torch_s(T, groups):
 
 
 def test_blocks_are_for_short_rows_on_a_cpu_whose_products_are_fast(monkeypatch):
-    monkeypatch.setattr(attention, "blocked_attention", lambda q, k, v: "by blocks")
+    monkeypatch.setattr(attention, "blocked_attention", lambda q, k, v: torch.empty(0))
 
     def blocked(T, dtype, kind=torch.float32):
         q, k, v = random_heads(T)
-        return attend(q.to(kind), k.to(kind), v.to(dtype)) == "by blocks"
+        return not attend(q.to(kind), k.to(kind), v.to(dtype)).numel()
 
     longest = attention.BLOCKED_UP_TO
     assert blocked(longest, torch.bfloat16) and not blocked(longest + 1, torch.bfloat16)
     assert not blocked(8, torch.bfloat16, torch.bfloat16)  # scores would be rounded
-    precision = torch.get_float32_matmul_precision()
-    try:
-        for name, fast in [("highest", False), ("medium", True)]:
-            torch.set_float32_matmul_precision(name)
-            assert blocked(8, torch.float32) == fast
-    finally:
-        torch.set_float32_matmul_precision(precision)
+    for name, fast in [("highest", False), ("medium", True)]:
+        torch.set_float32_matmul_precision(name)
+        assert blocked(8, torch.float32) == fast
 
 
 def test_a_second_derivative_is_refused():
@@ -106,7 +104,7 @@ def test_a_compiled_block_attends_alike():
     def mixed(function):
         return lambda q, k, v: function(q, k, v.bfloat16())
 
-    inputs = random_heads(100)
-    compiled = results(mixed(torch.compile(attend, dynamic=False, fullgraph=True)), *inputs, torch.float32)
+    inputs, whole = random_heads(100), not os.environ.get("TYPES")  # whose checks cannot be compiled
+    compiled = results(mixed(torch.compile(attend, dynamic=False, fullgraph=whole)), *inputs, torch.float32)
     for found, expected in zip(compiled, results(mixed(attend), *inputs, torch.float32)):
         torch.testing.assert_close(found, expected, atol=0.05, rtol=0.02)

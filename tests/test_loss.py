@@ -50,7 +50,8 @@ def test_the_loss_never_holds_all_logits(monkeypatch):
                     largest = max(largest, tensor.untyped_storage().nbytes() // tensor.element_size())
             return result
 
-    model, ids = small_model(vocab_size=4096, max_position_embeddings=256), random_ids(8, 257)
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    model, ids = small_model(vocab_size=4096, max_position_embeddings=256, **heads), random_ids(8, 257)
     monkeypatch.setitem(loss_room.LOGITS_AT_ONCE, "cpu", 2**18)
     monkeypatch.setattr(loss_room, "ROWS_AT_LEAST", 1)
     with Watch():
