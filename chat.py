@@ -172,8 +172,9 @@ def respond(model: GPTModel, tokenizer, messages: list[dict], config: Config) ->
         if not answer:
             return before
     else:
-        cut = piece and len(times) > config.max_new_tokens  # what ends an answer has no text
-        print(f" [cut at {config.max_new_tokens} tokens]" if cut else "")
+        print()
+        if piece and len(times) > config.max_new_tokens:  # what ends an answer has no text
+            print(f"[cut at {config.max_new_tokens} tokens]", file=sys.stderr)
     if config.speed and len(times) > 2:
         began, first, *_, last = times
         speed = (len(times) - 2) / (last - first)
