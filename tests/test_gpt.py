@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 from attention import has_varlen
 from common import InputError
 from generation import Decoding, Int8Matrix, can_pack, joined, product, sample
-from gpt import AttentionInputs, GPTConfig, GPTModel
+from gpt import AttentionInputs, GPTConfig, GPTModel, RMSNorm
+from rope import apply_rope, rope_cache
 
 
 @pytest.mark.parametrize("switches", SWITCHES, ids=str)
@@ -424,3 +425,27 @@ def test_on_a_gpu_variable_length_attention_is_for_bf16_on_recent_ones(monkeypat
     assert not has_varlen(gpu, 60) and not has_varlen(gpu, 264)
     found = (7, 5)
     assert not has_varlen(gpu, 64)
+
+
+@pytest.mark.parametrize("shape", [(2, 9, 64), (2, 5, 3, 16)])
+def test_a_norm_is_torchs_to_the_bit_and_its_gradients_are_as_exact(shape):
+    norm, x, grad = RMSNorm(shape[-1], eps=1e-6), 3 * torch.randn(shape), torch.randn(shape)
+    with torch.no_grad():
+        norm.weight.uniform_(0.5, 1.5)
+    x.requires_grad_()
+    y = norm(x)
+    assert torch.equal(y, F.rms_norm(x, shape[-1:], norm.weight, 1e-6))
+    found = torch.autograd.grad(y, (x, norm.weight), grad)
+    exact, weight = x.detach().double().requires_grad_(), norm.weight.detach().double().requires_grad_()
+    y = F.rms_norm(exact, shape[-1:], weight, 1e-6)
+    for mine, right in zip(found, torch.autograd.grad(y, (exact, weight), grad.double()), strict=True):
+        torch.testing.assert_close(mine.double(), right, rtol=0, atol=2e-6 * right.abs().max().item())
+
+
+def test_a_norm_and_a_rotation_keep_less_than_torchs():
+    kept = []
+    x = torch.randn(2, 8, 4, 64, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        RMSNorm(64, eps=1e-6)(x)
+        apply_rope(x.transpose(1, 2), *rope_cache(64, 8))
+    assert sum(size >= x.numel() for size in kept) == 1  # the norm's input

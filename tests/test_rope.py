@@ -37,3 +37,17 @@ def test_scores_depend_on_relative_positions_only():
 def test_rotation_keeps_lengths():
     x = torch.randn(2, 2, 64, 32)
     torch.testing.assert_close(apply_rope(x, *rope_cache(32, 64)).norm(dim=-1), x.norm(dim=-1))
+
+
+def test_on_a_cpu_a_rotation_is_the_formulas_to_the_bit_and_its_gradient_is_exact():
+    x, grad = torch.randn(2, 3, 64, 32, requires_grad=True), torch.randn(2, 3, 64, 32)
+    cos, sin = rope_cache(32, 64)
+    y = apply_rope(x, cos, sin)
+    x1, x2 = x.chunk(2, dim=-1)
+    assert torch.equal(y, x * cos + torch.cat((-x2, x1), dim=-1) * sin)
+    (found,) = torch.autograd.grad(y, x, grad)
+    exact = x.detach().double().requires_grad_()
+    x1, x2 = exact.chunk(2, dim=-1)
+    y = exact * cos.double() + torch.cat((-x2, x1), dim=-1) * sin.double()
+    (right,) = torch.autograd.grad(y, exact, grad.double())
+    torch.testing.assert_close(found.double(), right, rtol=0, atol=1e-6)
