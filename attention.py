@@ -18,8 +18,8 @@ class BlockedAttention(torch.autograd.Function):
     """Causal attention on a CPU. It multiplies a block of queries at a time with the keys up to the block's
     end. In packed rows a query sees its own sequence only.
 
-    The backward pass finds the probabilities kept, in the values' type; torch's kernel computes them again,
-    in small pieces. Where products are fast that takes about half of the time. With fp32 queries and keys
+    The probabilities are kept for the backward pass, in the values' type. torch's kernel computes them again,
+    in small pieces. Where products are fast ours takes about half of its time. With fp32 queries and keys
     scores are fp32, and the result in bf16 is a little more exact, too.
     """
 
@@ -105,7 +105,7 @@ def attend_one_by_one(q, k, v, cu_seqlens, _, longest_q, longest_k, *, window_si
     return torch.cat(done, dim=2)[0].transpose(0, 1)
 
 
-# Where varlen_attn has no such argument (torch 2.11) it takes fewer key than query heads without being asked.
+# torch 2.11's varlen_attn lacks this argument and always takes fewer key than query heads.
 ASKS_FOR_GROUPS = "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters
 
 

@@ -94,9 +94,9 @@ def drop_oldest(messages: list[dict], tokenizer, room: int) -> tuple[list[dict],
     raise InputError(f"the message takes {rest} tokens and the context leaves it {room}; shorten it")
 
 
-def stream(model: GPTModel, tokenizer, messages: list[dict], config: Config) -> Iterator[str]:
-    """The answer's text, a piece for each token: empty for a special one, and for one that ends amid a
-    character, which the next pieces bring."""
+def stream(model: GPTModel, tokenizer, messages: list[dict], config: Config) -> Iterator[dict]:
+    """The answer: {"text": …} for each token, then {"cut": tokens} if it did not end by itself. A special
+    token has no text, nor has one that ends amid a character, which the next ones bring."""
     stops = tokenizer.convert_tokens_to_ids([END, TURN_END])
     ids, shown = [], ""
     for (token,) in model.generate(
@@ -111,8 +111,10 @@ def stream(model: GPTModel, tokenizer, messages: list[dict], config: Config) -> 
         ids.append(token)
         text = tokenizer.decode(ids, skip_special_tokens=True)
         text = shown if text.endswith("\ufffd") else text
-        yield text[len(shown) :]
+        yield {"text": text[len(shown) :]}
         shown = text
+    if ids and ids[-1] not in stops:
+        yield {"cut": len(ids)}
 
 
 def room_for_prompt(model: GPTModel, config: Config) -> int:
@@ -122,12 +124,11 @@ def room_for_prompt(model: GPTModel, config: Config) -> int:
 
 
 def events(model: GPTModel, tokenizer, messages: list[dict], config: Config) -> Iterator[dict]:
-    """The answer as web.py sends it: how many old messages were dropped, if any; then each token's text."""
+    """The answer as web.py sends it: how many old messages were dropped, if any; then what stream yields."""
     messages, dropped = drop_oldest(messages, tokenizer, room_for_prompt(model, config))
     if dropped:
         yield {"dropped": dropped}
-    for piece in stream(model, tokenizer, messages, config):
-        yield {"text": piece}
+    yield from stream(model, tokenizer, messages, config)
 
 
 # -- the terminal --------------------------------------------------------------------------------------------
@@ -154,32 +155,36 @@ def tell(text: str) -> None:
 
 
 def respond(model: GPTModel, tokenizer, messages: list[dict], config: Config) -> list[dict]:
-    """Print the answer to a conversation as it comes; returns the messages kept, with the answer. If it was
-    stopped before it began, the question is not kept either."""
+    """Print the answer to a conversation as it comes. Returns the messages kept, with the answer. An answer
+    that was stopped or cut is marked. If it was stopped before it began, the question is not kept either."""
     before = messages[:-1]
     messages, dropped = drop_oldest(messages, tokenizer, room_for_prompt(model, config))
     if dropped:
         context = model.config.max_position_embeddings
         tell(f"the context of {context} tokens is full: the {dropped} oldest messages were dropped")
-    answer, piece, times = "", "", [time.monotonic()]
+    answer, cut, times = "", 0, [time.monotonic()]
     try:
-        for piece in stream(model, tokenizer, messages, config):
-            answer += piece
+        for event in stream(model, tokenizer, messages, config):
+            if cut := event.get("cut", 0):
+                break
+            answer += event["text"]
             times.append(time.monotonic())
-            print(visible(piece), end="", flush=True)
+            print(visible(event["text"]), end="", flush=True)
+        print()
     except KeyboardInterrupt:
         print(" [stopped]")
         if not answer:
             return before
+        cut = len(times) - 1
     else:
-        print()
-        if piece and len(times) > config.max_new_tokens:  # what ends an answer has no text
-            print(f"[cut at {config.max_new_tokens} tokens]", file=sys.stderr)
+        why = "" if cut == config.max_new_tokens else ", the context is full"
+        if cut:
+            print(f"[cut at {cut} tokens{why}]", file=sys.stderr)
     if config.speed and len(times) > 2:
         began, first, *_, last = times
         speed = (len(times) - 2) / (last - first)
         tell(f"{len(times) - 1} tokens: the first after {first - began:.2f} s, then {speed:.1f} tokens/s")
-    return [*messages, {"role": "assistant", "content": answer}]
+    return [*messages, {"role": "assistant", "content": answer} | ({"cut": True} if cut else {})]
 
 
 def system_turn(text: str) -> list[dict]:
@@ -203,7 +208,9 @@ def save(messages: list[dict], name: str) -> str:
             file.write(row.encode())
     except OSError as error:
         raise InputError(f"{path} cannot be written ({one_line(error)}); choose another file") from error
-    return f"added {len(messages)} messages to {path}; sft_gpt.py --data={path} trains on them"
+    cut = sum("cut" in message for message in messages)
+    note = f"; first complete the answers marked as cut in it ({cut})" if cut else ""
+    return f"added {len(messages)} messages to {path}; sft_gpt.py --data={path} trains on them{note}"
 
 
 def command(line: str, messages: list[dict], config: Config) -> tuple[list[dict], Config, str]:

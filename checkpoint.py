@@ -31,9 +31,9 @@ from tokenization import load_tokenizer, vocabulary_size
 class Checkpoints:
     """Writes a run's checkpoints on rank 0, while training goes on.
 
-    At any moment a crash leaves the older checkpoints, and the newest either whole or absent. Only when it is
-    whole are older ones deleted: all but the newest keep_last (0 keeps all), and of those none whose step is
-    a multiple of keep_every.
+    At any moment a crash leaves the older checkpoints, and the newest either whole or absent. Once it is
+    whole, older ones are deleted, except the newest keep_last (0 keeps all) and those whose step is a
+    multiple of keep_every.
     """
 
     def __init__(
@@ -363,13 +363,20 @@ def newest_checkpoint(out_dir: str | Path, *, for_resuming: bool = True) -> Path
 
 
 def too_many_bad_steps(out_dir: str | Path, count: int, why: str) -> InputError:
-    """What to tell when so many steps in a row changed nothing."""
+    """The error when `count` steps in a row were skipped."""
     good = newest_checkpoint(out_dir)
     return InputError(
         f"{count} steps in a row were skipped, the last because {why}; "
         + (f"the last good checkpoint is {good}" if good else "there is no checkpoint yet")
         + "; lower the learning rate, or look at the data of these steps"
     )
+
+
+def told_stop(out_dir: str | Path) -> str:
+    """What a run prints that a signal stopped."""
+    if list_checkpoints(out_dir):
+        return f"stopped by a signal; the same command continues from {out_dir}'s checkpoint"
+    return "stopped by a signal before anything was saved; the same command starts anew"
 
 
 def find_model(name: str) -> str | Path:

@@ -27,8 +27,8 @@ from distributed import Ranks
 from gpt import GPTConfig, GPTModel, padded
 from optim import make_optimizer
 from order import data_sources, parse_sources
+from packing import row_length
 from resume import check_shape
-from sft import row_length
 from sources import commit_note, source_files
 from tokenization import load_tokenizer
 from training import step_size

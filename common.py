@@ -12,7 +12,9 @@ import io
 import json
 import math
 import os
+import platform
 import re
+import select
 import signal
 import socket
 import sys
@@ -116,7 +118,7 @@ def parse_config(config_class: type, arguments: Sequence[str]):
     return config_class(**values)
 
 
-# What takes less memory on a GPU without another result, where a script has the flag.
+# Flags that save a GPU's memory without changing the result, where a script has them.
 SAVERS = {
     "micro_batch_size": "lower --micro_batch_size",
     "checkpoint_activations": "use --checkpoint_activations",
@@ -137,8 +139,8 @@ def told_memory(error: RuntimeError, config_class: type) -> str:
     names = {field.name for field in dataclasses.fields(config_class)}
     flags = [told for name, told in SAVERS.items() if name in names] or ["choose a smaller model"]
     return (
-        f"out of memory on the GPU ({', '.join(found) or text[:200]}); {' or '.join(flags)}, and see with "
-        f"nvidia-smi that nothing else is on it"
+        f"out of memory on the GPU ({', '.join(found) or text[:200]}); {' or '.join(flags)}, and check "
+        f"with nvidia-smi that nothing else uses it"
     )
 
 
@@ -161,6 +163,8 @@ def run_script(main: Callable, config_class: type) -> None:
     except InputError as error:
         message = f"error: {error}"
     except OSError as error:
+        if error.errno == errno.EPIPE and stdout_is_gone():  # as in `preview.py | head`
+            raise SystemExit(1) from None
         if error.errno == errno.ENAMETOOLONG:
             message = f"error: a name is too long for a file ({str(error)[:200]}); give another"
         elif error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -187,6 +191,16 @@ def run_script(main: Callable, config_class: type) -> None:
     raise SystemExit(1)
 
 
+def stdout_is_gone() -> bool:
+    """Whether nobody reads what this process prints. Then the rest goes nowhere, without another error."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    gone = any(event & select.POLLERR for _, event in poll.poll(0))
+    if gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return gone
+
+
 def end_rank(status: int) -> None:
     """End this process, if it is one of several ranks, without Python's own end. Threads and exit functions
     finish first, and output is flushed.
@@ -201,6 +215,28 @@ def end_rank(status: int) -> None:
             stream.flush()
         ctypes.CDLL(None).fflush(None)  # what NCCL has printed
         os._exit(status)
+
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of <malloc.h>
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what freed tensors leave, for those of the next step. By default it gives large blocks
+    back to Linux, which then fills each new one with zeros, page by page."""
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_MAX, 0)  # no block gets a mapping of its own, which free would give back
+        libc.mallopt(M_TRIM_THRESHOLD, -1)  # no free end of the heap is given back
+
+
+PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
+
+
+def die_with_launcher() -> None:
+    """Have Linux kill this process when torchrun, its parent, is gone, even if that was killed itself. In a
+    session of its own it would live on, and hold its GPU and the lock of the run's folder."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def check_numbers(settings: dict, positive: Sequence[str]) -> None:

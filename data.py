@@ -34,8 +34,7 @@ class ShardWriter:
     """Appends documents to one split's shards, `train_000000.bin`, …; each is `.partial` until it is full and
     on disk.
 
-    `position` names a place that `seek` returns to, which is how a stopped preparation goes on with the same
-    bytes.
+    `seek` returns to a place that `position` gave. So a resumed preparation writes the same bytes.
     """
 
     def __init__(self, folder: Path, split: str, *, version: int, shard_tokens: int):
@@ -202,7 +201,7 @@ def damaged_shards(folder: Path, manifest: dict) -> dict[str, str]:
 class TokenLoader:
     """The windows of one split: T inputs each, and the same T shifted by one as targets. None crosses shards.
 
-    `data_dir` names a folder or several, see parse_sources. The windows of several are counted through. A
+    `data_dir` names a folder or several, see parse_sources. Windows are numbered across all folders. A
     folder's shards are those of its manifest; without one, see shard_paths. Raises InputError for a folder
     whose split has no window, unless nothing is trained on it, and when it meets an id beyond vocab_size.
     """

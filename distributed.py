@@ -1,10 +1,8 @@
 """The processes that torchrun starts, their devices, the signals they get, and a watchdog over them."""
 
-import ctypes
 import faulthandler
 import json
 import os
-import platform
 import re
 import signal
 import socket
@@ -22,7 +20,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from common import InputError
+from common import InputError, die_with_launcher, keep_freed_memory
 
 
 @dataclass
@@ -371,28 +369,6 @@ def join_ranks(name: str, out_dir: str | Path = ".", *, shard: str = "none", com
     return Ranks(rank, world, device, store, shard=shard, even_batches=even)
 
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of <malloc.h>
-
-
-def keep_freed_memory() -> None:
-    """Have glibc keep what freed tensors leave, for those of the next step. By default it gives large blocks
-    back to Linux, which then fills each new one with zeros, page by page."""
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_MAX, 0)  # no block gets a mapping of its own, which free would give back
-        libc.mallopt(M_TRIM_THRESHOLD, -1)  # no free end of the heap is given back
-
-
-PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
-
-
-def die_with_launcher() -> None:
-    """Have Linux kill this process when torchrun, its parent, is gone, even if that was killed itself. In a
-    session of its own it would live on, and hold its GPU and the lock of the run's folder."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
 def check_ranks(device: torch.device, world: int, shard: str) -> None:
     """Raise InputError for a device that has no engine for several ranks, and for machines that differ in
     their number of ranks where each is to hold a whole model."""
@@ -477,21 +453,25 @@ def usable_device(name: str) -> torch.device:
 
 
 class StopSignals:
-    """Notes SIGTERM, SIGINT and SIGUSR1 (Slurm's warning), so that a run can finish its step, save and leave.
+    """Notes SIGTERM, SIGINT, SIGUSR1 (Slurm's warning) and SIGHUP, so that a run can finish its step, save
+    and leave. A SIGHUP that is ignored, as under nohup, stays so.
 
-    A second SIGINT ends the process at once. `close` brings the earlier handlers back. After a stopped run it
-    ignores SIGTERM and SIGUSR1 instead: torchrun sends SIGTERM to all ranks as soon as the first has left.
+    A second SIGINT ends the process at once. So does a SIGTERM after it, which torchrun sends then. `close`
+    brings the earlier handlers back. After a stopped run it ignores all but SIGINT instead: torchrun sends
+    SIGTERM to all ranks as soon as the first has left.
     """
 
     def __init__(self):
         self.seen: set[int] = set()
-        self.handlers = {
-            n: signal.signal(n, self.note) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-        }
+        noted = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP]
+        if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+            noted.remove(signal.SIGHUP)
+        self.handlers = {n: signal.signal(n, self.note) for n in noted}
 
     def note(self, number: int, frame) -> None:
         if number == signal.SIGINT:  # the next one ends the process, also amid a kernel or a save
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            for again in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(again, signal.SIG_DFL)
         self.seen.add(number)
 
     def close(self, stopped: bool) -> None:

@@ -62,7 +62,7 @@ def conversations(row) -> list:
     if not isinstance(prompt, list):
         return [prompt, prompt]
     for name in ("chosen", "rejected"):
-        side = row.get(name)
+        side = row.get(name, ValueError(f"there is no such column, only {', '.join(map(str, row))}"))
         side = [{"role": "assistant", "content": side}] if isinstance(side, str) else side
         sides.append(after_prompt(prompt, side, text=text) if isinstance(side, list) else side)
     return sides
@@ -75,9 +75,10 @@ def why_incomparable(chosen, rejected) -> str | None:
             return f"in {name}, {reason}"
         if messages[-1]["role"] != "assistant" or len(messages) < 2:
             return f"{name} is not a question and an assistant's answer to it"
-    if chosen[:-1] != rejected[:-1]:
+    if said(chosen[:-1]) != said(rejected[:-1]):
         return "chosen and rejected differ before the answer"
-    return "chosen and rejected are the same" if chosen == rejected else None
+    same = chosen[-1]["content"] == rejected[-1]["content"]
+    return "chosen and rejected are the same" if same else None
 
 
 def prepare_pairs(
@@ -101,8 +102,9 @@ def prepare_pairs(
         for batch in batched(itertools.islice(rows, start, None)):
             pairs = [conversations(row) for row, _ in batch]
             reasons = [why_incomparable(*pair) for pair in pairs]
-            usable = [side for pair, reason in zip(pairs, reasons) if reason is None for side in pair]
-            rendered = iter(render_batch(usable, tokenizer))
+            usable = [pair for pair, reason in zip(pairs, reasons) if reason is None]
+            sides = [side for a, b in usable for side in (a, a[:-1] + b[-1:])]  # behind one prompt
+            rendered = iter(render_batch(sides, tokenizer))
             for (chosen, _), (_, where), reason in zip(pairs, batch, reasons):
                 if reason:
                     yield Example(where, reason, unusable=True)

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-from checkpoint import find_model, open_model, told_name, too_many_bad_steps
+from checkpoint import find_model, open_model, told_name, told_stop, too_many_bad_steps
 from common import RESUMABLE, InputError, cache_folder, fingerprint, run_script
 from distributed import Ranks, join_ranks
 from dpo import PreferenceModel, micro_batches, pairs_in, prepare_pairs, read_reference, reference_log_probs
@@ -22,11 +22,12 @@ from huggingface import model_directory
 from metrics import flops_per_token, mean_context
 from optim import make_optimizer, schedule, set_learning_rate
 from order import batch_order
+from packing import row_length
 from report import report_end
 from resume import lock_and_resume, settle_commits, start_with, starting_point
-from sft import PAIR_RENDERING, SFTDataset, cached_as, preparation_notes, row_length
+from sft import PAIR_RENDERING, SFTDataset, cached_as, preparation_notes
 from sharding import wrap
-from sources import source_rows, unread_files
+from sources import folder_notes, source_rows
 from training import (
     Prefetcher,
     check_settings,
@@ -72,7 +73,7 @@ class Config:
     # reporting
     log_every: int = 10  # steps between two lines
     eval_every: int = 100  # steps between two validations
-    eval_questions: int = 100  # held-out questions that are answered each time; 0 for none, nor fixed ones
+    eval_questions: int = 100  # held-out questions answered each time; 0 skips the fixed ones, too
     max_new_tokens: int = 200  # of an answer in the evaluation; a longer one has not stopped
     save_every: int = 100  # steps between two checkpoints
     keep_last: int = 2  # checkpoints that are kept; 0 for all
@@ -99,7 +100,7 @@ def check(config: Config) -> None:
 
 
 def step_pairs(pairs: int, ranks: int) -> int:
-    """So many pairs of a step; InputError for fewer than ranks."""
+    """The pairs of a step; InputError for fewer than ranks."""
     if pairs < ranks:
         raise InputError(
             f"a step of {pairs} pairs is too few for {ranks} ranks, as each needs one; raise --batch_pairs"
@@ -176,7 +177,7 @@ def main(config: Config) -> None:
         f"{max_steps} steps of {pairs_per_step} pairs, {max_steps * pairs_per_step / pairs:.2f} epochs; "
         f"{ranks.world} x {ranks.device}, {ranks.precision}"
     )
-    unread = ranks.from_main(lambda: unread_files(config.data))
+    unread = ranks.from_main(lambda: folder_notes(config.data))
     for note in (*unread, *preparation_notes(report, T)):
         ranks.print(note)
 
@@ -240,7 +241,7 @@ def main(config: Config) -> None:
     for step in range(start, max_steps + 1):  # `step` counts completed optimizer steps
         done = step == max_steps
 
-        # A signal since the last step is obeyed before a validation, and one within it right after.
+        # Obey a signal before a validation; obey one that comes during it right after.
         pause = done or step % config.eval_every == 0
         stopped = stopped or (pause and ranks.any(bool(signals.seen)))
 
@@ -312,7 +313,7 @@ def main(config: Config) -> None:
     if lock:
         lock.close()
     if stopped:
-        ranks.print(f"stopped by a signal; the same command continues from {config.out_dir}'s checkpoint")
+        ranks.print(told_stop(config.out_dir))
         raise SystemExit(RESUMABLE)
     if ranks.is_main and (Path(config.out_dir) / "answers.jsonl").exists():
         print(side_by_side(config.out_dir))

@@ -91,7 +91,7 @@ check() { # RANKS SCRIPT FLAGS: what of the run will certainly fail
 # One node's part: torchrun, which starts a process for each GPU and brings all nodes together.
 node() { # SCRIPT DATA OUT FLAGS
     local script=$1 data=$2 out=$3 port=${MASTER_PORT:-29500} rank=${NODE_RANK:-${SLURM_NODEID:-0}} host=false
-    local torchrun meet=(--standalone) check=(--standalone) logs=()
+    local torchrun meet=(--standalone) check=(--standalone) logs=() signals=SIGTERM,SIGINT,SIGQUIT,SIGUSR1
     shift 3
     NPROC=$(processes)
     if on_a_cluster; then
@@ -112,8 +112,9 @@ node() { # SCRIPT DATA OUT FLAGS
     # A rank that fails is started again with all others, from the newest checkpoint, up to three times; a user's
     # mistake is not. A signal goes on to the ranks; they have SHUTDOWN_TIMEOUT to finish their step and save. With exec
     # it is torchrun that gets the signal, not this shell, which would keep it to itself.
+    [[ $(trap -p HUP) == "trap -- '' "* ]] || signals+=,SIGHUP # a hang-up that nohup ignores stays ignored
     torchrun+=("${meet[@]}" "${logs[@]}" --max_restarts=3 --shutdown_timeout="${SHUTDOWN_TIMEOUT:-120}"
-        "--signals_to_handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
+        "--signals_to_handle=$signals")
     if [ -n "${DRY_RUN:-}" ]; then run "${torchrun[@]}" "$script" "$@"; else exec "${torchrun[@]}" "$script" "$@"; fi
 }
 
@@ -154,7 +155,7 @@ slurm_job() { # SCRIPT DATA OUT FLAGS
     [ "$(steps "$out")" != "$before" ] || fail "no step was made since this start, so the job is not requeued;" \
         "ask for more --time, or look why a step takes so long"
     # A job that somebody cancelled, or that Slurm itself requeues, does not run any more.
-    if scontrol show job "$job" | grep -q 'JobState=RUNNING'; then scontrol requeue "$job"; fi
+    if [[ $(scontrol show job "$job") == *JobState=RUNNING* ]]; then scontrol requeue "$job"; fi
     exit 75
 }
 

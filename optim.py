@@ -106,9 +106,8 @@ class Muon(torch.optim.Optimizer):
     an all-reduce if the gathered tensor would be mostly padding. So all ranks keep the same weights, bit for
     bit.
 
-    Of a model that is split over ranks (FSDP2) each rank has its rows of every matrix and of all state. One
-    all-to-all then brings each rank the other rows of its share, and a second one brings the updates' rows
-    back to where they belong.
+    With FSDP2 each rank holds some rows of every matrix and its state. One all-to-all gives each rank the
+    whole matrices of its share. A second one returns the rows of their updates.
     """
 
     def __init__(self, groups: list[dict], *, momentum: float, betas: tuple[float, float], ranks: Ranks):
@@ -272,7 +271,7 @@ def make_optimizer(
     There are four groups: the blocks' matrices, the embedding, the head, the norms. `lr` is AdamW's peak
     rate, `matrix_lr` Muon's; the embedding (tied to the head or not) and the head have their own, or 0 for
     lr. Only the blocks' matrices decay: rows of the embedding seldom get a gradient, but would always shrink.
-    With a run's `state` the optimizer goes on from what it holds and takes it out.
+    A run's `state`, if given, is the start: its optimizer part is loaded and removed.
     """
     matrices, embedding, head, vectors = [], [], [], []
     for name, p in model.named_parameters():

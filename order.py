@@ -130,7 +130,7 @@ def mixed_order(
 class Source:
     """One part of a mix."""
 
-    name: str  # in reports: the last part of its path, all of it if two have the same, then with a number
+    name: str  # in reports: last part of the path; all of it if two share that; numbered if equal
     path: str  # a folder, a file or what else the flag names
     share: int | None  # of every CYCLE samples; None without weights
 

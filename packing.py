@@ -16,6 +16,13 @@ from order import batch_order, mixed_positions
 from sft import SFTDataset
 
 
+def row_length(max_length: int, context: int) -> int:
+    """--max_length, or the model's context if it is 0; InputError beyond the context."""
+    if max_length > context:
+        raise InputError(f"--max_length={max_length} is beyond the model's context of {context}; lower it")
+    return max_length or context
+
+
 def pack(lengths: np.ndarray, capacity: int, order: np.ndarray | None = None) -> list[list[int]]:
     """Rows of conversations whose lengths sum to at most capacity, by best-fit decreasing.
 
@@ -70,8 +77,8 @@ class PackedLoader:
         self.steps_per_epoch = -(-len(self.rows) // rows_per_step)
         self.rows_per_step = len(self.rows) / self.steps_per_epoch  # on average
         self.most_rows = -(-len(self.rows) // self.steps_per_epoch)  # of a step
-        # Room for a row's sequences, its padding being one: for most micro-batches, and for all of an epoch.
-        # Attention pays for what stays empty.
+        # Slots for a row's sequences, its padding counted as one: enough for most micro-batches, and for all.
+        # Unused slots cost attention time.
         counts = [len(row) + 1 for row in self.rows]
         self.sequences = (2 * -(-sum(counts) // len(counts)), 2 * max(counts))
 

@@ -122,6 +122,10 @@ def planned_run(config: Machines, gpus: int) -> Run:
     if config.mfu > 1:
         raise InputError(f"--mfu={config.mfu}: expected a share, from 0 to 1")
     check_choice("gpu", config.gpu, GPUS)
+    if config.dtype == "float32":
+        raise InputError(
+            "--dtype=float32: only bf16 speeds of GPUs are known here; leave it out to plan bf16"
+        )
     check_choice("shard", config.shard, ("auto", *SHARD))
     if config.shard == "hybrid" and gpus % min(gpus, config.gpus_per_machine):
         raise InputError(

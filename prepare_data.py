@@ -40,7 +40,7 @@ from common import (
     write_json,
 )
 from data import ShardWriter, damaged_shards, read_manifest
-from sources import BadRows, hash_fraction, newest_commit, rows_by_file, source_files, text_of, unread_files
+from sources import BadRows, folder_notes, hash_fraction, newest_commit, rows_by_file, source_files, text_of
 from tokenization import (
     END,
     MOST_IDS,
@@ -482,7 +482,7 @@ def main(config: Config) -> None:
         prepare_share(config)
     else:
         prepare_folder(config)
-    for note in unread_files(config.source) if share_of(config.part)[0] == 0 else []:
+    for note in folder_notes(config.source) if share_of(config.part)[0] == 0 else []:
         print(note)
 
 

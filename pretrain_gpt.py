@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import open_weights, told_name, too_many_bad_steps
+from checkpoint import open_weights, told_name, told_stop, too_many_bad_steps
 from common import RESUMABLE, InputError, run_script
 from data import TokenLoader, verified_manifests
 from distributed import join_ranks
@@ -40,7 +40,7 @@ class Config:
     tokenizer: str = ""  # hub id or directory; empty for the one in data_dir
     out_dir: str = "out/base"  # folder for checkpoints, metrics.jsonl and loss.png
     # model
-    depth: int = 0  # one dial: so many blocks, and by by_depth all else that is not set; 0: the defaults
+    depth: int = 0  # one dial: blocks; width, batch, steps and rates follow if not set; 0: off
     init_from: str = ""  # run, checkpoint or model whose weights, shape and optimizer state a new phase takes
     num_hidden_layers: int = 12  # blocks
     hidden_size: int = 512  # width of the residual stream
@@ -48,7 +48,7 @@ class Config:
     num_key_value_heads: int = 0  # key and value heads; 0 for as many as query heads
     intermediate_size: int = 0  # width of the SwiGLU; 0 for 8/3 of hidden_size
     context_length: int = 1024  # tokens in a window
-    length_warmup_fraction: float = 0.0  # share of the steps, the first ones, with windows in 8, 4, 2 pieces
+    length_warmup_fraction: float = 0.0  # share of the steps, at the start, with windows in 8, 4, 2 pieces
     rope_theta: float = 10000.0  # base of the rotary frequencies
     qk_norm: bool = True  # normalize queries and keys, as in Qwen3; without it the model is a Llama
     tie_word_embeddings: bool = False  # one matrix for input and output embedding
@@ -144,9 +144,9 @@ def by_depth(depth: int, given: dict) -> dict:
     """Settings of a run by the number of its blocks: shape, steps, batch, rates and their schedule. What is
     `given` stays, and the others follow it.
 
-    The best batch is a power of the run's tokens. The peak rates are the same for all depths; with another
-    batch than the best they go with its square root. docs/measured.md tells at which sizes this was tried.
-    Larger ones are extrapolated.
+    The best batch is a power of the run's tokens. The peak rates are the same for all depths. Another batch
+    scales them by sqrt(batch / best batch). docs/measured.md tells at which sizes this was tried. Larger ones
+    are extrapolated.
     """
     layers = max(1, given.get("num_hidden_layers", depth))
     width = max(1, given.get("hidden_size", HEAD_DIM * depth))
@@ -158,7 +158,7 @@ def by_depth(depth: int, given: dict) -> dict:
     steps = given.get("max_steps", -(-tokens // batch))
     scale = 2 ** ((math.log2(batch) - math.log2(best_batch)) / 2)
     rates = {name: round(scale * rate, 5) for name, rate in PEAK_RATES.items()}
-    if given.get("tie_word_embeddings"):  # as an output embedding it bears no more than the head's
+    if given.get("tie_word_embeddings"):  # it is the head too, and takes the head's lower rate
         rates["embedding_lr"] = rates["head_lr"]
     ruled = {
         "num_hidden_layers": layers,
@@ -336,7 +336,7 @@ def main(config: Config) -> None:
     for step in range(start, config.max_steps + 1):  # `step` counts completed optimizer steps
         done = step == config.max_steps
 
-        # A signal since the last step is obeyed before a validation, and one within it right after.
+        # Obey a signal before a validation; obey one that comes during it right after.
         pause = done or step % config.eval_every == 0
         stopped = stopped or (pause and ranks.any(bool(signals.seen)))
 
@@ -414,7 +414,7 @@ def main(config: Config) -> None:
     if lock:
         lock.close()
     if stopped:
-        ranks.print(f"stopped by a signal; the same command continues from {config.out_dir}'s checkpoint")
+        ranks.print(told_stop(config.out_dir))
         raise SystemExit(RESUMABLE)
     if ranks.is_main:
         report_end(config.out_dir)

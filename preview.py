@@ -18,7 +18,8 @@ from common import IGNORE, InputError, check_choice, check_numbers, one_line, re
 from gpt import GPTConfig
 from huggingface import model_directory
 from order import data_sources
-from sft import Example, examples_of, row_length
+from packing import row_length
+from sft import Example, examples_of
 from sft_gpt import OVERLONG
 from tokenization import REASONING, TRAIN_ON, chat_template, load_tokenizer
 

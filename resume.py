@@ -147,7 +147,7 @@ def check_same_run(
     if fixed:
         raise InputError(
             f"{state['path']} belongs to another run ({', '.join(fixed)}); take another --out_dir, or the "
-            f"old ones"
+            f"old values"
         )
     old, new = state["content"], identity["content"]
     same = {name for name, value in new.items() if value is not None and value == old.get(name)}
@@ -265,7 +265,7 @@ def phase_start(out_dir: str, init_from: str, flags: dict) -> tuple[str | None, 
 
 
 def check_shape(path: str, shape: GPTConfig, flags: dict) -> None:
-    """Raise InputError for flags that want another shape than the model has that a phase starts from."""
+    """Raise InputError for flags that contradict the shape of the model that a phase starts from."""
     other = [
         f"--{name}={value}, it has {getattr(shape, name)}"
         for name, value in flags.items()

@@ -8,6 +8,7 @@ ones: see chat_template.
 """
 
 import itertools
+import math
 import shutil
 import time
 from array import array
@@ -44,6 +45,7 @@ from tokenization import (
 ROLES = ("system", "user", "assistant", "tool", "developer")
 HEAD = ("system", "developer")  # who may speak before the conversation
 QUESTIONS_KEPT = 1000  # held-out questions that the report lists
+KINDS_KEPT, KINDS_TOLD = 20, 5  # reasons for skipping rows: that are counted apart; that are printed
 
 
 def why_unusable(messages) -> str | None:
@@ -87,8 +89,8 @@ def as_the_template_has_it(messages: list[dict], tokenizer) -> Iterator[tuple[st
 
 
 def examples_in(messages: list[dict], tokenizer) -> list[list[dict]]:
-    """The conversations that one is trained as: itself or, if the template drops reasoning, its beginnings.
-    Each of these ends where the user speaks again, and shows the reasoning of its last answer only."""
+    """The examples made of a conversation: itself or, if the template drops reasoning, its beginnings. Each
+    of these ends before a user's turn or at the end. It keeps reasoning behind its last user's turn only."""
     train_on, reasoning = CHAT_TEMPLATES.get(tokenizer.chat_template, ("all", "keep"))
     if reasoning == "keep":
         return [messages]
@@ -195,15 +197,8 @@ def turns_before_answer(
     return next((i for i in (whole or question) if answer - i < room), None)
 
 
-def row_length(max_length: int, context: int) -> int:
-    """--max_length, or the model's context if it is 0; InputError beyond the context."""
-    if max_length > context:
-        raise InputError(f"--max_length={max_length} is beyond the model's context of {context}; lower it")
-    return max_length or context
-
-
-# Raise one when rows come to be rendered otherwise. What was cached before is rendered again. A run
-# that began with another of the last two goes on with --force only.
+# Raise one when its rendering changes; cached rows are then rendered again. A run that began with another of
+# the last two resumes only with --force.
 RENDERING = 2  # of all rows; 2: those with the roles tool and developer are no longer skipped
 SPLIT_RENDERING = 2  # 2: an answer is whole if it fits without earlier turns
 PAIR_RENDERING = 2  # 2: a prompt comes before answers of several messages, too
@@ -399,6 +394,7 @@ NEW_NOTE = {
     "questions": [],  # the first that are held out
     "bad_rows": [0, 0, ""],  # BadRows' rows, bad and first
     "written": {"train": 0, "val": 0},  # conversations
+    "fractions": [1.0, 0.0],  # hash_fraction of the questions: the least and the greatest
 }
 
 
@@ -417,11 +413,15 @@ def write_splits(
     writers = {split: Writer(folder / split, note["written"][split]) for split in ("train", "val")}
     counts, skipped = Counter(note["counts"]), dict(note["skipped"])
     questions, bad_rows = dict.fromkeys(note["questions"]), BadRows(max_bad_rows)
+    least, greatest = note.get("fractions", (0.0, 1.0))  # older notes lack them
     bad_rows.rows, bad_rows.bad, bad_rows.first = note["bad_rows"]
     noted = time.monotonic()
     for rows, example in enumerate(examples(note["rows"]), note["rows"] + 1):
         count_example(example, counts, skipped, bad_rows)
-        held_out = hash_fraction(example.question) < val_fraction
+        fraction = hash_fraction(example.question)
+        held_out = fraction < val_fraction
+        if example.pieces:
+            least, greatest = min(least, fraction), max(greatest, fraction)
         if held_out and example.pieces and len(questions) < QUESTIONS_KEPT:
             questions[example.question] = None
         for piece in example.pieces:
@@ -431,26 +431,36 @@ def write_splits(
                 writer.flush()
             note = {"rows": rows, "counts": counts, "skipped": skipped, "questions": list(questions)}
             note["bad_rows"] = [bad_rows.rows, bad_rows.bad, bad_rows.first]
+            note["fractions"] = [least, greatest]
             write_json(path, note | {"written": {split: len(w) for split, w in writers.items()}})
             noted = time.monotonic()
     for writer in writers.values():
         writer.close()
     ordered = sorted(skipped.items(), key=lambda item: -item[1][0])
     reasons = [{"count": n, "reason": reason, "first": first} for reason, (n, first) in ordered]
-    detail = "; ".join(f"{r['count']} skipped, {r['reason']} ({r['first']})" for r in reasons)
+    detail = "; ".join(f"{r['count']} skipped, {r['reason']} ({r['first']})" for r in reasons[:KINDS_TOLD])
     sizes = {split: len(writer) for split, writer in writers.items()}
-    if not sizes["train"] and sizes["val"] and val_fraction < 1:
-        raise InputError(f"all of {counts['examples']} rows are held out; lower --val_fraction")
     if not any(sizes.values()):
         raise InputError(f"nothing is left to train on ({detail or 'the source is empty'}); mend the data")
     bad_rows.check()
-    if not sizes["val"]:
-        raise InputError(
-            f"none of {counts['examples']} rows is held out for validation; raise --val_fraction, "
-            f"to 0.1 for a small file"
+    if not sizes["val"] or (not sizes["train"] and val_fraction < 1):
+        held_out = (
+            "all of {} rows are held out" if sizes["val"] else "none of {} rows is held out for validation"
         )
+        raise InputError(f"{held_out.format(counts['examples'])}; {advice(val_fraction, least, greatest)}")
     report = {**sizes, **counts, "skipped": reasons, "questions": [q for q in questions if q]}
     write_json(folder / "report.json", report)
+
+
+def advice(val_fraction: float, least: float, greatest: float) -> str:
+    """What to do if a split is empty, for the least and the greatest hash_fraction of the questions. One is
+    held out if its own is below --val_fraction."""
+    if least == greatest:
+        return "all begin with the same question, which is never on both sides; add one with another question"
+    up, down = math.floor(100 * least + 1) / 100, math.floor(100 * greatest) / 100
+    better = up if val_fraction <= least else down
+    better = better if least < better <= greatest else (least + greatest) / 2
+    return f"{'raise' if val_fraction <= least else 'lower'} --val_fraction, for example to {better:.6g}"
 
 
 def count_example(example: Example, counts: Counter, skipped: dict, bad_rows: BadRows) -> None:
@@ -459,9 +469,10 @@ def count_example(example: Example, counts: Counter, skipped: dict, bad_rows: Ba
         bad_rows.skip(example.where, example.why_skipped)
     else:
         bad_rows.good()
-    if example.why_skipped:
-        count, first = skipped.get(example.why_skipped, (0, example.where))
-        skipped[example.why_skipped] = count + 1, first
+    if reason := example.why_skipped:
+        reason = reason if reason in skipped or len(skipped) < KINDS_KEPT else "other reasons"
+        count, first = skipped.get(reason, (0, example.where))
+        skipped[reason] = count + 1, first
         counts["lost_tokens"] += example.answer_tokens
         return
     kept = sum(trained_tokens(labels) for _, labels in example.pieces)
@@ -472,7 +483,10 @@ def count_example(example: Example, counts: Counter, skipped: dict, bad_rows: Ba
 
 def preparation_notes(report: dict, max_length: int) -> list[str]:
     """Lines about what of a prepared source was cut or skipped."""
-    lines = [f"{r['count']} rows skipped: {r['reason']} (first: {r['first']})" for r in report["skipped"]]
+    told, more = report["skipped"][:KINDS_TOLD], report["skipped"][KINDS_TOLD:]
+    lines = [f"{r['count']} rows skipped: {r['reason']} (first: {r['first']})" for r in told]
+    if more:
+        lines.append(f"{sum(r['count'] for r in more)} rows skipped for {len(more)} other reasons")
     lost, kept = report["lost_tokens"], report["trained_tokens"]
     if report["cut"]:
         lines.append(f"{report['cut']} of {report['examples']} rows were cut at {max_length} tokens")

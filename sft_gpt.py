@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from attention import has_varlen
-from checkpoint import open_model, told_name, too_many_bad_steps
+from checkpoint import open_model, told_name, told_stop, too_many_bad_steps
 from common import RESUMABLE, InputError, cache_folder, check_choice, file_sha256, fingerprint, run_script
 from distributed import Ranks, join_ranks
 from metrics import flops_per_token, mean_context
@@ -34,20 +34,12 @@ from order import (
     taken,
     validation_numbers,
 )
-from packing import MixedLoader, PackedLoader
+from packing import MixedLoader, PackedLoader, row_length
 from report import report_end
 from resume import lock_and_resume, settle_commits, starting_point
-from sft import (
-    OVERLONG,
-    SPLIT_RENDERING,
-    SFTDataset,
-    cached_as,
-    preparation_notes,
-    prepare_conversations,
-    row_length,
-)
+from sft import OVERLONG, SPLIT_RENDERING, SFTDataset, cached_as, preparation_notes, prepare_conversations
 from sharding import wrap
-from sources import column_of, source_rows, unread_files
+from sources import column_of, folder_notes, source_rows
 from tasks import read_questions, score
 from tokenization import REASONING, TRAIN_ON, chat_template
 from training import (
@@ -73,7 +65,7 @@ class Config:
     # data
     model: str = "out/base"  # a run's folder (its newest checkpoint), a model directory, or a hub id
     data: str = "HuggingFaceTB/smol-smoltalk"  # embedded, a hub id, files and folders a,b, or a mix a:3,b:1
-    data_config: str = ""  # the hub dataset's configuration; empty for its default; of a mix: all,
+    data_config: str = ""  # the hub dataset's configuration; empty: its default; in a mix one each: a,b
     data_split: str = "train"  # the hub dataset's split; of a mix one for all, or one for each: train,test
     column: str = "messages"  # the column or JSON key with the list of messages; of a mix as data_split
     max_bad_rows: float = 0.1  # share of the rows that may be unusable; they are skipped and counted
@@ -83,7 +75,7 @@ class Config:
     max_length: int = 0  # tokens in a row; 0 for the model's context
     overlong: str = "truncate"  # what happens to longer conversations: truncate, split or drop
     train_on: str = "all"  # the answers of a conversation that are trained on: all or last
-    reasoning: str = "keep"  # drop leaves <think>…</think> out of earlier answers; an example an answer
+    reasoning: str = "keep"  # drop removes <think>…</think> from earlier answers; an example a question
     epochs: float = 2.0  # passes over the data
     max_steps: int = 0  # optimizer steps; 0 for as many as the epochs need
     batch_tokens: int = 65_536  # tokens in an optimizer step, over all ranks and micro-batches
@@ -104,7 +96,7 @@ class Config:
     log_every: int = 10  # steps between two lines
     eval_every: int = 250  # steps between two validations
     eval_tokens: int = 2_000_000  # tokens of the held-out rows that are read each time; 0 for all
-    eval_questions: int = 100  # held-out questions that are answered each time; 0 for none, nor fixed ones
+    eval_questions: int = 100  # held-out questions answered each time; 0 skips the fixed ones, too
     max_new_tokens: int = 200  # of an answer in the evaluation; a longer one has not stopped
     eval_tasks: str = ""  # benchmarks that are scored on the way, as hellaswag,piqa; empty for none
     eval_task_every: int = 1000  # steps between two scorings
@@ -292,13 +284,13 @@ def main(config: Config) -> None:
     module = wrap(model, ranks, config.compile)
     ranks.print(
         f"{model.num_parameters():,} parameters; {sum(reports[i]['train'] for i in trained):,} "
-        f"conversations in {sum(train.sizes):,} rows of {T} tokens, {100 * train.fill():.1f}% filled; "
+        f"examples in {sum(train.sizes):,} rows of {T} tokens, {100 * train.fill():.1f}% filled; "
         f"{max_steps} steps of {step_tokens:,} tokens, "
         f"{max_steps / train.steps_per_epoch:.2f} epochs; {ranks.world} x {ranks.device}, {ranks.precision}"
     )
     for line in mix_report(names, weights, sizes, read=max_steps * train.rows_per_step, unit="rows"):
         ranks.print(line)
-    unread = ranks.from_main(lambda: [unread_files(part.data) for part in parts])
+    unread = ranks.from_main(lambda: [folder_notes(part.data) for part in parts])
     for name, report, notes in zip(names, reports, unread):
         for note in (*notes, *preparation_notes(report, T)):
             ranks.print(f"{name}: {note}" if len(reports) > 1 else note)
@@ -340,7 +332,7 @@ def main(config: Config) -> None:
     for step in range(start, max_steps + 1):  # `step` counts completed optimizer steps
         done = step == max_steps
 
-        # A signal since the last step is obeyed before a validation, and one within it right after.
+        # Obey a signal before a validation; obey one that comes during it right after.
         pause = done or step % config.eval_every == 0
         stopped = stopped or (pause and ranks.any(bool(signals.seen)))
 
@@ -421,7 +413,7 @@ def main(config: Config) -> None:
     if lock:
         lock.close()
     if stopped:
-        ranks.print(f"stopped by a signal; the same command continues from {config.out_dir}'s checkpoint")
+        ranks.print(told_stop(config.out_dir))
         raise SystemExit(RESUMABLE)
     if ranks.is_main and (Path(config.out_dir) / "answers.jsonl").exists():
         print(side_by_side(config.out_dir))

@@ -4,12 +4,14 @@ import hashlib
 import io
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from common import InputError, fingerprint, half_surrogate, one_line, patiently, read_json, write_json
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+HELD_BACK = {"test", "val", "validation", "dev", "eval"}  # words in the names of files not meant for training
 TXT_PIECE = 20_000  # characters: a longer .txt is cut, at line ends, into documents of about this size
 
 
@@ -38,6 +40,11 @@ def rows_by_file(
     """The rows of source_rows, file by file. The first `start` files of the share are not opened."""
     files, (first, every) = source_files(source), share
     if files is not None:
+        if not (split or "train").startswith("train"):
+            raise InputError(
+                f"{source} is read whole, and the split {split!r} is for datasets of the hub; leave it out, "
+                f"and name the files that you want"
+            )
         yield from map(file_rows, files[first::every][start:])
         return
     stream = hub_stream(source, name, split, commit)
@@ -77,6 +84,11 @@ def source_files(source: str) -> list[Path] | None:
     missing = [path for path in paths if not os.path.exists(path)]
     if missing and len(paths) == 1 and source.count("/") <= 1 and not source.endswith(SUFFIXES):
         return None
+    if missing and len(paths) > 1:
+        raise InputError(
+            f"{missing[0]} does not exist or cannot be reached; commas join files and folders only, and "
+            f"sft_gpt.py and dpo_gpt.py mix any sources by weights, as embedded:0.5,mine.jsonl:0.5"
+        )
     if missing:
         raise InputError(
             f"{missing[0]} does not exist or cannot be reached; give files, folders, a hub dataset's id, or "
@@ -106,26 +118,29 @@ def ending(file: Path) -> str:
     return "".join(file.suffixes[-2 if compressed else -1 :]) or file.name
 
 
-def unread_files(source: str) -> list[str]:
-    """A line about the files in a source's folders whose names end otherwise, and which are not read; none if
-    there are no such files."""
-    left = [
-        file
-        for path in map(Path, source.split(","))
-        if path.is_dir()
-        for file in files_below(path)
-        if not file.name.endswith((*SUFFIXES, ".md"))
-        and not any(part.startswith(".") for part in file.relative_to(path).parts)
-    ]
-    if not left:
-        return []
-    ends = sorted({ending(file) for file in left})
-    told = ", ".join(ends[:5]) + (", …" if len(ends) > 5 else "")
-    return [f"{source}: {len(left)} files are not read ({told}); names must end in {', '.join(SUFFIXES)}"]
+def folder_notes(source: str) -> list[str]:
+    """Lines about files in a source's folders that a user may not expect: those whose names end otherwise are
+    not read; those of a test split are."""
+    files = [file for path in map(Path, source.split(",")) if path.is_dir() for file in files_below(path)]
+    left, notes = [file for file in files if not file.name.endswith((*SUFFIXES, ".md"))], []
+    if left:
+        ends = sorted({ending(file) for file in left})
+        told = ", ".join(ends[:5]) + (", …" if len(ends) > 5 else "")
+        notes = [
+            f"{source}: {len(left)} files are not read ({told}); names must end in {', '.join(SUFFIXES)}"
+        ]
+    read = [file for file in files if file.name.endswith(SUFFIXES)]
+    tests = [file for file in read if HELD_BACK & set(re.split("[^a-z]+", file.name.lower()))]
+    if tests:
+        notes.append(
+            f"{source}: all {len(read)} files are read, {tests[0].name} too; name those that you want"
+        )
+    return notes
 
 
 def files_below(folder: Path) -> list[Path]:
-    """All files in a folder and those below it, sorted. Links are followed, but no folder is read twice."""
+    """All files in a folder and those below it, sorted, but for hidden ones: editors and file managers keep
+    copies there. Links are followed, but no folder is read twice."""
 
     def refuse(error: OSError):
         raise InputError(
@@ -140,8 +155,8 @@ def files_below(folder: Path) -> list[Path]:
             folders.clear()
             continue
         seen.add((here.st_dev, here.st_ino))
-        folders.sort()
-        files += [Path(place) / name for name in names]
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        files += [Path(place) / name for name in names if not name.startswith(".")]
     return sorted(files)
 
 
@@ -286,6 +301,8 @@ def hub_rows(stream, file: int, source: str) -> Iterator[tuple[object, str]]:
 
 def column_of(row: object, column: str) -> object:
     """The value in a row's column; ValueError, with the reason, for a row without it."""
+    if isinstance(row, json.JSONDecodeError):  # one reason for all such rows, wherever each is damaged
+        raise ValueError("it is damaged; expected a JSON object in one line")
     if isinstance(row, ValueError):
         raise ValueError(f"it is damaged ({one_line(row)})")
     if not isinstance(row, dict):

@@ -137,6 +137,7 @@ def with_chatml(tokenizer):
             )
     tokenizer.new_ids = [id for token, id in ids.items() if token not in known]
     tokenizer.eos_token = tokenizer.pad_token = END
+    tokenizer.clean_up_tokenization_spaces = False  # Llama 3's has it: readers that obey it drop spaces
     given = tokenizer.chat_template
     if not isinstance(given, str) or given not in CHAT_TEMPLATES:  # several by name make a dict
         tokenizer.chat_template = chat_template()

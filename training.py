@@ -25,7 +25,7 @@ from common import (
     read_records,
     write_records,
 )
-from distributed import Ranks, StopSignals
+from distributed import TIMEOUT, Ranks, StopSignals
 from generation import SAMPLING
 from gpt import GPTModel
 from metrics import WANDB, Metrics, Profiler
@@ -51,6 +51,11 @@ def check_settings(settings: dict, positive: Sequence[str]) -> None:
         ("dtype", DTYPES),
     ):
         check_choice(name, settings[name], choices)
+    if settings["timeout_minutes"] > (most := TIMEOUT.total_seconds() / 60 - 5):
+        raise InputError(
+            f"--timeout_minutes={settings['timeout_minutes']:g}: expected at most {most:g}, as torch itself "
+            f"ends a rank that waits an hour for another"
+        )
     if not settings["out_dir"].strip():
         raise InputError("--out_dir is empty; name a folder for the run, as --out_dir=out/mine")
     for name, value in settings.items():
@@ -184,9 +189,9 @@ class StepHistory:
     """The last losses and gradient norms. They decide which step is bad, so they belong to a run's state.
 
     A step is bad if its loss or gradient norm is not finite or is a spike: more than spike_sigma standard
-    deviations above the mean of the last 128 (0: no step is a spike). The 128, and that half of them must be
-    there, are those of OLMo-core's SkipStepOptimizer (https://github.com/allenai/OLMo-core). All ranks
-    record the same sums and so decide alike.
+    deviations above the mean of the last 64 to 128 (0: no step is a spike). These numbers are those of
+    OLMo-core's SkipStepOptimizer (https://github.com/allenai/OLMo-core). All ranks record the same sums and
+    so decide alike.
 
     The decision is made on the device. Python reads what came of a step at once on a CPU. On a GPU it reads
     while the next step computes, so that neither waits for the other.
@@ -331,8 +336,8 @@ def generate_answers(
     """By a question's place: its answer, sampled as in chat.py, and whether it stopped by itself. On rank 0;
     the others get None.
 
-    Questions that fill the context are left out. Those of like length are answered together, and the ranks
-    divide these batches; of a model that is split over them they compute all together. A question's place is
+    Questions that fill the context are left out. Questions of similar length share a batch, and the ranks
+    divide the batches. With a split model all ranks compute each batch together. A question's place is
     the seed of its answer. So the answers are always the same, on any number of ranks.
     """
     stop, context = tokenizer.convert_tokens_to_ids(TURN_END), model.config.max_position_embeddings

@@ -90,9 +90,7 @@ def serve(server: ChatServer) -> None:
     try:
         while True:
             try:
-                handler = server.waiting.get(
-                    timeout=0.5
-                )  # a Ctrl-C just before a wait does not end that wait
+                handler = server.waiting.get(timeout=0.5)  # a Ctrl-C just before a wait does not end it
             except Empty:
                 continue
             try:

@@ -165,19 +165,20 @@ def test_the_streamed_pieces_are_the_answer(talker):
     ids = [
         i for (i,) in model.generate([chat.prompt_ids(turns("the river"), tokenizer)], 20, stop_ids=[0, 2])
     ]
-    assert "".join(chat.stream(model, tokenizer, turns("the river"), config)) == tokenizer.decode(
-        ids, skip_special_tokens=True
-    )
+    events = list(chat.stream(model, tokenizer, turns("the river"), config))
+    text = "".join(event.get("text", "") for event in events)
+    assert text == tokenizer.decode(ids, skip_special_tokens=True)
+    assert ids[-1] in (0, 2) or events[-1] == {"cut": len(ids)}
 
 
 def test_ctrl_c_stops_the_answer_and_the_chat_goes_on(talker, monkeypatch, capsys):
     def interrupted(*_):
-        yield "so far"
+        yield {"text": "so far"}
         raise KeyboardInterrupt
 
     monkeypatch.setattr(chat, "stream", interrupted)
     messages = chat.respond(*talker, turns("hello"), chat.Config())
-    assert messages == turns("hello", "so far")
+    assert messages == [*turns("hello"), {"role": "assistant", "content": "so far", "cut": True}]
     assert "so far [stopped]" in capsys.readouterr().out
 
 
@@ -289,7 +290,7 @@ def test_tokens_a_second_are_told_on_request(talker, capsys, monkeypatch):
     """By a clock that ticks once a look: the first token after 1 s, then one a second."""
     ticks = itertools.count()
     monkeypatch.setattr(chat.time, "monotonic", lambda: next(ticks))
-    monkeypatch.setattr(chat, "stream", lambda *_: iter(["a", "", "b"]))
+    monkeypatch.setattr(chat, "stream", lambda *_: iter([{"text": text} for text in ("a", "", "b")]))
     _, config, _ = chat.command("/speed", [], chat.Config())
     chat.respond(*talker, turns("hello"), config)
     assert capsys.readouterr().out == "ab\n[3 tokens: the first after 1.00 s, then 1.0 tokens/s]\n"
@@ -304,7 +305,7 @@ def test_a_piece_is_streamed_for_each_token_and_no_half_character_is_shown(talke
     assert len(ids) > 2
     model = small_model()
     model.generate = lambda *_, **__: ([i] for i in [*ids, 2])
-    pieces = list(chat.stream(model, tokenizer, turns("hello"), chat.Config()))
+    pieces = [event["text"] for event in chat.stream(model, tokenizer, turns("hello"), chat.Config())]
     assert len(pieces) == len(ids) + 1 and pieces[-1] == ""
     assert [piece for piece in pieces if piece] == ["é", "漢"]
 
@@ -401,10 +402,26 @@ def test_a_paste_is_one_message_and_the_arrow_brings_it_back(roomy, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("pieces", "shown"), [(["a", "b", "c"], "[cut at 3 tokens]\n"), (["a", "b", ""], ""), (["a"], "")]
+    ("cut", "shown"), [(3, "[cut at 3 tokens]\n"), (2, "[cut at 2 tokens, the context is full]\n"), (0, "")]
 )
-def test_an_answer_that_is_cut_says_so(pieces, shown, talker, monkeypatch, capsys):
-    monkeypatch.setattr(chat, "stream", lambda *_: iter(pieces))
+def test_an_answer_that_is_cut_says_so_and_is_marked_where_it_is_saved(
+    cut, shown, talker, monkeypatch, capsys, tmp_path
+):
+    events = [{"text": "a"}, {"text": "b"}, *([{"cut": cut}] if cut else [])]
+    monkeypatch.setattr(chat, "stream", lambda *_: iter(events))
     messages = chat.respond(*talker, turns("Hello!"), chat.Config(max_new_tokens=3))
-    assert capsys.readouterr() == ("".join(pieces) + "\n", shown)
-    assert messages[-1]["content"] == "".join(pieces)
+    assert capsys.readouterr() == ("ab\n", shown)
+    assert messages[-1]["content"] == "ab"
+    told = chat.save(messages, str(tmp_path / "mine.jsonl"))
+    (row,) = read_records(tmp_path / "mine.jsonl")
+    assert ("marked as cut in it (1)" in told) == ("cut" in row["messages"][-1]) == bool(cut)
+
+
+def test_an_answer_that_fills_the_context_is_cut_there(talker, monkeypatch):
+    model, tokenizer = talker
+    monkeypatch.setattr(chat, "END", "no token")  # nothing ends the answer
+    monkeypatch.setattr(chat, "TURN_END", "no token")
+    context = model.config.max_position_embeddings
+    *texts, last = chat.events(model, tokenizer, turns("the river"), chat.Config(max_new_tokens=10 * context))
+    prompt = len(chat.prompt_ids(turns("the river"), tokenizer))
+    assert last == {"cut": context + 1 - prompt} and len(texts) == last["cut"]

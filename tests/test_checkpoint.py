@@ -331,3 +331,9 @@ def test_the_last_card_of_a_tuned_model_tells_the_last_validation_and_its_origin
     (last,) = [row for row in read_records(tmp_path / "metrics.jsonl") if row["step"] == 4]
     assert f"step 4, val loss: {last['val_loss']:.4f} nats/" in card
     assert f"uned from {base_run.name} on the " in card
+
+
+def test_a_run_stopped_before_it_saved_promises_no_checkpoint(tmp_path):
+    assert "before anything was saved; the same command starts anew" in checkpoint.told_stop(tmp_path)
+    (tmp_path / "step_0000003").mkdir()
+    assert f"the same command continues from {tmp_path}'s checkpoint" in checkpoint.told_stop(tmp_path)

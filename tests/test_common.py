@@ -313,3 +313,15 @@ def test_control_characters_are_shown_and_not_obeyed():
     told = "a\x1b]52;c;aGk=\x07\r\x9b\x00\u202e\ufeff\tb\n\xa0é👩\u200d🔬"
     shown = r"a\x1b]52;c;aGk=\x07\r\x9b\x00\u202e\ufeff" + "\tb\n\xa0é👩\u200d🔬"
     assert common.visible(told) == shown
+
+
+def test_a_reader_of_the_output_that_has_left_is_no_error(tmp_path):
+    (tmp_path / "program.py").write_text(
+        "import dataclasses\nfrom common import run_script\n"
+        "@dataclasses.dataclass\nclass Config:\n    x: int = 0  # a number\n"
+        "run_script(lambda config: [print('y' * 1000) for _ in range(10_000)], Config)\n"
+    )
+    command = f"{sys.executable} {tmp_path}/program.py | head -n 1"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, shell=True, capture_output=True, env=environment, timeout=60)
+    assert done.stdout == b"y" * 1000 + b"\n" and done.stderr == b""

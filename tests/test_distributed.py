@@ -378,7 +378,7 @@ MEMORY = """
 import os
 import sys
 import torch
-from distributed import keep_freed_memory
+from common import keep_freed_memory
 
 def megabytes():
     _, held, of_files, *_ = map(int, open("/proc/self/statm").read().split())  # in pages
@@ -406,3 +406,26 @@ def test_what_a_tensor_leaves_is_kept_for_the_next_one():
         assert ended.returncode == 0, ended.stderr
         left[how] = int(ended.stdout)
     assert left["kept"] >= 250 and left["as it is"] < 50
+
+
+@pytest.mark.parametrize(
+    ("sent", "status"), [(("INT", "INT"), -2), (("INT", "TERM"), -15), (("TERM",), 75), (("HUP",), 75)]
+)
+def test_a_signal_is_noted_and_ctrl_c_and_what_torchrun_makes_of_a_second_one_end_the_process(sent, status):
+    program = (
+        "import signal, time\nfrom distributed import StopSignals\n"
+        "signals = StopSignals()\n"
+        f"for name in {sent}:\n    signal.raise_signal(getattr(signal, 'SIG' + name))\n"
+        "raise SystemExit(75 if signals.seen else 1)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, timeout=60)
+    assert done.returncode == status, done.stderr
+
+
+def test_a_hang_up_that_nohup_ignores_stays_ignored():
+    program = (
+        "import signal\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)\nfrom distributed import StopSignals\n"
+        "signals = StopSignals()\nsignal.raise_signal(signal.SIGHUP)\nassert not signals.seen"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, timeout=60)
+    assert done.returncode == 0, done.stderr

@@ -95,7 +95,7 @@ def test_a_prompt_is_repeated_by_no_side_and_lost_from_none(prompt, side, whole)
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({"chosen": [QUESTION, YES]}, "in rejected, messages is no list of objects with role and content"),
+        ({"chosen": [QUESTION, YES]}, "in rejected, there is no such column, only chosen"),
         ({"chosen": 1, "rejected": "No."}, "in chosen, messages is no list"),
         ({"chosen": "Yes.", "rejected": "No."}, "chosen is not a question and"),
         ({"chosen": [YES], "rejected": [NO]}, "chosen is not a question and an assistant's answer to it"),
@@ -111,6 +111,22 @@ def test_a_pair_that_cannot_be_compared_is_skipped_and_named(row, reason, tokeni
     assert len(train) + len(val) == 40 and found["examples"] == 20
     (skipped,) = found["skipped"]
     assert reason in skipped["reason"] and skipped["count"] == 1 and "21" in skipped["first"]
+
+
+def test_what_else_is_noted_of_messages_makes_no_pairs_differ(tokenizer, tmp_path):
+    """Both sides follow the chosen one's prompt, also if the other's differs in spaces around it."""
+    rows = []
+    for i in range(20):
+        row = preference(i)
+        first = row["rejected"][0]
+        row["rejected"] = [first | {"id": i, "content": first["content"] + " "}, *row["rejected"][1:]]
+        row["chosen"] = [message | {"score": 1.0} for message in row["chosen"]]
+        rows.append(row)
+    (train, val), found = pairs_of(rows, tokenizer, tmp_path)
+    assert len(train) + len(val) == 40 and not found["skipped"]
+    for a, b in ((train[i], train[i + 1]) for i in range(0, len(train), 2)):
+        start = int(np.argmax(a[1] != IGNORE))
+        assert (a[0][:start] == b[0][:start]).all()
 
 
 def test_only_the_last_answers_count_and_both_follow_the_same_prompt(tokenizer, tmp_path):

@@ -77,6 +77,15 @@ def test_on_one_node_the_checks_come_first_and_preflight_and_run_are_torchruns_o
     assert f" {SCRIPTS[script]} " in run and run.rstrip().endswith("--lr=7") and "rdzv" not in run
 
 
+def test_torchrun_hands_a_hang_up_on_unless_nohup_ignores_it():
+    run = dry("pretrain_full.sh", VENV=sys.prefix, NPROC="1")[-1]
+    assert "--signals_to_handle=SIGTERM,SIGINT,SIGQUIT,SIGUSR1,SIGHUP " in run
+    command = ["bash", "-c", f"trap '' HUP; exec bash {ROOT / 'pretrain_full.sh'}"]
+    environment = CLEAN | {"DRY_RUN": "1", "VENV": sys.prefix, "NPROC": "1"}
+    ignored = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert "--signals_to_handle=SIGTERM,SIGINT,SIGQUIT,SIGUSR1 " in ignored.stdout.replace("\\", "")
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_on_hosts_by_hand_the_first_has_the_store(script):
     places = {"VENV": sys.prefix, "NPROC": "2", "NNODES": "2", "MASTER_ADDR": "host1"}

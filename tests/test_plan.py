@@ -440,3 +440,8 @@ def test_all_flags_are_documented(capsys):
         parse_config(Config, ["--help"])
     told = capsys.readouterr().out
     assert "--gpus_per_machine=8" in told and "optimizer steps" in told and "(DDP)" in told
+
+
+def test_a_plan_in_fp32_is_refused_as_the_speed_is_not_known():
+    with pytest.raises(InputError, match="--dtype=float32: only bf16 speeds of GPUs are known here"):
+        plan.planned_run(Config(dtype="float32"), 8)

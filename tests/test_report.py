@@ -167,7 +167,7 @@ def test_losses_of_skipped_steps_and_what_is_not_finite_are_left_out(tmp_path):
     with open(folder / "metrics.jsonl", "a") as file:
         file.write('{"step": 3, "loss": 40.0, "lr": 0.1, "skipped": "its loss of 40.000 is a spike"}\n')
         file.write('{"step": 4, "loss": null, "lr": 0.1, "skipped": "its loss is nan"}\n')
-        file.write('{"step": 5, "val_loss": Infinity}\n7\n')
+        file.write('{"step": 5, "val_loss": Infinity}\n7\n{"note": "a row without a step"}\n')
     text = "\n".join(Seen(page_of(folder)).texts)
     assert "2, the last because its loss is nan" in text and Run.read(folder).curve("loss")[-1] == (2, 2.8)
 

@@ -304,6 +304,35 @@ def test_unusable_conversations_are_counted_named_and_skipped(messages, reason, 
         prepare([(messages, "row 10")], tokenizer, tmp_path / "none")
 
 
+def test_many_kinds_of_damage_are_counted_apart_up_to_a_number_and_few_are_printed(tokenizer, tmp_path):
+    bad = [(ValueError(f"reason {i}"), f"row {i}") for i in range(50)]
+    report = prepare([*GOOD, *bad], tokenizer, tmp_path / "data")
+    counts = {kind["reason"]: kind["count"] for kind in report["skipped"]}
+    assert counts["reason 3"] == 1 and counts["other reasons"] == 30 and len(counts) == sft.KINDS_KEPT + 1
+    notes = sft.preparation_notes(report, 64)
+    assert notes[0].startswith("30 rows skipped: other reasons") and len(notes) == sft.KINDS_TOLD + 1
+    assert notes[-1] == "16 rows skipped for 16 other reasons"
+    with pytest.raises(InputError, match="nothing is left to train on") as caught:
+        prepare(bad, tokenizer, tmp_path / "none")
+    assert str(caught.value).count("skipped") == sft.KINDS_TOLD
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 40])
+@pytest.mark.parametrize("val_fraction", [0.0, 0.001, 0.999])
+def test_if_a_split_is_empty_the_fraction_that_is_advised_fills_both(rows, val_fraction, tokenizer, tmp_path):
+    some = [(turns(f"question {i}?", "yes"), f"row {i}") for i in range(rows)]
+    with pytest.raises(InputError, match=r"rows (is|are) held out") as caught:
+        prepare(some, tokenizer, tmp_path / "a", val_fraction=val_fraction)
+    told = str(caught.value)
+    if rows == 1:
+        assert "all begin with the same question" in told
+        return
+    assert ("raise" in told) == (val_fraction < 0.5)
+    advised = float(told.rpartition(" ")[2])
+    report = prepare(some, tokenizer, tmp_path / "b", val_fraction=advised)
+    assert report["train"] and report["val"] and report["train"] + report["val"] == rows
+
+
 def test_rows_of_a_file_that_hold_no_text_are_skipped_and_a_missing_column_is_named(tokenizer, tmp_path):
     bad = [{"messages": 7}, {"messages": [{"role": "user", "content": 3}]}]
     path = write_jsonl(tmp_path / "chats.jsonl", [*map(conversation, range(50)), *bad])

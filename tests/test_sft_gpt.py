@@ -18,7 +18,8 @@ def test_mistakes_in_a_fine_tuning_run_are_told(base_run, chats, tmp_path):
         ({"max_length": 1000}, "--max_length=1000 is beyond the model's context of 64"),
         ({"batch_tokens": 32}, "are 0 rows of 64"),
         ({"data": str(tmp_path / "none.jsonl")}, "none.jsonl does not exist"),
-        ({"val_fraction": 0.0}, "rows is held out for validation; raise --val_fraction"),
+        ({"val_fraction": 0.0}, "rows is held out for validation; raise --val_fraction, for example to 0.0"),
+        ({"timeout_minutes": 90}, "--timeout_minutes=90: expected at most 55"),
         ({"val_fraction": 1.0}, "--val_fraction=1: all rows are held out; lower --val_fraction"),
         ({"val_fraction": 0.999}, "all of 120 rows are held out; lower --val_fraction"),
     ):

@@ -361,8 +361,48 @@ def test_files_that_are_not_read_are_told(tmp_path, tokenizer_dir, capsys):
     ):
         (tmp_path / "in" / name).write_text('{"text": "one"}\n')
     told = f"{tmp_path}/in: 5 files are not read (.TXT, .json, .json.gz, .txt.gz, READ); names must end in"
-    assert sources.unread_files(f"{tmp_path}/in")[0].startswith(told)
-    assert sources.unread_files("some/dataset") == sources.unread_files(f"{tmp_path}/in/a.jsonl") == []
+    assert sources.folder_notes(f"{tmp_path}/in")[0].startswith(told)
+    assert sources.folder_notes("some/dataset") == sources.folder_notes(f"{tmp_path}/in/a.jsonl") == []
     prepare(tmp_path / "out", tmp_path / "in", tokenizer_dir, val_fraction=0.0, max_tokens=1000)
     said = capsys.readouterr().out
     assert told in said and re.search(r"the source ended after \d+ tokens, before --max_tokens=1,000\n", said)
+
+
+def test_hidden_files_and_folders_are_not_read_unless_they_are_named(tmp_path):
+    for name in ("a.jsonl", "._a.jsonl", ".ipynb_checkpoints/a-checkpoint.jsonl"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text('{"text": "one"}\n')
+    assert sources.source_files(str(tmp_path)) == [tmp_path / "a.jsonl"]
+    assert len(sources.source_files(str(tmp_path / ".ipynb_checkpoints"))) == 1
+
+
+def test_a_folder_with_a_test_split_in_it_is_read_whole_and_told_so(tmp_path):
+    for name in ("train-00000.jsonl", "test-00000.jsonl", "testimony.jsonl"):
+        (tmp_path / name).write_text('{"text": "one"}\n')
+    (note,) = sources.folder_notes(str(tmp_path))
+    assert "all 3 files are read, test-00000.jsonl too" in note
+
+
+@pytest.mark.parametrize("split", ["test", "nonsense"])
+def test_another_split_than_train_of_local_files_is_refused(split, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n')
+    words = f"is read whole, and the split '{split}' is for datasets of the hub"
+    refused(words, list, sources.source_rows(str(tmp_path), "", split))
+    assert len(list(sources.source_rows(str(tmp_path), "", "train_prefs"))) == 1
+
+
+def test_commas_join_files_only_and_the_way_to_mix_is_told(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n')
+    words = "commas join files and folders only, and .* mix any sources by weights, as embedded:0.5"
+    refused(words, sources.source_files, f"embedded,{tmp_path}/a.jsonl")
+
+
+def test_rows_damaged_anywhere_have_one_reason(tmp_path):
+    (tmp_path / "a.jsonl").write_text("[\n" + "".join(f"{' ' * n}oops\n" for n in range(5)))
+    reasons = set()
+    for row, _ in sources.source_rows(str(tmp_path / "a.jsonl"), "", ""):
+        with pytest.raises(ValueError) as caught:
+            sources.column_of(row, "text")
+        reasons.add(str(caught.value))
+    assert reasons == {"it is damaged; expected a JSON object in one line"}
