@@ -43,6 +43,9 @@ class KVCache:
             kept[:, :, : k.size(2)] = new.gather(2, order)
 
 
+INT8_FACTOR = torch.bfloat16  # what is multiplied by int8 weights; in fp32 torch's kernel is far slower
+
+
 @dataclass(slots=True)
 class Int8Matrix:
     """A matrix (out, in) whose rows are rounded to 255 steps, from minus to plus their largest number."""
@@ -74,7 +77,7 @@ class LayerWeights:
 def product(x: torch.Tensor, matrix: torch.Tensor | Int8Matrix) -> torch.Tensor:
     """x (B, in) times the transpose of a matrix (out, in)."""
     if isinstance(matrix, Int8Matrix):
-        return torch._weight_int8pack_mm(x, matrix.numbers, matrix.scales)
+        return torch._weight_int8pack_mm(x.to(matrix.scales.dtype), matrix.numbers, matrix.scales).to(x.dtype)
     if matrix.is_mkldnn:
         return torch.ops.mkldnn._linear_pointwise(x, matrix, None, "none", [], "")
     return F.linear(x, matrix)
@@ -97,7 +100,7 @@ def joined(*weights: torch.Tensor, dtype: torch.dtype, packed: bool, int8: bool)
     matrices = [whole(weight) for weight in weights]
     matrix = matrices[0] if len(matrices) == 1 else torch.cat(matrices)
     if int8 and not matrix.size(0) % 64 and not matrix.size(1) % 64:
-        return Int8Matrix.rounded(matrix, dtype)
+        return Int8Matrix.rounded(matrix, INT8_FACTOR)
     matrix = matrix.to(dtype)
     return torch.ops.mkldnn._reorder_linear_weight(matrix, 16) if packed else matrix
 

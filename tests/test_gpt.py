@@ -11,6 +11,7 @@ from conftest import SWITCHES, random_ids, small_model
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM
 
+import generation
 from attention import has_varlen
 from common import InputError
 from generation import Decoding, Int8Matrix, can_pack, joined, product, sample
@@ -207,8 +208,9 @@ def test_kept_weights_are_made_once_and_answer_alike():
 
 
 @pytest.mark.parametrize("rows", [1, 3])
-def test_decoding_in_int8_multiplies_by_rounded_matrices_and_leaves_odd_ones_alone(rows):
-    """A model whose matrices are rounded beforehand gives the same ids in int8."""
+def test_decoding_in_int8_multiplies_by_rounded_matrices_and_leaves_odd_ones_alone(rows, monkeypatch):
+    """A model whose matrices are rounded beforehand gives the same ids in int8 with fp32 factors."""
+    monkeypatch.setattr(generation, "INT8_FACTOR", torch.float32)
     model = small_model(hidden_size=128, intermediate_size=192, vocab_size=325)  # no multiple of 64
     with torch.no_grad():
         for p in model.parameters():
@@ -229,7 +231,8 @@ def test_a_product_with_an_int8_matrix_is_within_half_a_step_a_factor(dtype):
     generator = torch.Generator().manual_seed(0)
     x, w = torch.randn(3, 128, generator=generator).to(dtype), torch.randn(192, 128, generator=generator)
     w[5] = 0
-    found = product(x, Int8Matrix.rounded(w, dtype)).float()
+    found = product(x.float(), Int8Matrix.rounded(w, dtype))
+    assert found.dtype == torch.float32
     bound = (w.abs().amax(1) / 127 / 2) * x.float().abs().sum(1, keepdim=True)
     rounding = (
         0

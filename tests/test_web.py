@@ -280,7 +280,9 @@ def test_a_model_answers_over_http_and_ctrl_c_ends_the_server(base_run):
     finally:
         process.kill()
     assert process.returncode == 0 and not errors and not out.strip()
-    assert events.pop() == {"done": True} and 1 <= len(events) <= 8
+    assert events.pop() == {"done": True}
+    events = [event for event in events if event != {"cut": 8}]
+    assert 1 <= len(events) <= 8
     one = run("chat.py", f"--model={base_run}", "--prompt=Hello!", *flags[2:])
     assert "".join(event["text"] for event in events) == one.stdout[:-1]
 
@@ -295,16 +297,24 @@ def test_a_prompt_for_the_page_is_refused(base_run):
 @needs_chromium
 @pytest.mark.parametrize("size", [DESKTOP, PHONE])
 def test_in_a_browser_an_answer_arrives_and_html_is_shown_as_text(size, tmp_path):
-    with served(speed=True) as server, browser(tmp_path) as tab:
+    def cut_short(messages):
+        assert messages[0] == {"role": "system", "content": "Be short."}
+        yield from echo(messages)
+        yield {"cut": 2}
+
+    with served(cut_short, speed=True) as server, browser(tmp_path) as tab:
         tab.open(server.url, size)
-        tab.run("document.getElementById('text').focus()")
+        tab.run("document.querySelector('details').open = true; document.getElementById('system').focus()")
+        tab.call("Input.insertText", text="Be short.")
+        tab.run("document.querySelector('details').open = false; document.getElementById('text').focus()")
         tab.type("<i>hello</i>")
         answered = "document.getElementById('send').textContent == 'Send'"
         tab.until(f"document.querySelector('.answer')?.textContent && {answered}")
         texts = tab.run("[...document.querySelectorAll('#log > *')].map(e => e.textContent)")
         assert texts[:2] == ["<i>hello</i>", "<b>you said</b> <i>hello</i>"]
-        assert texts[2].startswith("2 tokens, ") and len(texts) == 3
+        assert texts[2].startswith("The answer was cut at 2 tokens. 2 tokens, ") and len(texts) == 3
         assert tab.run("document.querySelectorAll('#log b, #log i').length") == 0
         assert not tab.overflows() and not tab.errors
         tab.open(server.url, size)  # the same tab keeps its conversation
         assert tab.run("[...document.querySelectorAll('#log > *')].map(e => e.textContent)") == texts[:2]
+        assert tab.run("document.getElementById('system').value") == "Be short."
