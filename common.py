@@ -152,6 +152,7 @@ def run_script(main: Callable, config_class: type) -> None:
             stream.reconfigure(errors="replace")  # a terminal in Latin-1 prints ? for what it lacks
     try:
         main(parse_config(config_class, sys.argv[1:]))
+        sys.stdout.flush()
         end_rank(0)
         return
     except SystemExit as end:
@@ -197,8 +198,25 @@ def stdout_is_gone() -> bool:
     poll.register(sys.stdout.fileno(), 0)
     gone = any(event & select.POLLERR for _, event in poll.poll(0))
     if gone:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_output()
     return gone
+
+
+def drop_output() -> None:
+    """Send what is printed from now on nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextmanager
+def read_or_not() -> Iterator[None]:
+    """What is printed inside harms no run if nobody reads it any more: its terminal is closed, or the reader
+    of its pipe has ended."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.EIO, errno.EPIPE):
+            raise
+        drop_output()
 
 
 def end_rank(status: int) -> None:

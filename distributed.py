@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from common import InputError, die_with_launcher, keep_freed_memory
+from common import InputError, die_with_launcher, keep_freed_memory, read_or_not
 
 
 @dataclass
@@ -74,7 +74,8 @@ class Ranks:
     def print(self, *values) -> None:
         """Print on rank 0."""
         if self.is_main:
-            print(*values, flush=True)
+            with read_or_not():
+                print(*values, flush=True)
 
     @property
     def sum_device(self) -> torch.device:

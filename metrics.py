@@ -27,6 +27,7 @@ from common import (
     make_folder,
     one_line,
     read_json,
+    read_or_not,
     read_records,
     replace_file,
     visible,
@@ -185,9 +186,10 @@ class Metrics:
     def print(self, lines: Sequence[str]) -> None:
         """Print lines, above the progress bar if there is one."""
         if self.ranks.is_main:
-            for line in lines:
-                self.bar.write(visible(line))
-            sys.stdout.flush()
+            with read_or_not():
+                for line in lines:
+                    self.bar.write(visible(line))
+                sys.stdout.flush()
 
     def step(self, step: int, numbers: dict[str, float], *, seconds: float) -> None:
         """Count a finished step. Record and print every log_every-th, with the speed since the one before,

@@ -201,7 +201,7 @@ def turns_before_answer(
 # the last two resumes only with --force.
 RENDERING = 2  # of all rows; 2: those with the roles tool and developer are no longer skipped
 SPLIT_RENDERING = 2  # 2: an answer is whole if it fits without earlier turns
-PAIR_RENDERING = 2  # 2: a prompt comes before answers of several messages, too
+PAIR_RENDERING = 3  # 3: two prompts are the same if they say the same, whatever else is noted of them
 
 
 def cached_as(source: list, settings: list, tokenizer) -> str:
@@ -444,23 +444,22 @@ def write_splits(
         raise InputError(f"nothing is left to train on ({detail or 'the source is empty'}); mend the data")
     bad_rows.check()
     if not sizes["val"] or (not sizes["train"] and val_fraction < 1):
-        held_out = (
-            "all of {} rows are held out" if sizes["val"] else "none of {} rows is held out for validation"
-        )
-        raise InputError(f"{held_out.format(counts['examples'])}; {advice(val_fraction, least, greatest)}")
+        more = not sizes["val"]
+        held_out = "none of {} rows is held out for validation" if more else "all of {} rows are held out"
+        raise InputError(f"{held_out.format(counts['examples'])}; {advice(more, least, greatest)}")
     report = {**sizes, **counts, "skipped": reasons, "questions": [q for q in questions if q]}
     write_json(folder / "report.json", report)
 
 
-def advice(val_fraction: float, least: float, greatest: float) -> str:
-    """What to do if a split is empty, for the least and the greatest hash_fraction of the questions. One is
-    held out if its own is below --val_fraction."""
+def advice(more: bool, least: float, greatest: float) -> str:
+    """What to do if more or fewer rows must be held out, for the least and the greatest hash_fraction of the
+    questions. One is held out if its own is below --val_fraction."""
     if least == greatest:
         return "all begin with the same question, which is never on both sides; add one with another question"
     up, down = math.floor(100 * least + 1) / 100, math.floor(100 * greatest) / 100
-    better = up if val_fraction <= least else down
+    better = up if more else down
     better = better if least < better <= greatest else (least + greatest) / 2
-    return f"{'raise' if val_fraction <= least else 'lower'} --val_fraction, for example to {better:.6g}"
+    return f"{'raise' if more else 'lower'} --val_fraction, for example to {better:.6g}"
 
 
 def count_example(example: Example, counts: Counter, skipped: dict, bad_rows: BadRows) -> None:

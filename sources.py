@@ -42,8 +42,8 @@ def rows_by_file(
     if files is not None:
         if not (split or "train").startswith("train"):
             raise InputError(
-                f"{source} is read whole, and the split {split!r} is for datasets of the hub; leave it out, "
-                f"and name the files that you want"
+                f"{source} is read whole, and the split {split!r} is for datasets of the hub; leave it out "
+                f"and name the files that you want, or in a mix give each source its own, as {split},train"
             )
         yield from map(file_rows, files[first::every][start:])
         return
@@ -86,8 +86,8 @@ def source_files(source: str) -> list[Path] | None:
         return None
     if missing and len(paths) > 1:
         raise InputError(
-            f"{missing[0]} does not exist or cannot be reached; commas join files and folders only, and "
-            f"sft_gpt.py and dpo_gpt.py mix any sources by weights, as embedded:0.5,mine.jsonl:0.5"
+            f"{missing[0]} does not exist or cannot be reached; commas join files and folders only; "
+            f"sft_gpt.py mixes any sources by weights, as embedded:0.5,mine.jsonl:0.5"
         )
     if missing:
         raise InputError(

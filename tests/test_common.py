@@ -315,13 +315,29 @@ def test_control_characters_are_shown_and_not_obeyed():
     assert common.visible(told) == shown
 
 
-def test_a_reader_of_the_output_that_has_left_is_no_error(tmp_path):
+@pytest.mark.parametrize("lines", [10_000, 12])  # 12: some are printed only at the end
+def test_a_reader_of_the_output_that_has_left_is_no_error(lines, tmp_path):
     (tmp_path / "program.py").write_text(
-        "import dataclasses\nfrom common import run_script\n"
+        "import dataclasses, time\nfrom common import run_script\n"
         "@dataclasses.dataclass\nclass Config:\n    x: int = 0  # a number\n"
-        "run_script(lambda config: [print('y' * 1000) for _ in range(10_000)], Config)\n"
+        f"run_script(lambda config: [print('y' * 1000) for _ in range({lines})] + [time.sleep(1)], Config)\n"
     )
     command = f"{sys.executable} {tmp_path}/program.py | head -n 1"
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"} | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, shell=True, capture_output=True, env=environment, timeout=60)
     assert done.stdout == b"y" * 1000 + b"\n" and done.stderr == b""
+
+
+@pytest.mark.parametrize("number", [errno.EPIPE, errno.EIO, errno.ENOSPC])
+def test_a_run_goes_on_when_nobody_reads_what_it_prints(number, tmp_path):
+    """A log on a full disk is another matter."""
+    program = (
+        "import os, sys\nfrom common import read_or_not\n"
+        f"def fail(*_): raise OSError({number}, 'lost')\n"
+        "with read_or_not():\n    fail()\n"
+        "print('this goes nowhere', flush=True)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode == 0) == (number != errno.ENOSPC) and done.stdout == ""

@@ -413,7 +413,7 @@ def test_what_a_tensor_leaves_is_kept_for_the_next_one():
 )
 def test_a_signal_is_noted_and_ctrl_c_and_what_torchrun_makes_of_a_second_one_end_the_process(sent, status):
     program = (
-        "import signal, time\nfrom distributed import StopSignals\n"
+        "import signal\nsignal.signal(signal.SIGHUP, signal.SIG_DFL)\nfrom distributed import StopSignals\n"
         "signals = StopSignals()\n"
         f"for name in {sent}:\n    signal.raise_signal(getattr(signal, 'SIG' + name))\n"
         "raise SystemExit(75 if signals.seen else 1)\n"

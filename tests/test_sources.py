@@ -388,13 +388,13 @@ def test_a_folder_with_a_test_split_in_it_is_read_whole_and_told_so(tmp_path):
 def test_another_split_than_train_of_local_files_is_refused(split, tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n')
     words = f"is read whole, and the split '{split}' is for datasets of the hub"
-    refused(words, list, sources.source_rows(str(tmp_path), "", split))
+    refused(f"{words}.*, as {split},train", list, sources.source_rows(str(tmp_path), "", split))
     assert len(list(sources.source_rows(str(tmp_path), "", "train_prefs"))) == 1
 
 
 def test_commas_join_files_only_and_the_way_to_mix_is_told(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n')
-    words = "commas join files and folders only, and .* mix any sources by weights, as embedded:0.5"
+    words = "commas join files and folders only; sft_gpt.py mixes any sources by weights, as embedded:0.5"
     refused(words, sources.source_files, f"embedded,{tmp_path}/a.jsonl")
 
 
