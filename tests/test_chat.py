@@ -419,8 +419,12 @@ def test_an_answer_that_is_cut_says_so_and_is_marked_where_it_is_saved(
 
 def test_an_answer_that_fills_the_context_is_cut_there(talker, monkeypatch):
     model, tokenizer = talker
-    monkeypatch.setattr(chat, "END", "no token")  # nothing ends the answer
-    monkeypatch.setattr(chat, "TURN_END", "no token")
+    ids_of = tokenizer.convert_tokens_to_ids
+
+    def ids_but_no_stops(tokens):
+        return [-1] if tokens[0] == chat.END else ids_of(tokens)
+
+    monkeypatch.setattr(tokenizer, "convert_tokens_to_ids", ids_but_no_stops)
     context = model.config.max_position_embeddings
     *texts, last = chat.events(model, tokenizer, turns("the river"), chat.Config(max_new_tokens=10 * context))
     prompt = len(chat.prompt_ids(turns("the river"), tokenizer))
