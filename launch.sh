@@ -120,7 +120,7 @@ node() { # SCRIPT DATA OUT FLAGS
 
 # A Slurm job: node() on each node. A job that was warned of its end, and saved, is put into the queue again.
 slurm_job() { # SCRIPT DATA OUT FLAGS
-    local script=$1 out=$3 ranks before pid warned="" status=0
+    local script=$1 out=$3 ranks before pid="" warned="" status=0
     # By an array's number Slurm means all its tasks, and the last of these has the same number.
     local job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
     job=${job:-$SLURM_JOB_ID}
@@ -140,10 +140,12 @@ slurm_job() { # SCRIPT DATA OUT FLAGS
     mkdir -p "$out"
     rm -f "$RESUMABLE_FILE"
     before=$(steps "$out")
+    # Before srun starts, as a signal without a trap would end this shell. srun sends USR1 on to each node's torchrun.
+    trap 'warned=yes; [ -z "$pid" ] || kill -s USR1 "$pid" || true' USR1
+    trap : TERM # the ranks get it, too; this shell waits for them
     "${srun[@]}" &
     pid=$!
-    trap 'warned=yes && kill -s USR1 "$pid"' USR1 # srun sends it on to each node's torchrun
-    trap : TERM                     # the ranks get it, too; this shell waits for them
+    [ -z "$warned" ] || kill -s USR1 "$pid" || true # a warning that came before the line above
     while kill -0 "$pid" 2>/dev/null; do wait "$pid" && status=0 || status=$?; done
     if [ ! -e "$RESUMABLE_FILE" ]; then
         [ "$status" != 0 ] && [ -n "$warned" ] || exit "$status"
