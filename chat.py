@@ -177,8 +177,8 @@ def respond(model: GPTModel, tokenizer, messages: list[dict], config: Config) ->
             return before
         cut = len(times) - 1
     else:
-        why = "" if cut == config.max_new_tokens else ", the context is full"
         if cut:
+            why = "" if cut == config.max_new_tokens else ", the context is full"
             print(f"[cut at {cut} tokens{why}]", file=sys.stderr)
     if config.speed and len(times) > 2:
         began, first, *_, last = times

@@ -118,6 +118,8 @@ def parse_config(config_class: type, arguments: Sequence[str]):
     return config_class(**values)
 
 
+# -- the process ---------------------------------------------------------------------------------------------
+
 # Flags that save a GPU's memory without changing the result, where a script has them.
 SAVERS = {
     "micro_batch_size": "lower --micro_batch_size",
@@ -164,7 +166,8 @@ def run_script(main: Callable, config_class: type) -> None:
     except InputError as error:
         message = f"error: {error}"
     except OSError as error:
-        if error.errno == errno.EPIPE and stdout_is_gone():  # as in `preview.py | head`
+        if error.errno == errno.EPIPE and not stdout_is_read():  # as in `preview.py | head`
+            drop_output()
             raise SystemExit(1) from None
         if error.errno == errno.ENAMETOOLONG:
             message = f"error: a name is too long for a file ({str(error)[:200]}); give another"
@@ -192,25 +195,22 @@ def run_script(main: Callable, config_class: type) -> None:
     raise SystemExit(1)
 
 
-def stdout_is_gone() -> bool:
-    """Whether nobody reads what this process prints. Then the rest goes nowhere, without another error."""
+def stdout_is_read() -> bool:
+    """Whether anybody still reads what this process prints."""
     poll = select.poll()
     poll.register(sys.stdout.fileno(), 0)
-    gone = any(event & select.POLLERR for _, event in poll.poll(0))
-    if gone:
-        drop_output()
-    return gone
+    return not any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def drop_output() -> None:
-    """Send what is printed from now on nowhere."""
+    """Throw away what is printed from now on."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextmanager
-def read_or_not() -> Iterator[None]:
-    """What is printed inside harms no run if nobody reads it any more: its terminal is closed, or the reader
-    of its pipe has ended."""
+def surviving_lost_output() -> Iterator[None]:
+    """Print inside, and go on if nobody can read it any more: the terminal is closed, or the reader of the
+    pipe has ended."""
     try:
         yield
     except OSError as error:
@@ -255,6 +255,9 @@ def die_with_launcher() -> None:
     session of its own it would live on, and hold its GPU and the lock of the run's folder."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+# -- values --------------------------------------------------------------------------------------------------
 
 
 def check_numbers(settings: dict, positive: Sequence[str]) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from common import InputError, die_with_launcher, keep_freed_memory, read_or_not
+from common import InputError, die_with_launcher, keep_freed_memory, surviving_lost_output
 
 
 @dataclass
@@ -74,7 +74,7 @@ class Ranks:
     def print(self, *values) -> None:
         """Print on rank 0."""
         if self.is_main:
-            with read_or_not():
+            with surviving_lost_output():
                 print(*values, flush=True)
 
     @property

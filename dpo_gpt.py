@@ -177,8 +177,8 @@ def main(config: Config) -> None:
         f"{max_steps} steps of {pairs_per_step} pairs, {max_steps * pairs_per_step / pairs:.2f} epochs; "
         f"{ranks.world} x {ranks.device}, {ranks.precision}"
     )
-    unread = ranks.from_main(lambda: folder_notes(config.data))
-    for note in (*unread, *preparation_notes(report, T)):
+    on_files = ranks.from_main(lambda: folder_notes(config.data))
+    for note in (*on_files, *preparation_notes(report, T)):
         ranks.print(note)
 
     # What the starting model makes of the answers; a resumed run has to open it again if this is lost.

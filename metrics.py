@@ -27,9 +27,9 @@ from common import (
     make_folder,
     one_line,
     read_json,
-    read_or_not,
     read_records,
     replace_file,
+    surviving_lost_output,
     visible,
     write_json,
     write_records,
@@ -186,7 +186,7 @@ class Metrics:
     def print(self, lines: Sequence[str]) -> None:
         """Print lines, above the progress bar if there is one."""
         if self.ranks.is_main:
-            with read_or_not():
+            with surviving_lost_output():
                 for line in lines:
                     self.bar.write(visible(line))
                 sys.stdout.flush()

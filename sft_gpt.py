@@ -290,8 +290,8 @@ def main(config: Config) -> None:
     )
     for line in mix_report(names, weights, sizes, read=max_steps * train.rows_per_step, unit="rows"):
         ranks.print(line)
-    unread = ranks.from_main(lambda: [folder_notes(part.data) for part in parts])
-    for name, report, notes in zip(names, reports, unread):
+    on_files = ranks.from_main(lambda: [folder_notes(part.data) for part in parts])
+    for name, report, notes in zip(names, reports, on_files):
         for note in (*notes, *preparation_notes(report, T)):
             ranks.print(f"{name}: {note}" if len(reports) > 1 else note)
 

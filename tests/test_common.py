@@ -332,9 +332,9 @@ def test_a_reader_of_the_output_that_has_left_is_no_error(lines, tmp_path):
 def test_a_run_goes_on_when_nobody_reads_what_it_prints(number, tmp_path):
     """A log on a full disk is another matter."""
     program = (
-        "import os, sys\nfrom common import read_or_not\n"
+        "import os, sys\nfrom common import surviving_lost_output\n"
         f"def fail(*_): raise OSError({number}, 'lost')\n"
-        "with read_or_not():\n    fail()\n"
+        "with surviving_lost_output():\n    fail()\n"
         "print('this goes nowhere', flush=True)\n"
     )
     done = subprocess.run(
