@@ -304,6 +304,8 @@ def test_in_a_browser_an_answer_arrives_and_html_is_shown_as_text(size, tmp_path
 
     with served(cut_short, speed=True) as server, browser(tmp_path) as tab:
         tab.open(server.url, size)
+        known = "!document.getElementById('system').disabled"  # what /about says has arrived
+        tab.until(known)
         tab.run("document.querySelector('details').open = true; document.getElementById('system').focus()")
         tab.call("Input.insertText", text="Be short.")
         tab.run("document.querySelector('details').open = false; document.getElementById('text').focus()")
@@ -316,5 +318,6 @@ def test_in_a_browser_an_answer_arrives_and_html_is_shown_as_text(size, tmp_path
         assert tab.run("document.querySelectorAll('#log b, #log i').length") == 0
         assert not tab.overflows() and not tab.errors
         tab.open(server.url, size)  # the same tab keeps its conversation
+        tab.until(known)
         assert tab.run("[...document.querySelectorAll('#log > *')].map(e => e.textContent)") == texts[:2]
         assert tab.run("document.getElementById('system').value") == "Be short."
