@@ -407,6 +407,8 @@ def open_model(path: str | Path, ranks: Ranks) -> tuple[GPTModel, object]:
     ranks.from_main(lambda: str(model_directory(path)))  # rank 0 downloads, the others find it
     path = model_directory(path)
     tokenizer = load_tokenizer(path)
+    if tokenizer.lost_template:
+        ranks.print(f"{path} has a chat template of its own; here and in what is saved it is ChatML")
     size = read_json(path / "config.json").get("vocab_size", 0)
     if not tokenizer.new_ids and vocabulary_size(tokenizer) <= size:
         return open_weights(path, ranks), tokenizer

@@ -75,7 +75,7 @@ def find_run(config, ranks: int) -> Run | None:
 def pretraining(config: pretrain_gpt.Config, ranks: int) -> Run | None:
     """find_run for pretraining; a new phase has its model's shape."""
     pretrain_gpt.check(config)
-    T, flags = config.context_length, pretrain_gpt.changed_flags(config, pretrain_gpt.SHAPE_FLAGS)
+    T, flags = config.context_length, pretrain_gpt.given_flags(config, pretrain_gpt.SHAPE_FLAGS)
     windows = step_size(config.batch_tokens, T, ranks, unit="windows", flag="context_length")
     shape = opened_shape(config.init_from, config.out_dir) if config.init_from else pretrain_shape(config)
     if shape is None:

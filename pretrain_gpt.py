@@ -95,16 +95,15 @@ class Config:
 
     def __new__(cls, *_, **given):
         config = super().__new__(cls)
-        vars(config).update({"given": given} if given else {})  # what somebody sets, be it the default
+        config.given = given  # what somebody sets, be it the default
         return config
 
     def __post_init__(self):
-        given = vars(self).pop("given", {})
         if self.depth > 0:
-            vars(self).update(by_depth(self.depth, given))
+            vars(self).update(by_depth(self.depth, self.given))
 
 
-SHAPE_FLAGS = (  # taken from init_from's model if they are at their default
+SHAPE_FLAGS = (  # taken from init_from's model if they are not given
     "num_hidden_layers hidden_size num_attention_heads num_key_value_heads intermediate_size qk_norm "
     "tie_word_embeddings"
 ).split()
@@ -190,10 +189,10 @@ def model_config(config: Config, vocab_size: int) -> GPTConfig:
     )
 
 
-def changed_flags(config: Config, names: Sequence[str]) -> dict:
-    """Those of some fields that are not at their default."""
-    defaults = Config()
-    return {name: value for name in names if (value := getattr(config, name)) != getattr(defaults, name)}
+def given_flags(config: Config, names: Sequence[str]) -> dict:
+    """Those of some fields that somebody set, be it to their default. A number of 0 sets nothing."""
+    asked = {name: value for name, value in config.given.items() if value or value is False}
+    return {name: value for name, value in asked.items() if name in names}
 
 
 def told_source(manifest: dict) -> str:
@@ -235,7 +234,7 @@ def sample_text(model: GPTModel, tokenizer, seed: int) -> list[str]:
 
 def main(config: Config) -> None:
     check(config)
-    sources, flags = parse_sources(config.data_dir), changed_flags(config, SHAPE_FLAGS)
+    sources, flags = parse_sources(config.data_dir), given_flags(config, SHAPE_FLAGS)
     ranks = join_ranks(config.device, config.out_dir, shard=config.shard, compile=config.compile)
     if config.depth:
         ruled = by_depth(config.depth, asdict(config))
@@ -276,7 +275,7 @@ def main(config: Config) -> None:
             base,
             flags=flags,
             context_length=T,
-            rope_theta=changed_flags(config, ["rope_theta"]).get("rope_theta"),
+            rope_theta=given_flags(config, ["rope_theta"]).get("rope_theta"),
             optimizer=config.optimizer,
             tokenizer=tokenizer,
             ranks=ranks,

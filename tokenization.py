@@ -113,8 +113,9 @@ def load_tokenizer(name: str | Path):
 
 
 def with_chatml(tokenizer):
-    """Set a ChatML template, if it is none yet, and add the special tokens that a tokenizer lacks; `new_ids`
-    are their ids. No text begins with a token of its own (BOS) any more, as none is trained on here.
+    """Set a ChatML template, and add the special tokens that a tokenizer lacks; `new_ids` are their ids. One
+    of our templates stays; `lost_template` is another one that it had. No text begins with a token of its own
+    (BOS) any more, as none is trained on here.
 
     Raises InputError if an added token would get the id of another, as when a vocabulary leaves ids out.
     """
@@ -138,9 +139,9 @@ def with_chatml(tokenizer):
     tokenizer.new_ids = [id for token, id in ids.items() if token not in known]
     tokenizer.eos_token = tokenizer.pad_token = END
     tokenizer.clean_up_tokenization_spaces = False  # Llama 3's has it: readers that obey it drop spaces
-    given = tokenizer.chat_template
+    given, tokenizer.lost_template = tokenizer.chat_template, None
     if not isinstance(given, str) or given not in CHAT_TEMPLATES:  # several by name make a dict
-        tokenizer.chat_template = chat_template()
+        tokenizer.lost_template, tokenizer.chat_template = given, chat_template()
     return tokenizer
 
 

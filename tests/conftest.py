@@ -40,6 +40,7 @@ if os.environ.get("TYPES"):  # each call in this process is checked against the 
     typeguard.install_import_hook([path.stem for path in ROOT.glob("*.py")])
 
 import planted  # noqa: E402
+from planted import flags  # noqa: E402
 
 import dpo_gpt  # noqa: E402 - the environment comes first
 import prepare_data  # noqa: E402
@@ -238,11 +239,6 @@ def losses(out_dir: Path) -> list[tuple]:
     """All that was recorded but speeds."""
     names = ("step", "loss", "val_loss", "grad_norm")
     return [tuple(row.get(name) for name in names) for row in read_records(out_dir / "metrics.jsonl")]
-
-
-def flags(config) -> list[str]:
-    """A Config as command-line flags."""
-    return [f"--{name}={value}" for name, value in vars(config).items()]
 
 
 def run(script: str, *arguments: str, ranks: int = 1, **options) -> subprocess.CompletedProcess:

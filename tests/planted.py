@@ -123,6 +123,11 @@ def noting(method, models: list):
     return noted
 
 
+def flags(config) -> list[str]:
+    """A Config as command-line flags; of pretraining those that were given."""
+    return [f"--{name}={getattr(config, name)}" for name in getattr(config, "given", vars(config))]
+
+
 def start(script: str, config, world: int, rank: int, port: int, faults, log: int, prepare) -> int:
     """Fork one rank of a run; its process id. The log, a file's descriptor, gets all it prints."""
     child = os.fork()
@@ -141,7 +146,7 @@ def start(script: str, config, world: int, rank: int, port: int, faults, log: in
         plant(*faults)
         if prepare:
             prepare(Path(config.out_dir))
-        sys.argv = [script, *(f"--{name}={value}" for name, value in vars(config).items())]
+        sys.argv = [script, *flags(config)]
         run_script(SCRIPTS[script].main, SCRIPTS[script].Config)
         status = 0
     except SystemExit as stop:

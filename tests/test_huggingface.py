@@ -30,7 +30,7 @@ import sft_gpt
 from checkpoint import open_model
 from common import InputError, read_json
 from gpt import GPTConfig, GPTModel
-from tokenization import SPECIALS, load_tokenizer
+from tokenization import SPECIALS, chat_template, load_tokenizer
 
 
 @pytest.mark.parametrize("switches", SWITCHES, ids=str)
@@ -417,7 +417,7 @@ def test_fine_tuning_a_foreign_model_uses_its_chatml_ids_or_adds_them_at_the_mea
 
 @pytest.mark.parametrize("special", [True, False])
 def test_trained_rows_of_chatml_tokens_stay_whether_or_not_the_tokenizer_marks_them(
-    special, plain_tokenizer, tmp_path
+    special, plain_tokenizer, tmp_path, capsys
 ):
     theirs, known = small_model(vocab_size=320), copy.deepcopy(plain_tokenizer)
     known.add_tokens(["<extra>", *SPECIALS, "</extra>"], special_tokens=special)
@@ -425,8 +425,23 @@ def test_trained_rows_of_chatml_tokens_stay_whether_or_not_the_tokenizer_marks_t
     known.save_pretrained(tmp_path)
     model, tokenizer = open_model(tmp_path, ALONE)
     assert tokenizer.convert_tokens_to_ids(list(SPECIALS)) == [301, 302, 303]
+    assert "template" not in capsys.readouterr().out
     for name, tensor in theirs.state_dict().items():
         assert torch.equal(model.state_dict()[name], tensor), name
+
+
+def test_a_chat_template_that_gives_way_to_chatml_is_told_and_ours_stays(plain_tokenizer, tmp_path, capsys):
+    known = copy.deepcopy(plain_tokenizer)
+    known.chat_template = "{% for message in messages %}[INST]{{ message.content }}{% endfor %}"
+    small_model(vocab_size=320).save_pretrained(tmp_path)
+    known.save_pretrained(tmp_path)
+    model, tokenizer = open_model(tmp_path, ALONE)
+    assert tokenizer.chat_template == chat_template()
+    assert f"{tmp_path} has a chat template of its own" in capsys.readouterr().out
+    tokenizer.chat_template = ours = chat_template("last", "drop")
+    model.save_pretrained(tmp_path / "saved", tokenizer)
+    assert open_model(tmp_path / "saved", ALONE)[1].chat_template == ours
+    assert not capsys.readouterr().out
 
 
 def test_a_tokenizer_with_more_specials_is_written_as_transformers_4_reads_it(plain_tokenizer, tmp_path):

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -429,7 +430,9 @@ def test_a_model_of_the_hub_that_is_not_here_is_told_with_the_command_that_bring
 
 @pytest.mark.parametrize("script, config", plan.CONFIGS.items())
 def test_all_flags_of_a_script_are_understood_with_its_defaults(script, config):
-    theirs, ours = vars(script.Config()), vars(parse_config(config, ["--beta2=0.9", "--gpus=1,8"]))
+    theirs, ours = (
+        asdict(found) for found in (script.Config(), parse_config(config, ["--beta2=0.9", "--gpus=1,8"]))
+    )
     differing = {name for name, value in theirs.items() if ours[name] != value}
     assert differing == {"beta2", "shard"} and ours["gpus"] == "1,8" and ours["shard"] == "auto"
 

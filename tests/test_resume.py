@@ -353,9 +353,11 @@ def optimizer_state(out_dir: Path, step: int) -> dict:
 
 
 def phase_config(base, data, out_dir, **changes):
-    """A phase whose shape flags are at their default; none is base_run's."""
-    shape = {name: getattr(pretrain_gpt.Config(), name) for name in pretrain_gpt.SHAPE_FLAGS}
-    return pretrain_config(data, out_dir, init_from=str(base), **{**shape, "context_length": 64, **changes})
+    """A phase to which no shape is given, but for the changes."""
+    given = dict(pretrain_config(data, out_dir, init_from=str(base), context_length=64).given)
+    for name in pretrain_gpt.SHAPE_FLAGS:
+        given.pop(name, None)
+    return pretrain_gpt.Config(**given | changes)
 
 
 @pytest.fixture(scope="session")
@@ -413,13 +415,13 @@ def test_a_phase_that_was_stopped_goes_on_from_its_own_checkpoints_without_the_o
     for step in (4, 6):
         shutil.rmtree(twice / f"step_{step:07d}")
     moved = base.rename(tmp_path / "moved")  # the same weights elsewhere
-    pretrain_gpt.main(dataclasses.replace(config, out_dir=str(twice), init_from=str(moved), max_steps=6))
+    pretrain_gpt.main(phase_config(moved, other_data, twice, max_steps=6))
     assert weights(twice, 6) == weights(tmp_path / "straight", 6)
     assert losses(twice) == losses(tmp_path / "straight")
     shutil.rmtree(moved)
     for step in (4, 6):
         shutil.rmtree(twice / f"step_{step:07d}")
-    pretrain_gpt.main(dataclasses.replace(config, out_dir=str(twice)))
+    pretrain_gpt.main(phase_config(base, other_data, twice))
     assert weights(twice, 6) == weights(tmp_path / "straight", 6)
     pretrain_gpt.main(phase_config(f"{base_run}/step_0000006", other_data, twice))  # the same weights again
     with pytest.raises(InputError, match=r"with other settings \(init_from .*weights "):
@@ -490,10 +492,12 @@ def test_shape_flags_that_differ_from_the_model_s_are_refused_and_those_that_agr
             {"num_hidden_layers": 3, "qk_norm": False},
             r"num_hidden_layers=3, it has 2; --qk_norm=False, it has T",
         ),
+        ({"num_hidden_layers": 12}, r"\(--num_hidden_layers=12, it has 2\)"),  # given, though the default
     ):
         with pytest.raises(InputError, match=f"another shape than the flags ask for .*{message}"):
             pretrain_gpt.main(phase_config(base_run, tmp_path / "unread", tmp_path / "run", **changes))
     agree = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "max_steps": 1}
+    agree |= {"num_key_value_heads": 0, "intermediate_size": 0, "qk_norm": True}  # 0 asks for nothing
     pretrain_gpt.main(phase_config(base_run, other_data, tmp_path / "run", **agree))
 
 
