@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from functools import partial
 
 import planted
 import pytest
@@ -41,12 +42,22 @@ def batches(ranks: Ranks, step: int, packed: bool) -> list[dict]:
     ]
 
 
-def train(ranks: Ranks, kind: str, *, packed: bool = False, steps: int = 4, **shape) -> dict:
+def train(
+    ranks: Ranks,
+    kind: str,
+    *,
+    packed: bool = False,
+    compile: str = "false",
+    checkpointed: bool = False,
+    steps: int = 4,
+    **shape,
+) -> dict:
     """Some steps; losses, and the first step's gradients and the last weights, all of them whole."""
     model = shard_model(small_model(**shape), ranks)
+    model.checkpoint_activations = checkpointed
     rates = {"lr": 1e-3, "matrix_lr": 0.01, "betas": (0.9, 0.95), "weight_decay": 0.1}
     optimizer = make_optimizer(model, kind, ranks=ranks, **rates)
-    module, history, found = wrap(model, ranks, "false"), StepHistory(0.0, ranks), {"losses": []}
+    module, history, found = wrap(model, ranks, compile), StepHistory(0.0, ranks), {"losses": []}
     for step in range(steps):
         loss_sum, norm = forward_backward(
             module, batches(ranks, step, packed), targets=TARGETS, max_grad_norm=1.0, ranks=ranks
@@ -70,8 +81,15 @@ CASES = [
 ]
 
 
-def all_cases(ranks: Ranks, folder) -> None:
-    for i, (shard, kind, changes) in enumerate(CASES):
+COMPILED = [
+    (shard, "muon", {**changes, "compile": "true"})
+    for shard in ("none", "full")
+    for changes in ({}, {"packed": True}, {"checkpointed": True})
+]
+
+
+def all_cases(ranks: Ranks, folder, cases=CASES) -> None:
+    for i, (shard, kind, changes) in enumerate(cases):
         ranks.shard, ranks.even_batches = shard, shard == "full"
         torch.save(train(ranks, kind, **changes), folder / f"{i}-{ranks.rank}.pt")
     ranks.leave()
@@ -82,7 +100,20 @@ def all_cases(ranks: Ranks, folder) -> None:
 def test_whole_and_split_models_train_as_on_one_rank(world, tmp_path):
     """Gradients to 1e-6, losses to 1e-5, on whole and packed rows. Three ranks cannot split 32 evenly."""
     assert in_ranks(all_cases, tmp_path, world=world, seconds=240) == [0] * world
-    for i, (_, kind, changes) in enumerate(CASES):
+    assert_as_alone(CASES, world, tmp_path)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_train_on_two_ranks_whole_or_split_as_plain_ones_do_on_one(tmp_path):
+    """As on a cluster, where compiling is the default. Activations are kept or computed again."""
+    assert in_ranks(partial(all_cases, cases=COMPILED), tmp_path, seconds=600) == [0, 0]
+    assert_as_alone(COMPILED, 2, tmp_path)
+
+
+def assert_as_alone(cases, world: int, tmp_path) -> None:
+    """What the ranks saved of each case is what one rank computes without compiling."""
+    for i, (_, kind, changes) in enumerate(cases):
+        changes = {**changes, "compile": "false"}
         alone = train(Ranks(0, 1, torch.device("cpu")), kind, **changes)
         split = torch.load(tmp_path / f"{i}-0.pt", weights_only=True)
         away = {name: (split["gradients"][name] - g).norm() for name, g in alone["gradients"].items()}
