@@ -85,6 +85,11 @@ def parse_value(text: str, kind: type):
     return kind(text)
 
 
+PATH_FLAGS = "source data data_dir out_dir cache_dir model init_from tokenizer resume".split()
+    "source data data_dir out_dir cache_dir model init_from tokenizer resume".split()
+)  # of all scripts
+
+
 def parse_config(config_class: type, arguments: Sequence[str]):
     """A Config with `--field=value` overrides; the fields, their defaults and comments are the documentation.
 
@@ -109,6 +114,8 @@ def parse_config(config_class: type, arguments: Sequence[str]):
             raise InputError(
                 f"{argument} is not understood; write --field=value with one of these fields:\n{overview}"
             )
+        if name in PATH_FLAGS:  # a shell leaves the ~ behind a =
+            text = re.sub(r"(^|,)~(?=/|$)", lambda found: f"{found[1]}{Path.home()}", text)
         try:
             values[name] = parse_value(text, kinds[name])
         except (ValueError, KeyError, OverflowError):

@@ -1,4 +1,4 @@
-"""Token shards on disk: writing them, verifying them, and the windows that pretraining reads.
+"""Token shards on disk: their format, verifying them, and the windows that pretraining reads.
 
 A shard is a flat file of token ids behind a header of 256 int32 (magic 20240520, version, count), the public
 format of llm.c and modded-nanogpt: version 1 stores uint16 ids, version 2 (ours, for vocabularies above
@@ -28,91 +28,6 @@ from tokenization import load_tokenizer, tokenizer_fingerprint
 MAGIC, HEADER_INTS = 20240520, 256
 SHARDS_OPEN = 128  # at once, of a loader; a process may often have 1,024 files
 DTYPES = {1: np.dtype("<u2"), 2: np.dtype("<u4")}  # by the header's version
-
-
-class ShardWriter:
-    """Appends documents to one split's shards, `train_000000.bin`, …; each is `.partial` until it is full and
-    on disk.
-
-    `seek` returns to a place that `position` gave. So a resumed preparation writes the same bytes.
-    """
-
-    def __init__(self, folder: Path, split: str, *, version: int, shard_tokens: int):
-        self.folder, self.split, self.version, self.shard_tokens = folder, split, version, shard_tokens
-        self.file = None
-        self.shards: list[dict] = []  # of finished ones: file, tokens, bytes, sha256
-        self.count = 0  # tokens in the open shard
-        self.totals = {"documents": 0, "tokens": 0, "bytes": 0}
-
-    def path(self) -> Path:
-        return self.folder / f"{self.split}_{len(self.shards):06d}.bin"
-
-    def open(self):
-        self.file = open(self.path().with_suffix(".bin.partial"), "w+b")
-        self.file.write(np.zeros(HEADER_INTS, "<i4").tobytes())
-
-    def append(self, ids: np.ndarray, text_bytes: int) -> None:
-        self.totals["documents"] += 1
-        self.totals["tokens"] += len(ids)
-        self.totals["bytes"] += text_bytes
-        dtype = DTYPES[self.version]
-        assert ids.min() >= 0 and ids.max() <= np.iinfo(dtype).max, (ids.min(), ids.max(), dtype)
-        while len(ids):
-            if self.file is None:
-                self.open()
-            part, ids = np.split(ids, [self.shard_tokens - self.count])
-            self.file.write(part.astype(dtype).tobytes())
-            self.count += len(part)
-            if self.count == self.shard_tokens:
-                self.finish()
-
-    def flush(self) -> None:
-        if self.file is not None:
-            self.file.flush()
-            os.fsync(self.file.fileno())
-
-    def finish(self) -> None:
-        """Complete the open shard, if there is one: header, disk, name."""
-        if self.file is None:
-            return
-        header = np.zeros(HEADER_INTS, "<i4")
-        header[:3] = MAGIC, self.version, self.count
-        self.file.seek(0)
-        self.file.write(header.tobytes())
-        self.flush()
-        self.file.close()
-        path = self.path()
-        path.with_suffix(".bin.partial").replace(path)
-        size, sha256 = path.stat().st_size, file_sha256(path)
-        self.shards.append({"file": path.name, "tokens": self.count, "bytes": size, "sha256": sha256})
-        note_verified(self.folder, {path.name: stamp_of(path, sha256)})
-        self.file, self.count = None, 0
-
-    def position(self) -> dict:
-        return {"shards": list(self.shards), "count": self.count, "totals": dict(self.totals)}
-
-    def seek(self, position: dict) -> None:
-        """Return to a position: shards made since are dropped, the one then open is cut back."""
-        self.shards, self.totals = list(position["shards"]), dict(position["totals"])
-        path = self.path()
-        if path.exists():  # it was finished after the position was taken
-            path.replace(path.with_suffix(".bin.partial"))
-        for later in self.folder.iterdir():
-            name = re.fullmatch(rf"({self.split}_\d{{6,}})\.bin(\.partial)?", later.name)
-            if name and (name[1] > path.stem or (position["count"] == 0 and name[1] == path.stem)):
-                later.unlink()
-        self.count = position["count"]
-        if self.count:
-            partial = path.with_suffix(".bin.partial")
-            size = 4 * HEADER_INTS + self.count * DTYPES[self.version].itemsize
-            if not partial.is_file() or partial.stat().st_size < size:
-                raise InputError(
-                    f"{partial} is missing or has lost bytes, {size} are noted in progress.json; bring it "
-                    f"back, or delete {self.folder} and prepare again"
-                )
-            self.file = open(partial, "r+b")
-            self.file.truncate(size)
-            self.file.seek(0, os.SEEK_END)
 
 
 def shard_header(path: Path) -> tuple[np.dtype, int]:
@@ -369,7 +284,14 @@ def verified_manifests(data_dir: str, tokenizer_name: str = "") -> list[dict]:
 
 
 def require_shards(folder: Path, tokenizer_name: str) -> None:
-    """Raise InputError for a folder without token shards, or with nothing to name their tokenizer."""
+    """Raise InputError for a folder without token shards, for one whose preparation is not finished, or with
+    nothing to name the shards' tokenizer."""
+    if not (folder / "manifest.json").exists() and any(
+        (folder / n).exists() for n in ("progress.json", "parts")
+    ):
+        raise InputError(
+            f"the preparation in {folder} is not finished; run its prepare_data.py command again"
+        )
     if not folder.is_dir() or not any(folder.glob("*.bin")):
         raise InputError(f"{folder} holds no token shards; make them with prepare_data.py --out_dir={folder}")
     if not tokenizer_name and not (folder / "manifest.json").exists():

@@ -11,54 +11,54 @@ bytes.
     torchrun --nproc_per_node=8 prepare_data.py --source=crawl/ --out_dir=data/crawl
     python prepare_data.py --part=3/8 --source=crawl/ --out_dir=data/crawl
 
-Several processes, of torchrun, of a Slurm array or started by hand, divide a source's files, see parts.py.
+Several processes, of torchrun, of a Slurm array or started by hand, divide a source's files. Each file is
+prepared in a folder of its own, as if it were the whole source. Whoever finishes last joins the folders. So
+these shards do not depend on the number of processes: a shard ends where a file ends.
+
 Shards are not shuffled, because the order in which a run reads them is: a batch has windows from all over the
 data, see order.py.
 """
 
-import itertools
 import os
-import re
 import shutil
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-
-import numpy as np
-from tqdm import tqdm
 
 from common import (
     InputError,
     check_numbers,
     file_sha256,
     lock_folder,
+    locked,
     make_folder,
     read_json,
     run_script,
     sync_to_disk,
     write_json,
 )
-from data import ShardWriter, damaged_shards, read_manifest
-from sources import BadRows, folder_notes, hash_fraction, newest_commit, rows_by_file, source_files, text_of
-from tokenization import (
-    END,
-    MOST_IDS,
-    encode,
-    load_tokenizer,
-    tokenizer_fingerprint,
-    train_tokenizer,
-    vocabulary_size,
+from data import damaged_shards, note_verified, read_manifest, verified_shards
+from shards import (
+    PARTS,
+    Place,
+    check_same_preparation,
+    differing,
+    known_commit,
+    make_tokenizer,
+    read_progress,
+    refuse_foreign_files,
+    save_progress,
+    save_tokenizer,
+    settings_of,
+    share_of,
+    write_shards,
 )
+from sources import count_files, folder_notes
+from tokenization import MOST_IDS, load_tokenizer, tokenizer_fingerprint, vocabulary_size
 
-PARTS = "parts"  # what several processes prepare: in out_dir, a folder for each file of the source
-BATCH_DOCUMENTS = 256  # tokenized together
-SAVE_EVERY = 20_000_000  # tokens between two places to continue from
-TOKENIZER_BYTES = 200_000_000  # of text, from the beginning, that --tokenizer=train learns from
-TOKENIZER_FILES = (  # of transformers
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("chat_template.jinja", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model"),
-)
+WAIT = 1.0  # seconds between two looks for what another process makes
 MOST_WORKERS = 1024  # threads; far more than any machine has cores
 
 
@@ -71,173 +71,12 @@ class Config:
     tokenizer: str = "HuggingFaceTB/SmolLM2-135M"  # hub id or directory; train makes a new one
     vocab_size: int = 4096  # ids of a tokenizer to train
     out_dir: str = "data/fineweb-edu"  # folder for the shards
-    max_tokens: int = 0  # stop after the document that reaches so many tokens; 0 reads all
+    max_tokens: int = 0  # stop after the document (with --part: the file) that reaches so many; 0 reads all
     val_fraction: float = 0.005  # share of the documents that go to validation, chosen by a hash of the text
     max_bad_rows: float = 0.1  # share of unusable rows, which are skipped; of a file's with --part
     shard_tokens: int = 100_000_000  # tokens in a shard
     workers: int = 0  # tokenizing threads; 0 for one a core
     part: str = ""  # 3/8: the third of eight shares of the files; empty: torchrun's or Slurm's, or all
-
-
-def share_of(part: str) -> tuple[int, int]:
-    """A share, counted from 0, and how many there are: (2, 8) of "3/8". InputError for what is no share."""
-    if not part:
-        return 0, 1
-    found = re.fullmatch(r"(\d+)/(\d+)", part)
-    if not found or not 1 <= int(found[1]) <= int(found[2]):
-        raise InputError(f"--part={part} is no share; expected 1/8 to 8/8 for eight processes")
-    return int(found[1]) - 1, int(found[2])
-
-
-@dataclass(frozen=True)
-class File:
-    """One of the source's files, as it is read."""
-
-    number: int = 0  # in the order of reading
-    bad_rows: tuple[int, int, str] = (0, 0, "")  # BadRows.counts() where it begins
-
-
-@dataclass(frozen=True)
-class Place:
-    """How far a source has been read, so that a stopped preparation opens no file before that again."""
-
-    documents: int = 0  # that the shards hold
-    documents_in_file: int = 0  # of these
-    file: File = File()
-
-    def after(self, file: File) -> "Place":
-        """The place behind one more document, which is of this file."""
-        return Place(self.documents + 1, self.documents_in_file + 1 if file == self.file else 1, file)
-
-
-def documents(
-    config: Config, bad_rows: BadRows | None = None, start: File = File(), commit: str | None = None
-) -> Iterator[tuple[File, str]]:
-    """The source's texts from a file on, each with its file, in an order that never changes; those of a hub
-    dataset at a commit. Empty ones are left out, unusable rows counted."""
-    if config.source == "embedded":
-        import embedded
-
-        yield from ((start, text) for text in embedded.documents())
-        return
-    bad_rows = bad_rows or BadRows(config.max_bad_rows)
-    bad_rows.rows, bad_rows.bad, bad_rows.first = start.bad_rows
-    share, source = share_of(config.part), (config.source, config.config, config.split)
-    files = rows_by_file(*source, share=share, start=start.number, commit=commit)
-    for number, rows in enumerate(files, start.number):
-        file = File(number, bad_rows.counts())
-        for row, where in rows:
-            try:
-                text = text_of(row, config.column)
-            except ValueError as error:
-                bad_rows.skip(where, str(error))
-                continue
-            bad_rows.good()
-            if text.strip():
-                yield file, text
-    bad_rows.check()
-
-
-def read_ahead(texts: Iterator) -> Iterator[list]:
-    """Batches of texts, the next one read while the last is being worked on."""
-    with ThreadPoolExecutor(1) as thread:
-
-        def fetch():
-            return thread.submit(lambda: list(itertools.islice(texts, BATCH_DOCUMENTS)))
-
-        pending = fetch()
-        while batch := pending.result():
-            pending = fetch()
-            yield batch
-
-
-def make_tokenizer(config: Config, commit: str | None = None):
-    """The tokenizer of this preparation; a new one learns from a hub dataset at a commit."""
-    if config.tokenizer != "train":
-        return load_tokenizer(config.tokenizer)
-
-    def beginning():
-        read = 0
-        for _, text in documents(replace(config, part=""), commit=commit):
-            yield text
-            read += len(text)
-            if read >= TOKENIZER_BYTES:
-                return
-
-    print(f"training a tokenizer of {config.vocab_size} ids", flush=True)
-    tokenizer = train_tokenizer(beginning(), config.vocab_size)
-    if len(tokenizer) < config.vocab_size:
-        print(f"the text gave only {len(tokenizer)} ids")
-    return tokenizer
-
-
-def save_tokenizer(tokenizer, folder: Path) -> None:
-    """Put a tokenizer into a folder, in place of an earlier preparation's, and on the disk.
-
-    A stop in between does no harm: the progress note or the manifest tells that it is not whole.
-    """
-    folder.mkdir(exist_ok=True)
-    for name in TOKENIZER_FILES:
-        (folder / name).unlink(missing_ok=True)
-    tokenizer.save_pretrained(folder)
-    for path in (*folder.iterdir(), folder):
-        sync_to_disk(path)
-
-
-def refuse_foreign_files(out_dir: Path) -> None:
-    """Raise InputError if a folder has files under our names, but no note that we wrote them."""
-    notes = ("manifest.json", "progress.json", PARTS)
-    if not out_dir.is_dir() or any((out_dir / name).exists() for name in notes):
-        return
-    names = [path.name for path in out_dir.iterdir()]
-    foreign = [name for name in names if re.fullmatch(r"(train|val)_.*\.bin.*|tokenizer", name)]
-    if foreign:
-        raise InputError(
-            f"{out_dir} holds {', '.join(sorted(foreign))}, not written by prepare_data.py; choose another "
-            f"--out_dir"
-        )
-
-
-def check_same_preparation(out_dir: Path, settings: dict) -> None:
-    """Raise InputError if a folder holds a preparation by other settings, finished or begun."""
-    for name in ("manifest.json", "progress.json"):
-        noted = read_json(out_dir / name) if (out_dir / name).exists() else {"documents": 0}
-        if noted.get("documents") == 0:  # an empty preparation has no settings to match
-            continue
-        there = noted.get("settings")
-        if not isinstance(there, dict):
-            raise InputError(f"{out_dir / name} was not written by prepare_data.py; choose another --out_dir")
-        # A source that broke off may be mended before the preparation continues, not after it is finished.
-        free = () if name == "manifest.json" else ("source_files",)
-        if told := differing(there, {k: v for k, v in settings.items() if k not in free}):
-            raise InputError(
-                f"{out_dir} holds another preparation ({told}); choose another --out_dir or delete it"
-            )
-        if name == "progress.json":
-            check_files_read(out_dir, noted, settings["source_files"])
-
-
-def differing(there: dict, here: dict) -> str:
-    """The settings that are others here than there, as a sentence names them; empty if there are none."""
-    pairs = ((name, there.get(name), value) for name, value in here.items())
-    return ", ".join(f"{name}={old!r} there, {new!r} here" for name, old, new in pairs if old != new)
-
-
-def check_files_read(out_dir: Path, noted: dict, files: list) -> None:
-    """Raise InputError if the files that a begun preparation has read are not the source's first ones any
-    more. The one that it was amid may have been mended, and more may follow."""
-    there, number = noted["settings"].get("source_files", []), noted.get("file", 0)
-    if not isinstance(there, list) or not isinstance(number, int):  # read_progress tells what is wrong
-        return
-    amid = [
-        [file[:1] if isinstance(file, list) else file for file in some[number:][:1]]
-        for some in (there, files)
-    ]
-    if there[:number] != files[:number] or amid[0] != amid[1]:
-        raise InputError(
-            f"the first {number + 1} files of the source, up to where {out_dir} stopped, are others now; "
-            f"bring them back as they were, or choose another --out_dir or delete it"
-        )
 
 
 def whole_tokenizer(folder: Path, manifest: dict):
@@ -273,8 +112,6 @@ def mend(config: Config, settings: dict) -> None:
         return
     print(f"{'; '.join(damaged.values())}: preparing again")
     if "files" in manifest:
-        from parts import mend_parts
-
         mend_parts(config, manifest, damaged)
         return
     again.mkdir(exist_ok=True)
@@ -295,80 +132,9 @@ def mend(config: Config, settings: dict) -> None:
     shutil.rmtree(again)
 
 
-def write_shards(config: Config, tokenizer, settings: dict) -> dict[str, ShardWriter]:
-    """Tokenize the source into whole shards, from where progress.json says; returns each split's writer."""
-    out_dir, end = Path(config.out_dir), tokenizer.convert_tokens_to_ids(END)
-    version = 1 if vocabulary_size(tokenizer) <= 65_535 else 2
-    writers = {
-        split: ShardWriter(out_dir, split, version=version, shard_tokens=config.shard_tokens)
-        for split in ("train", "val")
-    }
-    (place, positions), bad_rows = read_progress(out_dir), BadRows(config.max_bad_rows)
-    for split, writer in writers.items():
-        writer.seek(positions.get(split, writer.position()))
-    if place.documents:
-        print(f"continuing after {place.documents:,} documents", flush=True)
-    texts = documents(config, bad_rows, place.file, settings.get("commit"))
-    rest = itertools.islice(texts, place.documents_in_file, None)
-
-    def tokens() -> int:
-        return sum(writer.totals["tokens"] for writer in writers.values())
-
-    saved, total = tokens(), config.max_tokens or None
-    with tqdm(total=total, initial=saved, unit="tok", unit_scale=True, disable=None) as bar:
-        for batch in read_ahead(rest):
-            for (file, text), ids in zip(batch, encode(tokenizer, [text for _, text in batch])):
-                if config.max_tokens and tokens() >= config.max_tokens:
-                    break
-                split = "val" if hash_fraction(text) < config.val_fraction else "train"
-                writers[split].append(np.array([end, *ids]), len(text.encode()))
-                place = place.after(file)
-            else:  # more may be wanted
-                bar.update(tokens() - bar.n)
-                if tokens() - saved >= SAVE_EVERY:
-                    save_progress(out_dir, settings, place, writers)
-                    saved = tokens()
-                continue
-            break
-    if not place.documents and not config.part:  # a file among others may be empty
-        raise InputError(f"{config.source} holds no text, so nothing was prepared; name another --source")
-    for writer in writers.values():
-        writer.finish()
-    bad_rows.check()
-    if note := bad_rows.note():
-        print(note)
-    return writers
-
-
-def read_progress(out_dir: Path) -> tuple[Place, dict]:
-    """What save_progress wrote, a place and each split's position; InputError if it is something else."""
-    progress = read_json(out_dir / "progress.json")
-    kinds = {"documents": int, "documents_in_file": int, "file": int, "bad_rows": list, "positions": dict}
-    if not {"documents_in_file", "file", "bad_rows"} & set(progress):  # an older note knows of no files
-        progress |= {"documents_in_file": progress.get("documents"), "file": 0, "bad_rows": [0, 0, ""]}
-    for name, kind in kinds.items():
-        if not isinstance(progress.get(name), kind):
-            raise InputError(
-                f"{out_dir / 'progress.json'} has no {name} as prepare_data.py writes it; delete the folder "
-                f"{out_dir} to prepare anew, or choose another --out_dir"
-            )
-    file = File(progress["file"], tuple(progress["bad_rows"]))
-    return Place(progress["documents"], progress["documents_in_file"], file), progress["positions"]
-
-
-def save_progress(out_dir: Path, settings: dict, place: Place, writers: dict[str, ShardWriter]) -> None:
-    """Note, once their bytes are on disk, what of the source the shards hold and where each writer stands."""
-    for writer in writers.values():
-        writer.flush()
-    positions = {split: writer.position() for split, writer in writers.items()}
-    done = {"documents": place.documents, "documents_in_file": place.documents_in_file}
-    done |= {"file": place.file.number, "bad_rows": place.file.bad_rows, "positions": positions}
-    write_json(out_dir / "progress.json", {"settings": settings} | done)
-
-
 def check_settings(config: Config) -> None:
     """Raise InputError for an invalid setting, before anything is read."""
-    check_numbers(asdict(config), positive=("vocab_size", "shard_tokens"))
+    check_numbers(asdict(config), positive=("vocab_size", "shard_tokens", "val_fraction"))
     for name in ("split", "column", "tokenizer", "out_dir"):
         if not getattr(config, name).strip():
             raise InputError(f"--{name}= is empty; give a value, or leave the flag out")
@@ -411,39 +177,19 @@ def prepare(config: Config, settings: dict) -> None:
     total = sum(writer.totals["tokens"] for writer in writers.values())
     if total < config.max_tokens:
         print(f"the source ended after {total:,} tokens, before --max_tokens={config.max_tokens:,}")
+    of_part = f"part {config.part}, " if config.part else ""
     for split, writer in writers.items():
-        print(f"{split}: " + ", ".join(f"{value:,} {name}" for name, value in writer.totals.items()))
+        print(f"{of_part}{split}: " + ", ".join(f"{value:,} {name}" for name, value in writer.totals.items()))
         if writer.totals["documents"] or config.part:
             continue
         if split == "train" and config.val_fraction == 1:
-            print(f"all is held out; pretraining takes it with weight 0: --data_dir=data/mine:1,{out_dir}:0")
+            print(f"all is held out; pretraining can validate on it: --data_dir=data/mine:1,{out_dir}:0")
             continue
-        print(f"no document is in {split}, pretraining needs both: delete {out_dir}, raise --val_fraction")
-
-
-def known_commit(config: Config) -> str | None:
-    """The commit at which a hub dataset is read: the one that out_dir began with, else the newest. None of
-    local files, and where nobody knows it."""
-    if config.source == "embedded" or source_files(config.source) is not None:
-        return None
-    for name in ("manifest.json", "progress.json"):
-        path = Path(config.out_dir) / name
-        noted = read_json(path) if path.exists() else {}
-        settings = noted.get("settings") if isinstance(noted, dict) else None
-        if isinstance(settings, dict) and noted.get("documents") != 0:
-            return settings.get("commit")
-    return newest_commit(config.source)
-
-
-def settings_of(config: Config, commit: str | None) -> dict:
-    """What decides about the shards: flags, names and sizes of the files, a hub dataset's commit."""
-    free = ("out_dir", "workers", "max_bad_rows", *(() if config.part else ("part",)))
-    settings = {name: value for name, value in asdict(config).items() if name not in free}
-    files, (first, every) = [], share_of(config.part)
-    if config.source != "embedded":
-        files = (source_files(config.source) or [])[first::every]
-    settings["source_files"] = [[path.name, path.stat().st_size] for path in files]
-    return settings | ({"commit": commit} if commit else {})
+        change = "raise" if split == "val" else "lower"
+        print(
+            f"no document is in {split}, and pretraining needs both; delete {out_dir} and {change} "
+            f"--val_fraction"
+        )
 
 
 def prepare_folder(config: Config, commit: str | None = None) -> None:
@@ -468,10 +214,205 @@ def prepare_folder(config: Config, commit: str | None = None) -> None:
             prepare(config, settings)
 
 
-def main(config: Config) -> None:
-    from parts import prepare_share, started_part  # which imports this
+# -- several processes ---------------------------------------------------------------------------------------
 
-    config = replace(config, part=config.part or started_part(os.environ))
+
+def started_part(environment: Mapping[str, str]) -> str:
+    """The part that torchrun or a Slurm array gave this process, empty if neither started several."""
+    if int(environment.get("WORLD_SIZE", 1)) > 1:
+        return f"{int(environment['RANK']) + 1}/{environment['WORLD_SIZE']}"
+    if int(environment.get("SLURM_ARRAY_TASK_COUNT", 1)) > 1:
+        names = ("ID", "MIN", "MAX", "COUNT")
+        task, first, last, count = (int(environment[f"SLURM_ARRAY_TASK_{name}"]) for name in names)
+        step = (last - first) // (count - 1)
+        if last - first != step * (count - 1) or (task - first) % step:
+            raise InputError("the numbers of this Slurm array have gaps; use --array=1-8, or give --part")
+        return f"{(task - first) // step + 1}/{count}"
+    return ""
+
+
+def prepare_share(config: Config) -> None:
+    """Prepare this process's share, and join all shares if the others are finished.
+
+    Each process can be stopped and started again by itself. None waits for another, but for the tokenizer,
+    which the first one makes. With max_tokens the data end with the file that reaches them.
+    """
+    out_dir, (first, every) = Path(config.out_dir), share_of(config.part)
+    if config.source == "embedded":
+        raise InputError("--source=embedded has no files that processes could divide; leave --part out")
+    whole, manifest = replace(config, part=""), out_dir / "manifest.json"
+    if manifest.exists():
+        if first == 0:
+            prepare_folder(whole)
+        return
+    if (out_dir / "progress.json").exists():
+        raise InputError(
+            f"{out_dir} holds a preparation by one process; go on without --part, or choose another --out_dir"
+        )
+    refuse_foreign_files(out_dir)
+    make_folder(out_dir / PARTS)
+    commit = share_tokenizer(whole, makes_it=first == 0)
+    files = count_files(config.source, config.config, config.split, commit)
+    if first >= files:
+        print(f"part {config.part} has nothing to do, as the source has {files} files")
+    for number in range(first, files, every):
+        if manifest.exists() or wanted_parts(out_dir, files, config.max_tokens) is not None:
+            break
+        prepare_folder(part_config(whole, number, files), commit)
+    with locked(out_dir / ".lock"):
+        wanted = None if manifest.exists() else wanted_parts(out_dir, files, config.max_tokens)
+        if wanted is not None:
+            join_parts(whole, wanted, files, commit)
+        if manifest.exists():
+            remove_parts(out_dir, range(first, files, every))
+
+
+def remove_parts(out_dir: Path, own: Sequence[int]) -> None:
+    """After the join: remove this process's parts, and those that are finished. With max_tokens others may
+    still be at parts that nobody wants any more."""
+    places = out_dir / PARTS
+    if not places.exists():  # another process was the last
+        return
+    for folder in places.iterdir():
+        mine = folder.name.isdecimal() and int(folder.name) in own
+        if mine or ((folder / "manifest.json").exists() and not (folder / "progress.json").exists()):
+            shutil.rmtree(folder, ignore_errors=True)
+    if not any(folder.is_dir() for folder in places.iterdir()):
+        shutil.rmtree(places)
+
+
+def part_folder(out_dir: Path, number: int) -> Path:
+    return out_dir / PARTS / f"{number:06d}"
+
+
+def part_config(config: Config, number: int, files: int) -> Config:
+    """How one file of the source is prepared."""
+    out_dir, part = Path(config.out_dir), f"{number + 1}/{files}"
+    places = {"out_dir": str(part_folder(out_dir, number)), "tokenizer": str(out_dir / "tokenizer")}
+    return replace(config, part=part, max_tokens=0, **places)
+
+
+def share_tokenizer(config: Config, *, makes_it: bool) -> str | None:
+    """Make the tokenizer in out_dir, unless it is there, or wait until another process has. Returns the
+    commit at which all processes read a hub dataset. Raises InputError if other flags made the tokenizer."""
+    out_dir = Path(config.out_dir)
+    folder, new, note = out_dir / "tokenizer", out_dir / "tokenizer.new", out_dir / PARTS / "begun.json"
+    flags = {"tokenizer": config.tokenizer, "vocab_size": config.vocab_size}
+    if makes_it and not folder.exists():
+        commit = known_commit(config)
+        write_json(note, flags | {"commit": commit})
+        save_tokenizer(make_tokenizer(config, commit), new)
+        new.rename(folder)
+    if not folder.exists():
+        print(
+            "waiting for the first part, which makes the tokenizer; if it has failed, end this one",
+            flush=True,
+        )
+    while not folder.exists():
+        time.sleep(WAIT)
+    begun = read_json(note) if note.exists() else flags  # parts of an older version have no note
+    if told := differing(begun, flags):
+        raise InputError(
+            f"{out_dir} holds parts with another tokenizer ({told}); choose another --out_dir or delete it"
+        )
+    return begun.get("commit")
+
+
+def wanted_parts(out_dir: Path, files: int, max_tokens: int) -> int | None:
+    """How many parts, from the first on, make the whole; None if they are not all finished."""
+    tokens = 0
+    for number in range(files):
+        manifest = part_folder(out_dir, number) / "manifest.json"
+        if not manifest.exists():
+            return None
+        tokens += sum(totals["tokens"] for totals in read_json(manifest)["splits"].values())
+        if max_tokens and tokens >= max_tokens:
+            return number + 1
+    return files
+
+
+def check_alike(config: Config, settings: dict, wanted: int, files: int) -> None:
+    """Raise InputError if a process made a part with other flags, or of another list of files."""
+    for number in range(wanted):
+        own = {"part": f"{number + 1}/{files}", "max_tokens": 0}
+        own["source_files"] = settings["source_files"][number : number + 1]
+        expected = {name: value for name, value in (settings | own).items() if name != "tokenizer"}
+        folder = part_folder(Path(config.out_dir), number)
+        if told := differing(read_manifest(folder)["settings"], expected):
+            raise InputError(
+                f"{folder} was made otherwise ({told}); delete {folder.parent} and start all processes again "
+                f"with the same flags, on a source that stays as it is"
+            )
+
+
+def join_parts(config: Config, wanted: int, files: int, commit: str | None) -> None:
+    """Move the parts' shards into out_dir, numbered through, and write the manifest. A stop does no harm."""
+    out_dir, shards = Path(config.out_dir), {"train": [], "val": []}
+    settings = settings_of(config, commit)
+    check_alike(config, settings, wanted, files)
+    totals, verified = {split: Counter(documents=0, tokens=0, bytes=0) for split in shards}, {}
+    for number in range(wanted):
+        folder = part_folder(out_dir, number)
+        manifest, seen = read_manifest(folder), verified_shards(folder)
+        for split in shards:
+            totals[split].update(manifest["splits"][split])
+        for shard in manifest["shards"]:
+            split = shard["file"].partition("_")[0]
+            name = f"{split}_{len(shards[split]):06d}.bin"
+            if (folder / shard["file"]).exists():
+                (folder / shard["file"]).replace(out_dir / name)
+            verified |= {name: seen[shard["file"]]} if shard["file"] in seen else {}
+            shards[split].append({**shard, "file": name, "part": number, "was": shard["file"]})
+    if not sum(total["documents"] for total in totals.values()):
+        raise InputError(f"{config.source} holds no text, so nothing was prepared; name another --source")
+    sync_to_disk(out_dir)
+    note_verified(out_dir, verified)
+    write_json(
+        out_dir / "manifest.json",
+        {
+            "settings": settings,
+            "source": config.source,
+            "tokenizer": config.tokenizer,
+            "tokenizer_fingerprint": manifest["tokenizer_fingerprint"],
+            "vocab_size": manifest["vocab_size"],
+            "splits": {split: dict(total) for split, total in totals.items()},
+            "files": files,
+            "shards": shards["train"] + shards["val"],
+        },
+    )
+    tokens = sum(total["tokens"] for total in totals.values())
+    if tokens < config.max_tokens:
+        print(f"the source ended after {tokens:,} tokens, before --max_tokens={config.max_tokens:,}")
+    for split, total in totals.items():
+        print(f"{split}: " + ", ".join(f"{value:,} {name}" for name, value in total.items()))
+
+
+def mend_parts(config: Config, manifest: dict, damaged: Mapping[str, str]) -> None:
+    """Prepare the files again whose shards are damaged, and put these in their places. Raises InputError,
+    having changed nothing, if a file does not give them as they were."""
+    out_dir, lost = Path(config.out_dir), [s for s in manifest["shards"] if s["file"] in damaged]
+    for number in sorted({shard["part"] for shard in lost}):
+        prepare_folder(part_config(config, number, manifest["files"]), manifest["settings"].get("commit"))
+    for shard in lost:
+        path = part_folder(out_dir, shard["part"]) / shard["was"]
+        if not path.exists() or file_sha256(path) != shard["sha256"]:
+            shutil.rmtree(out_dir / PARTS)
+            raise InputError(
+                f"{config.source} does not give {shard['file']} again as it was; prepare into another "
+                f"--out_dir (nothing was changed)"
+            )
+    for shard in lost:
+        (part_folder(out_dir, shard["part"]) / shard["was"]).replace(out_dir / shard["file"])
+    shutil.rmtree(out_dir / PARTS)
+
+
+# -- the command ---------------------------------------------------------------------------------------------
+
+
+def main(config: Config) -> None:
+    if not config.part and (part := started_part(os.environ)):
+        config = replace(config, part=part)
+        print(f"part {part} of {config.out_dir}, as one of several processes; --part=1/1 prepares all of it")
     check_settings(config)
     share_of(config.part)
     os.environ["TOKENIZERS_PARALLELISM"] = "true"

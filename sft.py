@@ -57,12 +57,14 @@ def why_unusable(messages) -> str | None:
     for message in messages:
         if message.get("role") not in ROLES:
             return f"the role {message.get('role')!r} is none of {', '.join(ROLES)}"
+        if message.get("tool_calls"):
+            return "a message has tool_calls, which ChatML lacks; write them into its content"
         if not isinstance(message.get("content"), str):
             return f"the content is {type(message.get('content')).__name__}, not a string"
         if half_surrogate(message["content"]):
             return "the content is no Unicode text"
-        if message.get("tool_calls"):
-            return "a message has tool_calls, which ChatML lacks; write them into its content"
+        if message.get("cut"):
+            return "an answer is marked as cut; complete it and delete the mark"
     if not any(m["role"] == "assistant" for m in messages):
         return "there is no assistant turn"
     return None
@@ -199,7 +201,7 @@ def turns_before_answer(
 
 # Raise one when its rendering changes; cached rows are then rendered again. A run that began with another of
 # the last two resumes only with --force.
-RENDERING = 2  # of all rows; 2: those with the roles tool and developer are no longer skipped
+RENDERING = 3  # of all rows; 3: those with an answer that is marked as cut are skipped
 SPLIT_RENDERING = 2  # 2: an answer is whole if it fits without earlier turns
 PAIR_RENDERING = 3  # 3: two prompts are the same if they say the same, whatever else is noted of them
 
@@ -412,9 +414,8 @@ def write_splits(
     note = read_json(path) if path.exists() else NEW_NOTE
     writers = {split: Writer(folder / split, note["written"][split]) for split in ("train", "val")}
     counts, skipped = Counter(note["counts"]), dict(note["skipped"])
-    questions, bad_rows = dict.fromkeys(note["questions"]), BadRows(max_bad_rows)
+    questions, bad_rows = dict.fromkeys(note["questions"]), BadRows(max_bad_rows, note["bad_rows"])
     least, greatest = note.get("fractions", (0.0, 1.0))  # older notes lack them
-    bad_rows.rows, bad_rows.bad, bad_rows.first = note["bad_rows"]
     noted = time.monotonic()
     for rows, example in enumerate(examples(note["rows"]), note["rows"] + 1):
         count_example(example, counts, skipped, bad_rows)
@@ -433,6 +434,7 @@ def write_splits(
             note["bad_rows"] = [bad_rows.rows, bad_rows.bad, bad_rows.first]
             note["fractions"] = [least, greatest]
             write_json(path, note | {"written": {split: len(w) for split, w in writers.items()}})
+            print(f"{rows:,} rows rendered", flush=True)
             noted = time.monotonic()
     for writer in writers.values():
         writer.close()

@@ -106,8 +106,11 @@ def source_files(source: str) -> list[Path] | None:
             )
         for file in readable:
             status = file.stat()
-            if (first := names.setdefault((status.st_dev, status.st_ino), path)) is not path:
-                raise InputError(f"{file} is in the source twice, by {first} and by {path}; name it once")
+            if (first := names.setdefault((status.st_dev, status.st_ino), file)) is not file:
+                raise InputError(
+                    f"{file} is in the source twice, it is the same file as {first}; name it once, or take "
+                    f"the link away"
+                )
         files += readable
     return files
 
@@ -329,8 +332,9 @@ def text_of(row: object, column: str) -> str:
 class BadRows:
     """Counts the rows of a source that cannot be used, and refuses a source that has too many."""
 
-    def __init__(self, max_share: float):
-        self.max_share, self.rows, self.bad, self.first = max_share, 0, 0, ""
+    def __init__(self, max_share: float, counts: tuple[int, int, str] = (0, 0, "")):
+        self.max_share = max_share
+        self.rows, self.bad, self.first = counts
 
     def counts(self) -> tuple[int, int, str]:
         return self.rows, self.bad, self.first

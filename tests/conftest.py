@@ -46,6 +46,7 @@ import dpo_gpt  # noqa: E402 - the environment comes first
 import prepare_data  # noqa: E402
 import pretrain_gpt  # noqa: E402
 import sft_gpt  # noqa: E402
+import shards  # noqa: E402
 from checkpoint import newest_checkpoint  # noqa: E402
 from common import InputError, read_records  # noqa: E402
 from distributed import Ranks  # noqa: E402
@@ -496,5 +497,5 @@ def copied(prepared, tmp_path):
 @pytest.fixture
 def often(monkeypatch):
     """Small batches, and a place to continue from after each."""
-    monkeypatch.setattr(prepare_data, "BATCH_DOCUMENTS", 4)
-    monkeypatch.setattr(prepare_data, "SAVE_EVERY", 400)
+    monkeypatch.setattr(shards, "BATCH_DOCUMENTS", 4)
+    monkeypatch.setattr(shards, "SAVE_EVERY", 400)

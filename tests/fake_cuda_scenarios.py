@@ -148,8 +148,9 @@ def batches_of(script: str, folder: Path, ranks):
     """The module that a script trains, and what gives a step's number of targets and micro-batches."""
     import numpy as np
 
-    from data import ShardWriter, TokenLoader
+    from data import TokenLoader
     from order import batch_order
+    from shards import ShardWriter
 
     rows = ROWS * ranks.world - 1  # not all micro-batches are full
     if script == "pretrain":

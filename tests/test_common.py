@@ -46,6 +46,14 @@ def test_flags_override_fields_of_every_type():
     )
 
 
+def test_a_home_that_the_shell_leaves_behind_an_equals_sign_is_found(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    given = ["--out_dir=~/run", "--data_dir=~/a:1,b~/c:2,~:3"]
+    config = parse_config(pretrain_gpt.Config, given)
+    assert (config.out_dir, config.data_dir) == ("/home/me/run", "/home/me/a:1,b~/c:2,~:3")
+    assert parse_config(chat.Config, ["--prompt=~/ is my home"]).prompt == "~/ is my home"
+
+
 @pytest.mark.parametrize("argument", ["--learning_rate=1", "max_steps=1", "--max_steps 3"])
 def test_an_unknown_flag_is_refused_with_what_exists(argument):
     with pytest.raises(InputError, match=r"is not understood(.|\n)*--max_steps=2000(.|\n)*optimizer steps"):

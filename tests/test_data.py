@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -18,8 +19,9 @@ from properties import few, given, st
 import data
 import tokenization
 from common import IGNORE
-from data import ShardWriter, TokenLoader, verified_manifest
+from data import TokenLoader, verified_manifest
 from order import batch_order
+from shards import ShardWriter
 from sources import hash_fraction
 
 
@@ -142,6 +144,13 @@ def test_a_tokenizer_that_did_not_make_the_shards_is_refused(prepared, tmp_path,
     assert verified_manifest(prepared, str(tokenizer_dir))["vocab_size"] == 320
 
 
+@pytest.mark.parametrize("sign", ["progress.json", "parts"])
+def test_a_preparation_that_is_not_finished_is_told_as_that(sign, prepared, tmp_path):
+    begun = shutil.copytree(prepared, tmp_path / "begun")
+    (begun / "manifest.json").rename(begun / sign)
+    refused("begun is not finished; run its prepare_data.py command again", verified_manifest, begun, "gpt2")
+
+
 def test_a_folder_without_shards_is_refused_with_the_command_that_makes_them(tmp_path):
     for folder in (tmp_path, tmp_path / "missing"):
         refused("holds no token shards; make them with prepare_data.py", verified_manifest, folder, "gpt2")
@@ -209,7 +218,7 @@ def test_a_token_id_beyond_the_vocabulary_is_refused_with_id_size_and_file(tmp_p
 def test_a_validation_split_without_a_window_is_refused_with_the_flags_that_mend_it(
     tmp_path, source, tokenizer_dir, prepared
 ):
-    out = prepare(tmp_path / "out", source, tokenizer_dir, val_fraction=0.0)
+    out = prepare(tmp_path / "out", source, tokenizer_dir, val_fraction=1e-9)
     told = "the val split in .* has no shard as val_000000.bin, .* --val_fraction"
     refused(told, TokenLoader, out, "val", 8, 320)
     tokens = json.loads((prepared / "manifest.json").read_text())["splits"]["val"]["tokens"]

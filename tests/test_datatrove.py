@@ -7,7 +7,7 @@ from importlib.util import find_spec
 import pytest
 from conftest import ROOT, prepare, read_documents, text, write_jsonl
 
-import prepare_data
+import shards
 
 pytestmark = pytest.mark.slow
 
@@ -35,4 +35,4 @@ def test_what_datatrove_leaves_of_a_corpus_becomes_shards_by_any_number_of_proce
     for other in ("--tasks=4", "--least_words=90"):  # marks of finished tasks know neither
         done = subprocess.run([*recipe, "--tasks=3", "--least_words=100", other], **options)
         assert done.returncode == 1 and "clean was made with other settings, see clean.logs" in done.stderr
-    assert prepare_data.PARTS not in [path.name for path in (tmp_path / "parts").iterdir()]
+    assert shards.PARTS not in [path.name for path in (tmp_path / "parts").iterdir()]

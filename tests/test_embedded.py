@@ -66,7 +66,7 @@ def test_embedded_documents_are_articles_then_speeches_then_countries(wheels, to
     assert [t.split("\n")[0] for t in texts] == [
         "Water", "Ada", "Fellow citizens – of 1790.", "The land between the river and the hill is old.",
     ]  # fmt: skip
-    out = prepare(wheels / "out", "embedded", tokenizer_dir, val_fraction=0.0)
+    out = prepare(wheels / "out", "embedded", tokenizer_dir, val_fraction=1e-9)
     assert read_documents(out, "train", tokenizer) == texts
 
 

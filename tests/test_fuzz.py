@@ -198,11 +198,12 @@ def attempt_text(fuzzer: Fuzzer, path: Path) -> None:
     import conftest
 
     import prepare_data
+    import shards
 
     lines = mutated_rows([{"text": conftest.text(k)} for k in range(6)], fuzzer.choose)
     path.write_text(lines, errors="surrogatepass")
     config = prepare_data.Config(source=str(path), max_bad_rows=1.0)
-    fuzzer.attempt("rows of text", lambda: list(prepare_data.documents(config)), lambda: lines)
+    fuzzer.attempt("rows of text", lambda: list(shards.documents(config)), lambda: lines)
 
 
 def attempt_conversations(fuzzer: Fuzzer, path: Path, out: Path, tokenizer) -> None:

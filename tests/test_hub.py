@@ -40,10 +40,10 @@ WORKER = """
 import gc, importlib, json, os, signal, sys, time, traceback
 import datasets, huggingface_hub, pandas, pyarrow.parquet
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
-import chat, common, prepare_data, sft_gpt
+import chat, common, prepare_data, sft_gpt, shards
 
 datasets.config.USE_PARQUET_EXPORT = False  # it would look up the host datasets-server.127.0.0.1
-prepare_data.BATCH_DOCUMENTS, prepare_data.SAVE_EVERY = 16, 2000
+shards.BATCH_DOCUMENTS, shards.SAVE_EVERY = 16, 2000
 gc.freeze()  # the forks share these objects
 for line in sys.stdin:
     script, arguments, folder = json.loads(line)

@@ -23,11 +23,11 @@ from conftest import (
     write_jsonl,
 )
 
-import parts
 import prepare_data
+import shards
 from common import InputError
 from data import TokenLoader, verified_shards
-from parts import prepare_share, started_part
+from prepare_data import prepare_share, started_part
 
 FILES = 5  # the third is empty
 
@@ -75,8 +75,8 @@ def test_any_number_of_processes_in_any_order_makes_the_same_folder(
 
 
 def test_a_tokenizer_is_trained_once_on_the_whole_source(crawl, tmp_path, monkeypatch):
-    trained, original = [], prepare_data.train_tokenizer
-    monkeypatch.setattr(prepare_data, "train_tokenizer", lambda *given: trained.append(1) or original(*given))
+    trained, original = [], shards.train_tokenizer
+    monkeypatch.setattr(shards, "train_tokenizer", lambda *given: trained.append(1) or original(*given))
     made = [
         divided(tmp_path / str(every), crawl, "train", every, vocab_size=300, max_tokens=0)
         for every in (1, 3)
@@ -94,12 +94,12 @@ def test_with_max_tokens_the_data_end_with_the_file_that_reaches_them(crawl, tok
 
 
 def stopped_after(monkeypatch, name: str, count: int):
-    """The count-th call of a function of parts.py never comes back."""
+    """The count-th call of a function of prepare_data.py never comes back."""
 
     class Killed(BaseException):
         pass
 
-    calls, original = [], getattr(parts, name)
+    calls, original = [], getattr(prepare_data, name)
 
     def once(*given, **options):
         calls.append(1)
@@ -107,7 +107,7 @@ def stopped_after(monkeypatch, name: str, count: int):
             raise Killed
         return original(*given, **options)
 
-    monkeypatch.setattr(parts, name, once)
+    monkeypatch.setattr(prepare_data, name, once)
     return Killed
 
 
@@ -157,20 +157,20 @@ def test_who_is_still_at_work_when_others_have_joined_the_data_stops(
     whole = divided(tmp_path / "whole", crawl, tokenizer_dir, 1)
     most = len(read_ids(whole, "train")) // 3
     some = divided(tmp_path / "some", crawl, tokenizer_dir, 1, max_tokens=most)
-    out, original, prepared = tmp_path / "out", parts.prepare_folder, []
+    out, original, prepared = tmp_path / "out", prepare_data.prepare_folder, []
     divided(out, crawl, tokenizer_dir, 5, [0], max_tokens=most)
 
     def prepare_folder(*given):
         prepared.append(given)
         original(*given)
-        monkeypatch.setattr(parts, "prepare_folder", original)
+        monkeypatch.setattr(prepare_data, "prepare_folder", original)
         divided(out, crawl, tokenizer_dir, 5, [1], max_tokens=most)
-        monkeypatch.setattr(parts, "prepare_folder", prepare_folder)
+        monkeypatch.setattr(prepare_data, "prepare_folder", prepare_folder)
 
-    monkeypatch.setattr(parts, "prepare_folder", prepare_folder)
+    monkeypatch.setattr(prepare_data, "prepare_folder", prepare_folder)
     divided(out, crawl, tokenizer_dir, 3, [2], max_tokens=most)  # of files 2 and 5
     assert len(prepared) == 1 and data_of(out) == data_of(some)
-    parts.remove_parts(out, range(3))  # nothing is there any more
+    prepare_data.remove_parts(out, range(3))  # nothing is there any more
     assert data_of(out) == data_of(some)
 
 
@@ -217,13 +217,13 @@ def test_processes_that_finish_at_the_same_time_join_once(crawl, tokenizer_dir, 
 
 def test_a_damaged_shard_is_made_again_from_its_file_alone(crawl, tokenizer_dir, tmp_path, monkeypatch):
     out = divided(tmp_path / "out", crawl, tokenizer_dir, 2)
-    before, read, original = data_of(out), [], prepare_data.rows_by_file
+    before, read, original = data_of(out), [], shards.rows_by_file
 
     def noted(*source, share, **place):
         read.append(share)
         return original(*source, share=share, **place)
 
-    monkeypatch.setattr(prepare_data, "rows_by_file", noted)
+    monkeypatch.setattr(shards, "rows_by_file", noted)
     (out / "train_000001.bin").write_bytes(b"damaged")
     divided(out, crawl, tokenizer_dir, 2)
     assert data_of(out) == before and len(read) == 1
@@ -262,7 +262,7 @@ def test_a_source_without_files_and_a_folder_of_one_process_are_refused(crawl, t
     refused("embedded has no files that processes could divide", prepare_data.main, embedded)
     out = tmp_path / "begun"
     out.mkdir()
-    prepare_data.save_progress(out, {}, prepare_data.Place(3, 3), {})
+    shards.save_progress(out, {}, shards.Place(3, 3), {})
     config = prepare_config(out, crawl, tokenizer_dir, part="1/2")
     refused("holds a preparation by one process", prepare_data.main, config)
 
@@ -281,9 +281,22 @@ def test_torchrun_and_slurm_arrays_of_any_first_number_name_the_part():
         started_part(slurm(3, 1, 7, 3))
 
 
+def test_a_process_of_several_says_so_and_what_is_left_for_it(
+    crawl, tokenizer_dir, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("RANK", "6")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    (tmp_path / "out" / "tokenizer").mkdir(parents=True)
+    (tmp_path / "out" / "parts").mkdir()
+    prepare_data.main(prepare_config(tmp_path / "out", crawl, tokenizer_dir))
+    told = capsys.readouterr().out
+    assert f"part 7/8 of {tmp_path}/out, as one of several processes; --part=1/1 prepares all of it" in told
+    assert f"part 7/8 has nothing to do, as the source has {FILES} files" in told
+
+
 def test_a_batch_of_a_run_has_windows_of_every_crawl(crawl, tokenizer_dir, tmp_path):
     """Each file has its own shards. The order of reading mixes them: no shard need be shuffled."""
-    out = divided(tmp_path / "out", crawl, tokenizer_dir, 2, val_fraction=0.0)
+    out = divided(tmp_path / "out", crawl, tokenizer_dir, 2, val_fraction=1e-9)
     shutil.copy(out / "train_000000.bin", out / "val_000000.bin")
     loader = TokenLoader(out, "train", 16, 2**16)
     windows = loader.step_windows(0, 0, len(loader) // 3)

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -32,10 +33,12 @@ from transformers import PreTrainedTokenizerFast
 
 import data
 import prepare_data
+import shards
 import sources
 import tokenization
 from common import InputError
-from data import ShardWriter, verified_manifest
+from data import verified_manifest
+from shards import ShardWriter
 from sources import hash_fraction
 from tokenization import SPECIALS, encode, load_tokenizer, tokenizer_fingerprint
 
@@ -47,9 +50,9 @@ def test_ids_are_uint32_as_soon_as_the_vocabulary_is_above_65535(
     words = [*SPECIALS, *(f"w{i}" for i in range(vocab_size - 3))]
     big = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=words[-1]))
     big = PreTrainedTokenizerFast(tokenizer_object=big)
-    monkeypatch.setattr(prepare_data, "load_tokenizer", lambda name: tokenization.with_chatml(big))
+    monkeypatch.setattr(shards, "load_tokenizer", lambda name: tokenization.with_chatml(big))
     monkeypatch.setattr(prepare_data, "save_tokenizer", lambda *_: None)
-    prepare(tmp_path / "out", source, "big", val_fraction=0.0)
+    prepare(tmp_path / "out", source, "big", val_fraction=1e-9)
     assert len(big) == vocab_size
     assert read_ids(tmp_path / "out", "train") == [0, vocab_size - 1] * len(TEXTS)
     assert (tmp_path / "out/train_000000.bin").read_bytes()[4] == version
@@ -60,8 +63,8 @@ def test_an_id_beyond_the_tokenizers_length_is_stored_as_it_is(tmp_path, monkeyp
         models.WordLevel({**{t: i for i, t in enumerate(SPECIALS)}, "?": 70_000}, unk_token="?")
     )
     sparse = PreTrainedTokenizerFast(tokenizer_object=sparse)
-    monkeypatch.setattr(prepare_data, "load_tokenizer", lambda name: tokenization.with_chatml(sparse))
-    out = prepare(tmp_path / "out", source, "sparse", val_fraction=0.0)
+    monkeypatch.setattr(shards, "load_tokenizer", lambda name: tokenization.with_chatml(sparse))
+    out = prepare(tmp_path / "out", source, "sparse", val_fraction=1e-9)
     assert len(sparse) == 4 and read_ids(out, "train") == [0, 70_000] * len(TEXTS)
     assert json.loads((out / "manifest.json").read_text())["vocab_size"] == 70_001
 
@@ -127,8 +130,8 @@ class Stop(BaseException):
 
 
 def stopped(monkeypatch, name: str, after: int, out, *arguments, **changes) -> None:
-    """Prepare until prepare_data.<name>, `documents` or `encode`, has given so many documents or batches."""
-    real = getattr(prepare_data, name)
+    """Prepare until shards.<name>, `documents` or `encode`, has given so many documents or batches."""
+    real = getattr(shards, name)
 
     def texts(*arguments, **options):
         yield from itertools.islice(real(*arguments, **options), after)
@@ -142,7 +145,7 @@ def stopped(monkeypatch, name: str, after: int, out, *arguments, **changes) -> N
         return real(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(prepare_data, name, texts if name == "documents" else batches)
+        patch.setattr(shards, name, texts if name == "documents" else batches)
         with pytest.raises(Stop):
             prepare(out, *arguments, **changes)
     gc.collect()  # closes the files of the stopped run, as the end of a process would
@@ -173,10 +176,10 @@ def test_stopped_and_continued_preparation_gives_identical_bytes(
 def test_stopped_after_shards_finished_since_the_last_place_to_continue_from_gives_identical_bytes(
     tmp_path, monkeypatch, source, tokenizer_dir, prepared
 ):
-    monkeypatch.setattr(prepare_data, "BATCH_DOCUMENTS", 2)
+    monkeypatch.setattr(shards, "BATCH_DOCUMENTS", 2)
     out = tmp_path / "out"
     for save_every, after in ((10**9, 15), (200, 3), (10**9, 12)):
-        monkeypatch.setattr(prepare_data, "SAVE_EVERY", save_every)
+        monkeypatch.setattr(shards, "SAVE_EVERY", save_every)
         stopped(monkeypatch, "encode", after, out, source, tokenizer_dir)
     positions = json.loads((out / "progress.json").read_text())["positions"]
     assert len(positions["train"]["shards"]) + 1 < len(list(out.glob("train_*.bin")))
@@ -240,8 +243,8 @@ def test_a_hub_dataset_is_read_at_the_commit_that_its_preparation_began_with(
         rows = [({"text": text}, "a row") for text in TEXTS]
         return iter([iter(rows)][start:])
 
-    monkeypatch.setattr(prepare_data, "newest_commit", lambda dataset: newest[0])
-    monkeypatch.setattr(prepare_data, "rows_by_file", rows_by_file)
+    monkeypatch.setattr(shards, "newest_commit", lambda dataset: newest[0])
+    monkeypatch.setattr(shards, "rows_by_file", rows_by_file)
     stopped(monkeypatch, "encode", 3, tmp_path / "out", "some/dataset", tokenizer_dir)
     newest[0] = "b" * 40
     out = prepare(tmp_path / "out", "some/dataset", tokenizer_dir)
@@ -303,7 +306,7 @@ def copied_at_each_operation(monkeypatch, out: Path, folder: Path):
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", copying("fsync", lambda descriptor: None))
-        patch.setattr(prepare_data, "encode", copying("encode", encode))
+        patch.setattr(shards, "encode", copying("encode", encode))
         for name in ("replace", "unlink"):
             patch.setattr(Path, name, copying(name, getattr(Path, name)))
         patch.setattr(shutil, "rmtree", copying("rmtree", shutil.rmtree))
@@ -349,7 +352,7 @@ def test_a_trained_tokenizer_survives_the_stop(tmp_path, monkeypatch, source, of
     whole = prepare(tmp_path / "whole", source, "train", vocab_size=300)
     stopped(monkeypatch, "encode", 4, tmp_path / "out", source, "train", vocab_size=300)
     with monkeypatch.context() as patch:
-        patch.setattr(prepare_data, "train_tokenizer", None)  # not called again
+        patch.setattr(shards, "train_tokenizer", None)  # not called again
         prepare(tmp_path / "out", source, "train", vocab_size=300)
     assert contents(tmp_path / "out") == contents(whole)
 
@@ -358,7 +361,7 @@ def test_only_the_manifest_s_shards_are_left_when_the_source_shrinks_between_sto
     tmp_path, monkeypatch, tokenizer, tokenizer_dir
 ):
     source = write_jsonl(tmp_path / "texts.jsonl", ({"text": t} for t in TEXTS))
-    monkeypatch.setattr(prepare_data, "BATCH_DOCUMENTS", 4)
+    monkeypatch.setattr(shards, "BATCH_DOCUMENTS", 4)
     stopped(monkeypatch, "encode", 9, tmp_path / "out", source, tokenizer_dir, shard_tokens=200)
     write_jsonl(source, ({"text": t} for t in TEXTS[:6]))
     prepare(tmp_path / "out", source, tokenizer_dir, shard_tokens=200)
@@ -408,7 +411,7 @@ def test_a_tokenizer_left_over_from_an_earlier_preparation_is_not_taken_for_this
 def test_a_whole_preparation_is_skipped_and_nothing_is_rewritten(
     copied, source, tokenizer_dir, monkeypatch, capsys
 ):
-    monkeypatch.setattr(prepare_data, "documents", None)  # not called
+    monkeypatch.setattr(shards, "documents", None)  # not called
     times = {copied / name: (copied / name).stat().st_mtime_ns for name in contents(copied)}
     prepare(copied, source, tokenizer_dir, workers=0)
     assert {p: p.stat().st_mtime_ns for p in times} == times
@@ -482,7 +485,7 @@ def test_a_mistake_before_the_first_document_does_not_bind_the_folder_to_it(
 def test_the_bytes_do_not_depend_on_threads_or_batch(tmp_path, monkeypatch, source, tokenizer_dir, prepared):
     monkeypatch.setenv("RAYON_NUM_THREADS", "1")  # restored afterwards
     for batch, workers in ((1, 0), (7, 1), (1000, 3)):
-        monkeypatch.setattr(prepare_data, "BATCH_DOCUMENTS", batch)
+        monkeypatch.setattr(shards, "BATCH_DOCUMENTS", batch)
         out = prepare(tmp_path / str(batch), source, tokenizer_dir, workers=workers)
         assert contents(out) == contents(prepared)
 
@@ -514,6 +517,10 @@ def test_max_tokens_stops_after_the_document_that_reaches_it(
         assert read_documents(out, split, tokenizer) == side
 
 
+def document(i: int) -> shards.Document:
+    return shards.Document(text(i), shards.File(), (0, 0, ""))
+
+
 def test_the_source_is_read_at_most_two_batches_ahead(tmp_path, monkeypatch, tokenizer_dir):
     read, done, ahead = 0, 0, []
 
@@ -521,7 +528,7 @@ def test_the_source_is_read_at_most_two_batches_ahead(tmp_path, monkeypatch, tok
         nonlocal read
         while True:
             read += 1
-            yield prepare_data.File(), text(read)
+            yield document(read)
 
     def counting(tokenizer, texts):
         nonlocal done
@@ -529,20 +536,42 @@ def test_the_source_is_read_at_most_two_batches_ahead(tmp_path, monkeypatch, tok
         done += len(texts)
         return encode(tokenizer, texts)
 
-    monkeypatch.setattr(prepare_data, "BATCH_DOCUMENTS", 8)
-    monkeypatch.setattr(prepare_data, "documents", endless)
-    monkeypatch.setattr(prepare_data, "encode", counting)
+    monkeypatch.setattr(shards, "BATCH_DOCUMENTS", 8)
+    monkeypatch.setattr(shards, "documents", endless)
+    monkeypatch.setattr(shards, "encode", counting)
     prepare(tmp_path / "out", "endless", tokenizer_dir, max_tokens=20_000, shard_tokens=10**6)
     assert len(ahead) > 20 and max(ahead) <= 16 and read - done <= 16
 
 
+def test_with_max_tokens_only_the_rows_up_to_the_last_document_are_counted(tmp_path, tokenizer_dir, capsys):
+    rows = [{"text": text(0)}, {"no": "text"}, *({"text": text(i)} for i in range(1, 300)), *[{}] * 200]
+    source = write_jsonl(tmp_path / "rows.jsonl", rows)
+    prepare(tmp_path / "out", source, tokenizer_dir, max_tokens=1500, max_bad_rows=0.4)
+    told = capsys.readouterr().out
+    documents = int(re.search(r"train: (\d+) documents", told)[1]) + int(re.search(r"val: (\d+)", told)[1])
+    assert f"1 of {documents + 1} rows skipped" in told and documents < 250
+    refused("rows cannot be used", prepare, tmp_path / "all", source, tokenizer_dir, max_bad_rows=0.2)
+
+
+def test_of_two_lists_of_files_only_the_difference_is_told(source, tokenizer_dir, tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for i in range(300):
+        (folder / f"{i:03}.txt").write_text(text(i))
+    out = prepare(tmp_path / "out", folder, tokenizer_dir)
+    for name in "abcde":
+        (folder / f"{name}.txt").write_text("x")
+    told = r"\(source_files=\[\] there, \[\['a.txt', 1\], .*\] and 2 more here\)"
+    refused(f"another preparation {told}; choose", prepare, out, folder, tokenizer_dir)
+
+
 def test_a_tokenizer_is_trained_on_no_more_than_the_beginning(tmp_path, monkeypatch):
     read = []
-    monkeypatch.setattr(prepare_data, "TOKENIZER_BYTES", 5000)
+    monkeypatch.setattr(shards, "TOKENIZER_CHARACTERS", 5000)
     monkeypatch.setattr(
-        prepare_data, "documents", lambda c, **_: ((read.append(i), text(i)) for i in itertools.count())
+        shards, "documents", lambda c, **_: (read.append(i) or document(i) for i in itertools.count())
     )
-    tokenizer = prepare_data.make_tokenizer(prepare_config(tmp_path, "endless", "train", vocab_size=280))
+    tokenizer = shards.make_tokenizer(prepare_config(tmp_path, "endless", "train", vocab_size=280))
     assert sum(len(text(i)) for i in read[:-1]) < 5000 <= sum(len(text(i)) for i in read)
     assert len(tokenizer) == 280
 
@@ -570,7 +599,7 @@ def test_one_text_file_alone_gives_both_splits_and_too_little_text_says_what_to_
         )
     splits = json.loads((tmp_path / "input" / "manifest.json").read_text())["splits"]
     assert splits["train"]["documents"] > 20 and splits["val"]["documents"] > 0
-    assert f"needs both: delete {tmp_path}/short, raise --val_fraction" in capsys.readouterr().out
+    assert f"needs both; delete {tmp_path}/short and raise --val_fraction" in capsys.readouterr().out
 
 
 # -- what is somebody else's, or whole, stays ----------------------------------------------------------------
@@ -677,10 +706,11 @@ def test_a_folder_that_cannot_be_made_or_written_to_is_one_sentence(
         ("vocab_size", 10**20, "expected at most"),
         ("workers", 10**6, "--workers=1000000: expected at most 1024"),
         ("max_bad_rows", 1.5, "--max_bad_rows=1.5: expected a share"),
+        ("val_fraction", 0.0, "--val_fraction=0.0: expected a number above zero"),
     ],
 )
 def test_a_flag_that_can_mean_nothing_is_refused_before_anything_is_read(flag, value, match, monkeypatch):
-    monkeypatch.setattr(prepare_data, "source_files", None)  # not called
+    monkeypatch.setattr(shards, "source_files", None)  # not called
     refused(match, prepare_data.main, prepare_data.Config(**{flag: value}))
 
 
@@ -754,7 +784,7 @@ def test_a_foreign_manifest_is_one_sentence(manifest, tmp_path, source, tokenize
 def test_a_progress_note_without_what_it_needs_is_one_sentence_and_nothing_is_lost(
     lost, source, tokenizer_dir, tmp_path, often, monkeypatch
 ):
-    original, saves = prepare_data.save_progress, []
+    original, saves = shards.save_progress, []
 
     def stop_at_the_third(*arguments):
         original(*arguments)
@@ -762,10 +792,10 @@ def test_a_progress_note_without_what_it_needs_is_one_sentence_and_nothing_is_lo
         if len(saves) == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(prepare_data, "save_progress", stop_at_the_third)
+    monkeypatch.setattr(shards, "save_progress", stop_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         prepare(tmp_path / "shards", source, tokenizer_dir)
-    monkeypatch.setattr(prepare_data, "save_progress", original)
+    monkeypatch.setattr(shards, "save_progress", original)
     note = tmp_path / "shards" / "progress.json"
     progress = json.loads(note.read_text())
     assert progress["documents"] > 0

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import ODD_TEXTS, TEXTS, prepare, prepare_config, refused, text, write_jsonl
 
-import prepare_data
+import shards
 import sources
 from sources import hash_fraction
 
@@ -113,22 +113,23 @@ KINDS = [
 def test_every_kind_of_source_gives_the_same_documents(tmp_path, kind):
     texts = [*TEXTS, ODD_TEXTS[0], ODD_TEXTS[1]]
     source = write_kind(tmp_path / "source", kind, texts)
-    assert [text for _, text in prepare_data.documents(prepare_config(tmp_path, source, ""))] == texts
+    assert [row.text for row in shards.documents(prepare_config(tmp_path, source, ""))] == texts
 
 
 def test_a_folder_is_read_in_the_order_of_its_paths_whatever_they_hold(tmp_path):
     for name, part in (("a/z", TEXTS[:5]), ("b", TEXTS[5:9]), ("c/d/e", TEXTS[9:20])):
         write_kind(tmp_path / name, {"a/z": "parquet", "b": "jsonl.zst", "c/d/e": "txt"}[name], part)
-    assert [text for _, text in prepare_data.documents(prepare_config(tmp_path, tmp_path, ""))] == TEXTS[:20]
+    assert [row.text for row in shards.documents(prepare_config(tmp_path, tmp_path, ""))] == TEXTS[:20]
 
 
 def test_texts_without_a_letter_are_left_out_and_another_column_can_be_named(tmp_path):
     rows = [{"body": t} for t in (" \n", "one", "", "two", "\t")]
     path = write_jsonl(tmp_path / "texts.jsonl", rows)
     path.write_text(path.read_text().replace("\n", "\n\n"))
-    assert [
-        text for _, text in prepare_data.documents(prepare_config(tmp_path, path, "", column="body"))
-    ] == ["one", "two"]
+    assert [row.text for row in shards.documents(prepare_config(tmp_path, path, "", column="body"))] == [
+        "one",
+        "two",
+    ]
 
 
 def test_a_hub_dataset_is_streamed_and_its_rows_are_the_documents(monkeypatch, tmp_path):
@@ -141,7 +142,7 @@ def test_a_hub_dataset_is_streamed_and_its_rows_are_the_documents(monkeypatch, t
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     for name in ("sample-10BT", ""):
         config = prepare_config(tmp_path, "some/dataset", "", config=name, split="validation")
-        assert [text for _, text in prepare_data.documents(config)] == TEXTS
+        assert [row.text for row in shards.documents(config)] == TEXTS
         assert asked.pop() == (
             ("some/dataset", name or None),
             {"split": "validation", "revision": None, "streaming": True},
@@ -275,8 +276,14 @@ def test_a_file_that_two_names_lead_to_is_refused(tmp_path):
     for name in ("in/a.txt", "b.txt"):
         (tmp_path / name).write_text("x")
     for source in (f"{tmp_path},{tmp_path}/in", f"{tmp_path}/b.txt,{tmp_path}/in,{tmp_path}/b.txt"):
-        refused(r"\.txt is in the source twice, by .* and by .*; name it once", sources.source_files, source)
+        refused(
+            r"\.txt is in the source twice, it is the same file as .*; name it once",
+            sources.source_files,
+            source,
+        )
     assert len(sources.source_files(f"{tmp_path}/b.txt,{tmp_path}/in")) == 2
+    (tmp_path / "in" / "latest.txt").symlink_to("a.txt")
+    refused("in/latest.txt is in the source twice, it is .*/in/a.txt", sources.source_files, f"{tmp_path}/in")
 
 
 def test_a_link_to_nothing_is_refused_by_name(tmp_path):
@@ -307,7 +314,7 @@ def test_a_parquet_row_that_is_no_utf8_is_one_bad_row(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
     config = prepare_config(tmp_path, tmp_path / "a.parquet", "", max_bad_rows=0.4)
     bad_rows = sources.BadRows(0.4)
-    assert [text for _, text in prepare_data.documents(config, bad_rows)] == ["one", "three"] * 100
+    assert [row.text for row in shards.documents(config, bad_rows)] == ["one", "three"] * 100
     assert bad_rows.bad == 100 and bad_rows.rows == 300
     assert "row 2 of" in bad_rows.first and "'utf-8' codec" in bad_rows.first
 
@@ -335,7 +342,7 @@ def test_a_parquet_column_that_python_cannot_represent_does_no_harm_to_the_text(
     table = pyarrow.table({"text": ["one", "two", "three"], "when": when})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
     config = prepare_config(tmp_path, tmp_path / "a.parquet", "")
-    assert [text for _, text in prepare_data.documents(config)] == ["one", "two", "three"]
+    assert [row.text for row in shards.documents(config)] == ["one", "two", "three"]
     row = [row for row, _ in sources.source_rows(str(tmp_path / "a.parquet"), "", "")][1]
     with pytest.raises(ValueError, match="its 'when' is damaged"):
         sources.column_of(row, "when")
@@ -363,7 +370,7 @@ def test_files_that_are_not_read_are_told(tmp_path, tokenizer_dir, capsys):
     told = f"{tmp_path}/in: 5 files are not read (.TXT, .json, .json.gz, .txt.gz, READ); names must end in"
     assert sources.folder_notes(f"{tmp_path}/in")[0].startswith(told)
     assert sources.folder_notes("some/dataset") == sources.folder_notes(f"{tmp_path}/in/a.jsonl") == []
-    prepare(tmp_path / "out", tmp_path / "in", tokenizer_dir, val_fraction=0.0, max_tokens=1000)
+    prepare(tmp_path / "out", tmp_path / "in", tokenizer_dir, val_fraction=1e-9, max_tokens=1000)
     said = capsys.readouterr().out
     assert told in said and re.search(r"the source ended after \d+ tokens, before --max_tokens=1,000\n", said)
 
