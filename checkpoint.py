@@ -5,6 +5,7 @@ out_dir/step_0000123/    config.json, model.safetensors, tokenizer files: a Hugg
                          checkpoint.json: each file's size and hash; README.md: the model card
 """
 
+import errno
 import re
 import shutil
 import sys
@@ -64,8 +65,9 @@ class Checkpoints:
     def save(self, step: int, model: GPTModel, optimizer, *, history, metrics) -> float:
         """Begin to write a checkpoint; returns the seconds that training stood still.
 
-        Waits for the one before, copies weights and optimizer state to host memory (12 bytes a parameter with
-        AdamW), and leaves the rest to a thread. Raises InputError, having written nothing, if the disk has
+        Waits for the one before, copies weights and optimizer state to host memory, and leaves the rest to a
+        thread. The copy takes 12 bytes a parameter with AdamW; a GPU's is pinned, for which torch rounds each
+        tensor up to a power of two. Raises InputError, having written nothing, if the disk has
         too little room, if weights are not finite, or if the one before could not be written.
         """
         began = time.monotonic()
@@ -116,8 +118,7 @@ class Checkpoints:
         if broken:
             raise InputError(
                 f"after step {step} {len(broken)} weights are not finite, {broken[0]} among them; nothing "
-                f"was saved, the last good checkpoint is {newest_checkpoint(self.out_dir)}; lower "
-                f"the learning rate"
+                f"was saved, {told_newest(self.out_dir)}; lower the learning rate"
             )
 
     def raise_errors(self) -> None:
@@ -148,10 +149,11 @@ class Checkpoints:
             if metrics.exists():  # a resumed run will not make the rows up to this step again
                 sync_to_disk(metrics)
         except (OSError, RuntimeError, SafetensorError) as error:
-            # Each library reports a full disk with another exception.
             shutil.rmtree(partial, ignore_errors=True)
-            told = lacking_space(self.out_dir, needed)
-            raise InputError(f"step {step} could not be saved ({one_line(error)}); {told}") from error
+            told, number = f"step {step} could not be saved ({one_line(error)})", error_number(error)
+            if number not in (errno.ENOSPC, errno.EDQUOT, None):
+                raise OSError(number, told) from error  # torchrun tries again: a file server's may pass
+            raise InputError(f"{told}; {lacking_space(self.out_dir, needed)}") from error
         if final in self.damaged:
             self.damaged.remove(final)
             shutil.rmtree(final)
@@ -239,6 +241,12 @@ def lacking_space(folder: Path, needed: int) -> InputError:
         f"{shutil.disk_usage(folder).free / 1e9:.2f} GB free; make room and run the same command again, it "
         f"continues from the last checkpoint"
     )
+
+
+def error_number(error: Exception) -> int | None:
+    """The operating system's number of an error; None if the library that met it does not tell."""
+    told = re.search(r"os error (\d+)", str(error))  # safetensors is written in Rust
+    return error.errno if isinstance(error, OSError) else int(told[1]) if told else None
 
 
 def copy_to_host(state: dict, pinned: dict, *, keep: bool) -> dict:
@@ -364,12 +372,16 @@ def newest_checkpoint(out_dir: str | Path, *, for_resuming: bool = True) -> Path
 
 def too_many_bad_steps(out_dir: str | Path, count: int, why: str) -> InputError:
     """The error when `count` steps in a row were skipped."""
-    good = newest_checkpoint(out_dir)
     return InputError(
-        f"{count} steps in a row were skipped, the last because {why}; "
-        + (f"the last good checkpoint is {good}" if good else "there is no checkpoint yet")
-        + "; lower the learning rate, or look at the data of these steps"
+        f"{count} steps in a row were skipped, the last because {why}; {told_newest(out_dir)}; lower the "
+        f"learning rate, or look at the data of these steps"
     )
+
+
+def told_newest(out_dir: str | Path) -> str:
+    """Which checkpoint a run that fails has saved last. It is not read, as each rank may ask."""
+    saved = list_checkpoints(out_dir)
+    return f"the last good checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
 
 
 def told_stop(out_dir: str | Path) -> str:

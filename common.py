@@ -86,8 +86,6 @@ def parse_value(text: str, kind: type):
 
 
 PATH_FLAGS = "source data data_dir out_dir cache_dir model init_from tokenizer resume".split()
-    "source data data_dir out_dir cache_dir model init_from tokenizer resume".split()
-)  # of all scripts
 
 
 def parse_config(config_class: type, arguments: Sequence[str]):

@@ -59,8 +59,8 @@ for_submit() { # what follows the word submit: sbatch's flags, then perhaps -- a
 submit() { # SCRIPT FLAGS: sbatch, and a sentence if the cluster wants to know more
     local script=$1 message
     shift
-    if [ -n "${DRY_RUN:-}" ]; then run sbatch "${SBATCH_FLAGS[@]}" "$script" "$@"; return; fi
-    message=$(sbatch "${SBATCH_FLAGS[@]}" "$script" "$@" 2>&1) ||
+    if [ -n "${DRY_RUN:-}" ]; then run sbatch ${SBATCH_FLAGS[@]+"${SBATCH_FLAGS[@]}"} "$script" "$@"; return; fi
+    message=$(sbatch ${SBATCH_FLAGS[@]+"${SBATCH_FLAGS[@]}"} "$script" "$@" 2>&1) ||
         fail "Slurm refused the job (${message//$'\n'/; }); give what the cluster demands: --account= --partition=" \
             "--time=, or SBATCH_ACCOUNT, SBATCH_PARTITION, SBATCH_TIMELIMIT"
     echo "$message"
@@ -113,7 +113,7 @@ node() { # SCRIPT DATA OUT FLAGS
     # mistake is not. A signal goes on to the ranks; they have SHUTDOWN_TIMEOUT to finish their step and save. With exec
     # it is torchrun that gets the signal, not this shell, which would keep it to itself.
     [[ $(trap -p HUP) == "trap -- '' "* ]] || signals+=,SIGHUP # a hang-up that nohup ignores stays ignored
-    torchrun+=("${meet[@]}" "${logs[@]}" --max_restarts=3 --shutdown_timeout="${SHUTDOWN_TIMEOUT:-120}"
+    torchrun+=("${meet[@]}" ${logs[@]+"${logs[@]}"} --max_restarts=3 --shutdown_timeout="${SHUTDOWN_TIMEOUT:-120}"
         "--signals_to_handle=$signals")
     if [ -n "${DRY_RUN:-}" ]; then run "${torchrun[@]}" "$script" "$@"; else exec "${torchrun[@]}" "$script" "$@"; fi
 }
@@ -164,7 +164,7 @@ slurm_job() { # SCRIPT DATA OUT FLAGS
 launch() { # SCRIPT DATA OUT FLAGS
     if [ -n "${SUBMIT:-}" ]; then # the job will have as many ranks or more, and no network
         check 1 "$1" "${@:4}"
-        submit "$(basename "$0")" "${FLAGS[@]}"
+        submit "$(basename "$0")" ${FLAGS[@]+"${FLAGS[@]}"}
         return
     fi
     on_a_cluster || install

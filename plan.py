@@ -252,11 +252,11 @@ def messages_of(passes: Counter, update: Counter, config: Machines) -> list[dict
 
 
 def messages_of_step(footprint: Footprint, rehearsal: Rehearsal, config: Machines, n: int) -> list[dict]:
-    """The messages of a step of n micro-batches, from those of the rehearsed one. Weights are gathered for
-    each micro-batch; DDP sends the gradients once."""
+    """The messages of a step of n micro-batches, from those of the rehearsed one. Weights are gathered and
+    gradients split for each micro-batch; whole gradients are added up over the ranks once."""
     ranks, passes = rehearsal.ranks, Counter()
     for key, size in footprint.passes.items():
-        passes[key] = size * (n / rehearsal.micro_batches if key[0].startswith("allgather") else 1)
+        passes[key] = size * (1 if key[0].startswith("allreduce") else n / rehearsal.micro_batches)
     if ranks.world > 1 and not ranks.sharded:
         share = (ranks.world - 1) / ranks.world
         passes["allreduce", tuple(range(ranks.world))] = 2 * 4 * rehearsal.model.num_parameters() * share
@@ -267,14 +267,17 @@ def exposed(messages: list[dict], compute: float, micro_batches: int) -> float:
     """Seconds of a step in which a GPU waits for messages: what does not fit behind its compute.
 
     A third of a micro-batch's compute is the forward pass. Weights are gathered in both passes, gradients are
-    sent in the last backward pass, and nothing hides what the update sends.
+    split in each backward pass and added up in the last, and nothing hides what the update sends.
     """
-    gathered = sum(m["seconds"] for m in messages if m["operation"].startswith("allgather") and in_passes(m))
-    reduced = sum(m["seconds"] for m in messages if in_passes(m)) - gathered
-    each, gather = compute / micro_batches, gathered / micro_batches
+
+    def seconds(operation: str) -> float:
+        return sum(m["seconds"] for m in messages if m["operation"].startswith(operation) and in_passes(m))
+
+    each = compute / micro_batches
+    gather, split = seconds("allgather") / micro_batches, seconds("reduce_scatter") / micro_batches
     forward = max(0.0, gather / 2 - each / 3)
-    backward = max(0.0, gather / 2 - 2 * each / 3)
-    last = max(0.0, gather / 2 + reduced - 2 * each / 3)
+    backward = max(0.0, gather / 2 + split - 2 * each / 3)
+    last = max(0.0, gather / 2 + split + seconds("allreduce") - 2 * each / 3)
     update = sum(m["seconds"] for m in messages if not in_passes(m))
     return micro_batches * forward + (micro_batches - 1) * backward + last + update
 

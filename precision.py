@@ -52,11 +52,12 @@ def settle_precision(ranks: Ranks, wanted: str, recorded: str | None = None) -> 
 def choose_precision(wanted: str, device: torch.device) -> str:
     """The fastest of what a flag allows on a device: float32, float32 by oneDNN (if exact there) or bfloat16.
 
-    "auto" is bfloat16 on CUDA. On a CPU it is so if the CPU has instructions for it and a product is faster.
+    "auto" is bfloat16 on CUDA, from Ampere on. On a CPU it is so if the CPU has instructions for it and a
+    product is faster.
     """
     if device.type != "cpu" or wanted == "bfloat16":
-        fp32 = wanted == "float32" or (wanted == "auto" and device.type != "cuda")
-        return "float32" if fp32 else "bfloat16"
+        fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+        return "bfloat16" if wanted == "bfloat16" or (wanted == "auto" and fast) else "float32"
     seconds = product_seconds(bf16=wanted == "auto" and has_bf16())
     # On AMX, oneDNN rounds the factors to bf16.
     if not has_wide_avx512() or product_error("medium") >= EXACT:

@@ -37,7 +37,7 @@ prepare() {
     [ -z "$DEPTH" ] || tokens=$((983040 * DEPTH ** 3 * 105 / 100))
     install
     run "$PYTHON" prepare_data.py --source=HuggingFaceFW/fineweb-edu --config="$SAMPLE" \
-        --tokenizer=HuggingFaceTB/SmolLM2-135M --max_tokens="$tokens" --out_dir="$DATA" "${flags[@]}"
+        --tokenizer=HuggingFaceTB/SmolLM2-135M --max_tokens="$tokens" --out_dir="$DATA" ${flags[@]+"${flags[@]}"}
 }
 
 prepared() { # or the user's own: a list of folders, or shards with other names than prepare_data.py's
@@ -88,7 +88,7 @@ prepare)
 submit)
     shift
     for_submit "$@"
-    set -- "${FLAGS[@]}"
+    set -- ${FLAGS[@]+"${FLAGS[@]}"}
     ;;
 [!-]*) fail "$1: expected prepare, submit, or flags of pretrain_gpt.py as --max_steps=100" ;;
 esac

@@ -268,11 +268,10 @@ class Rehearsal:
         return self.model.modules()
 
     def name_gradients(self) -> None:
-        """Tell the ledger which storages are gradients, also those that FSDP2 keeps whole between two
-        micro-batches."""
+        """Tell the ledger which storages are gradients, also sums that FSDP2 keeps apart until "hybrid" adds
+        up the copies."""
         parts = [part for part in self.model.modules() if isinstance(part, FSDPModule)]
-        groups = [part._get_fsdp_state()._fsdp_param_group for part in parts]
-        kept = [p.unsharded_accumulated_grad for group in groups for p in group.fsdp_params]
+        kept = [part._get_fsdp_state()._fsdp_param_group._partial_reduce_output for part in parts]
         grads = [p.grad for p in self.model.parameters()]
         self.ledger.name("gradients", [grad for grad in (*kept, *grads) if grad is not None])
 

@@ -71,7 +71,7 @@ prepare)
 submit)
     shift
     for_submit "$@"
-    set -- "${FLAGS[@]}"
+    set -- ${FLAGS[@]+"${FLAGS[@]}"}
     ;;
 [!-]*) fail "$1: expected prepare, submit, or flags of sft_gpt.py as --max_steps=100" ;;
 esac
@@ -90,4 +90,4 @@ if [ -z "$(flag data "" "$@")" ] && [ ! -e "$DATA" ]; then # --data is the user'
 fi
 DATA=$(flag data "$DATA" "$@")
 launch sft_gpt.py "$DATA" "$OUT" --model="$MODEL" --data="$DATA" --out_dir="$OUT" --cache_dir="$OUT/cache" \
-    "${RECIPE[@]}" "$@"
+    ${RECIPE[@]+"${RECIPE[@]}"} "$@"

@@ -1,8 +1,11 @@
 """A model on several ranks, whole (DDP) or split over them (FSDP2); which part of a tensor a rank has."""
 
 import os
+import shutil
+import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -11,6 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from common import InputError
 from distributed import TIMEOUT, Ranks
 
 SHARD = ("none", "full", "hybrid")
@@ -43,9 +47,24 @@ def shard_model(model: nn.Module, ranks: Ranks) -> nn.Module:
     return model
 
 
+def lacking_for_compiling(kind: str) -> str | None:
+    """What torch.compile will not find for a kind of device: Triton builds its driver in C when it is first
+    used, and a CPU's kernels are C++."""
+    variable, names = ("CC", ("gcc", "clang")) if kind == "cuda" else ("CXX", ("g++", "clang++"))
+    if variable not in os.environ and not any(map(shutil.which, names)):
+        return f"a compiler ({' or '.join(names)})"
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    return None if header.exists() else f"{header}"
+
+
 def wrap(model: nn.Module, ranks: Ranks, compile: str) -> nn.Module:
     """The model as a step calls it: compiled ("auto": only on CUDA), gradients averaged over ranks."""
     wanted = compile == "true" or (compile == "auto" and ranks.device.type == "cuda")
+    if wanted and (lacking := lacking_for_compiling(ranks.device.type)):
+        raise InputError(
+            f"torch.compile needs {lacking} on each machine, and there is none; install a compiler and "
+            f"Python's headers (gcc, g++, python3-dev), or use --compile=false, which is slower"
+        )
     torch._dynamo.config.recompile_limit = 32  # for rows of several lengths, in training and evaluation
     # Gradients are sent block by block as it is. DDP would have each block cut in two before down_proj, and
     # what passes the cut is kept for the backward pass.
@@ -94,10 +113,14 @@ def own_rows(rows: int, rank: int, world: int) -> tuple[int, int]:
 
 @contextmanager
 def gradients_exchanged(module: nn.Module, wanted: bool, ranks: Ranks) -> Iterator[None]:
-    """Ranks exchange the gradients of this backward pass, or keep them for a later one."""
+    """Ranks exchange the gradients of this backward pass, or keep them for a later one.
+
+    A split model's gradients are split after each backward pass. Kept whole, they would take four bytes for
+    each of all parameters. Only the copies of "hybrid" are added up once.
+    """
     if ranks.sharded:
         for part in module.modules():
             if isinstance(part, FSDPModule):
-                part.set_requires_gradient_sync(wanted, recurse=False)
+                part.set_requires_all_reduce(wanted, recurse=False)
     with nullcontext() if wanted or ranks.sharded or ranks.world == 1 else module.no_sync():
         yield

@@ -82,9 +82,14 @@ def test_onednn_is_tried_only_where_it_can_be_much_faster(cpu, tmp_path):
     assert not WIDE(str(tmp_path / "none"))
 
 
-def test_on_cuda_auto_is_bfloat16_and_elsewhere_float32():
+@pytest.mark.parametrize(
+    ("capability", "auto"), [((9, 0), "bfloat16"), ((8, 0), "bfloat16"), ((7, 5), "float32")]
+)
+def test_on_cuda_auto_is_bfloat16_from_ampere_on_and_elsewhere_float32(capability, auto, cpu, monkeypatch):
+    choose_precision.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     chosen = [choose_precision(wanted, torch.device("cuda", 0)) for wanted in precision.DTYPES]
-    assert chosen == ["bfloat16", "float32", "bfloat16"]
+    assert chosen == [auto, "float32", "bfloat16"]
     assert choose_precision("auto", torch.device("mps")) == "float32"
 
 

@@ -7,10 +7,11 @@ from functools import partial
 import planted
 import pytest
 import torch
-from conftest import SMALL, losses, pretrain_config, small_model
+from conftest import SMALL, losses, pretrain_config, refused, small_model
 from safetensors.torch import load_file
 from test_distributed import in_ranks
 
+import sharding
 from checkpoint import newest_checkpoint, open_weights
 from distributed import Ranks
 from optim import make_optimizer, set_learning_rate
@@ -124,6 +125,22 @@ def assert_as_alone(cases, world: int, tmp_path) -> None:
         for rank in range(1, world):
             other = torch.load(tmp_path / f"{i}-{rank}.pt", weights_only=True)["weights"]
             assert all(torch.equal(other[name], weight) for name, weight in split["weights"].items())
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_without_a_compiler_or_python_s_headers_compiling_is_refused(kind, tmp_path, monkeypatch):
+    ranks, model = Ranks(0, 1, torch.device(kind)), small_model()
+    for name in ("CC", "CXX"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(model, "compile_blocks", lambda: None)
+    monkeypatch.setattr(sharding.shutil, "which", lambda name: None)
+    refused("needs a compiler .* on each machine, .* or use --compile=false", wrap, model, ranks, "true")
+    monkeypatch.setattr(sharding.shutil, "which", lambda name: f"/bin/{name}")
+    monkeypatch.setattr(sharding.sysconfig, "get_path", lambda name: str(tmp_path))
+    refused(f"needs {tmp_path}/Python.h on each machine", wrap, model, ranks, "true")
+    (tmp_path / "Python.h").touch()
+    wrap(model, ranks, "true")
+    assert wrap(model, ranks, "false") is model
 
 
 def test_the_rows_of_a_rank_are_those_that_torch_chunk_gives():

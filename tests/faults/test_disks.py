@@ -183,7 +183,9 @@ def test_an_error_in_the_thread_that_writes_ends_the_run_at_the_next_step(data_d
     codes, log, _ = fresh.submit(
         planted.forked, "pretrain_gpt", config, 2, ["slow:3-6:0"], broken_disk
     ).result(90)
-    assert codes[0] == 1 and "error: step 2 could not be saved ([Errno 5] Input/output error" in log, log
+    assert (
+        codes[0] == 1 and "OSError: [Errno 5] step 2 could not be saved ([Errno 5] Input/output error" in log
+    ), log
     last = read_records(tmp_path / "metrics.jsonl")[-1]["step"]
     assert last == 3 and not list_checkpoints(tmp_path)
 
