@@ -13,12 +13,13 @@ of GPUs there is a table, a row for each.
 T tokens in a window, in a row or in each of a pair's two answers.
 """
 
+import copy
 import json
 import math
 import sys
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import fake_cuda
@@ -68,9 +69,7 @@ class Pretraining(Machines, pretrain_gpt.Config):
 
 @dataclass
 class FineTuning(Machines, sft_gpt.Config):
-    data_tokens: int = (
-        0  # of the rendered conversations, a run tells them; with the epochs they make the steps
-    )
+    data_tokens: int = 0  # of the rendered examples, as a run prints them; with the epochs the steps
 
 
 @dataclass
@@ -132,10 +131,15 @@ def planned_run(config: Machines, gpus: int) -> Run:
             f"--shard=hybrid needs whole machines, and {gpus} GPUs are no multiple of "
             f"{config.gpus_per_machine}; change --gpus, or use --shard=full"
         )
-    run = find_run(replace(config, shard="none"), gpus)
+    unsplit = copy.copy(config)  # and not a new one, to which all flags were given
+    unsplit.shard = "none"
+    run = find_run(unsplit, gpus)
     if run is None:
         name = config.init_from if isinstance(config, Pretraining) else config.model
-        raise InputError(f"{name} is not on this machine; `hf download {name} config.json` brings its shape")
+        raise InputError(
+            f"there is no folder {name}; name a run or a model directory, or if it is a hub id bring its "
+            f"shape by `hf download {name} config.json`"
+        )
     if isinstance(config, Pretraining):
         run.shape.vocab_size = padded(config.vocab_size) or run.shape.vocab_size
     elif not run.max_steps:

@@ -34,7 +34,7 @@ class Config:
     max_length: int = 0  # tokens in a row; 0 for the model's context
     overlong: str = "truncate"  # a longer conversation: truncate, split or drop
     train_on: str = "all"  # the answers of a conversation that are trained on: all or last
-    reasoning: str = "keep"  # drop leaves <think>…</think> out of earlier answers; an example an answer
+    reasoning: str = "keep"  # drop leaves <think>…</think> out of earlier answers; an example a question
     show: int = 3  # conversations that are shown, of each source
     look: int = 1000  # conversations of each source that the summary is made of
     html: str = ""  # also write a page to this file

@@ -75,7 +75,7 @@ class Config:
     max_length: int = 0  # tokens in a row; 0 for the model's context
     overlong: str = "truncate"  # what happens to longer conversations: truncate, split or drop
     train_on: str = "all"  # the answers of a conversation that are trained on: all or last
-    reasoning: str = "keep"  # drop removes <think>…</think> from earlier answers; an example a question
+    reasoning: str = "keep"  # drop leaves <think>…</think> out of earlier answers; an example a question
     epochs: float = 2.0  # passes over the data
     max_steps: int = 0  # optimizer steps; 0 for as many as the epochs need
     batch_tokens: int = 65_536  # tokens in an optimizer step, over all ranks and micro-batches
@@ -284,7 +284,7 @@ def main(config: Config) -> None:
     module = wrap(model, ranks, config.compile)
     ranks.print(
         f"{model.num_parameters():,} parameters; {sum(reports[i]['train'] for i in trained):,} "
-        f"examples in {sum(train.sizes):,} rows of {T} tokens, {100 * train.fill():.1f}% filled; "
+        f"examples, {sum(train.sizes) * T * train.fill():,.0f} tokens in {sum(train.sizes):,} rows of {T}; "
         f"{max_steps} steps of {step_tokens:,} tokens, "
         f"{max_steps / train.steps_per_epoch:.2f} epochs; {ranks.world} x {ranks.device}, {ranks.precision}"
     )

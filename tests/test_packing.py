@@ -161,7 +161,7 @@ def test_a_source_of_weight_zero_is_validated_whole_and_changes_nothing_in_train
         out = tmp_path / name
         config = mix_config(base_run, chat_files, out, max_steps=0, epochs=1.5, eval_questions=5)
         sft_gpt.main(dataclasses.replace(config, data=str(data), column=column, batch_tokens=batch_tokens))
-        told[name] = re.search(r"[\d,]+ examples in .* epochs", capsys.readouterr().out)[0]
+        told[name] = re.search(r"[\d,]+ examples, .* epochs", capsys.readouterr().out)[0]
         rows[name] = [row for row in read_records(out / "metrics.jsonl") if "loss" in row]
         answers[name] = (out / "answers.jsonl").read_bytes()
     assert told["alone"] == told["after"] == told["before"]

@@ -440,6 +440,17 @@ def test_all_flags_of_a_script_are_understood_with_its_defaults(script, config):
     assert differing == {"beta2", "shard"} and ours["gpus"] == "1,8" and ours["shard"] == "auto"
 
 
+def test_a_phase_has_the_shape_of_its_model_and_given_flags_that_differ_are_refused(tmp_path):
+    shape = GPTConfig(V, C, F, L, 4, max_position_embeddings=T)
+    (tmp_path / "config.json").write_text(json.dumps(shape.to_hf()))
+    flags = [f"--init_from={tmp_path}", f"--context_length={2 * T}", "--data_dir=nowhere"]
+    run = plan.planned_run(parse_config(Config, flags), 8)
+    assert run.shape.num_hidden_layers == L and run.shape.max_position_embeddings == 2 * T
+    other = parse_config(Config, [*flags, "--num_hidden_layers=12"])
+    with pytest.raises(InputError, match=f"num_hidden_layers=12, it has {L}"):
+        plan.planned_run(other, 8)
+
+
 def test_all_flags_are_documented(capsys):
     assert parse_config(Config, ["--beta2=0.9", "--gpus=1,8"]).beta2 == 0.9
     with pytest.raises(SystemExit):
