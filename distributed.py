@@ -110,10 +110,7 @@ class Ranks:
         """The value of every rank, in their order, in float64. All ranks ask together."""
         values = torch.zeros(self.world, dtype=torch.float64)
         values[self.rank] = value
-        if self.world > 1:
-            values = values.to(self.device)
-            dist.all_reduce(values)
-        return values.tolist()
+        return self.sum(values)[0]
 
     def slow_one(self) -> str | None:
         """A sentence about the rank that keeps the others waiting, or None. Twice in a row its own work took

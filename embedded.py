@@ -136,13 +136,8 @@ def documents() -> Iterator[str]:
         yield "\n".join(text for text in texts if len(text.split()) >= 8)
 
 
-def first_sentences(text: str, words: int) -> tuple[str, str]:
-    """Split a text after the last whole sentence within so many words, or after the first: (head, rest)."""
-    sentences = re.split(r"(?<=[a-z0-9)\"'][.!?])\s+(?=[A-Z\"'(0-9])", text.strip())
-    n = 1
-    while n < len(sentences) and len(" ".join(sentences[: n + 1]).split()) <= words:
-        n += 1
-    return " ".join(sentences[:n]), " ".join(sentences[n:])
+def first_sentence(text: str) -> str:
+    return re.split(r"(?<=[a-z0-9)\"'][.!?])\s+(?=[A-Z\"'(0-9])", text.strip())[0]
 
 
 MOST_WORDS = 24  # in an answer
@@ -188,7 +183,7 @@ def word_facts() -> Iterator[tuple[list[str], str]]:
     articles = {article["title"].lower(): article["extract"] for article in wiki_articles()}
     for word in own()["words"].split():
         extract = articles.get(word.rpartition("|")[2].lower())
-        answer = first_sentences(extract, words=1)[0] if extract else ""
+        answer = first_sentence(extract) if extract else ""
         if 0 < len(answer.split()) <= MOST_WORDS:
             name = word.replace("|", " ")
             yield [question.format(name) for question in WORD_QUESTIONS], answer

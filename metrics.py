@@ -88,33 +88,38 @@ class Metrics:
         self.seconds, self.steps, self.tokens = 0.0, 0, 0  # since the last report
         self.recorded = 0.0  # of these seconds, those that stand in a row already
         if ranks.is_main:  # at step 0 nothing was saved, and what stands there may be another run's
-            last = start or -1
-            for name in (self.path.name, "answers.jsonl", "samples.jsonl"):
-                if (parent / name).exists():
-                    rows = [row for row in read_records(parent / name) if row["step"] <= last]
-                    if rows:
-                        write_records(own / name, rows)
-                    else:
-                        (own / name).unlink(missing_ok=True)
-            self.keep_rows(last)
-        note = Path(out_dir) / "wandb_id"  # a run may die before its first checkpoint
-        if running and self.wandb_id is None and note.exists() and self.noted_settings() == (settings or {}):
-            self.wandb_id = note.read_text()
+            self.keep_rows(parent, start or -1)
         self.draws = find_spec("matplotlib") is not None
-        if running and not self.draws:
-            print("matplotlib is not installed, so there will be no loss.png", file=sys.stderr)
         if running:
-            self.note_run(settings or {})
-            self.run = start_wandb(wandb, out_dir, run_id=self.wandb_id, settings=settings or {})
-            if self.run:
-                self.wandb_id = self.run.id
-                note.write_text(self.wandb_id)
+            if not self.draws:
+                print("matplotlib is not installed, so there will be no loss.png", file=sys.stderr)
+            self.begin_run(wandb, settings or {})
         if state:
             done = start >= max_steps
             ranks.print(f"{state['path']} is finished" if done else f"continuing from {state['path']}")
 
-    def keep_rows(self, start: int) -> None:
-        """Go on after the rows up to a step; those of later steps are made again."""
+    def begin_run(self, wandb: str, settings: dict) -> None:
+        """Note the start in run.json, and open the run in wandb. A run that died before its first checkpoint
+        left its wandb id in a file."""
+        note = self.path.with_name("wandb_id")
+        if self.wandb_id is None and note.exists() and self.noted_settings() == settings:
+            self.wandb_id = note.read_text()
+        self.note_run(settings)
+        self.run = start_wandb(wandb, self.path.parent, run_id=self.wandb_id, settings=settings)
+        if self.run:
+            self.wandb_id = self.run.id
+            note.write_text(self.wandb_id)
+
+    def keep_rows(self, parent: Path, start: int) -> None:
+        """Go on after the rows up to a step, which a parent folder has if the run began in another; those of
+        later steps are made again."""
+        for name in (self.path.name, "answers.jsonl", "samples.jsonl"):
+            if (parent / name).exists():
+                rows = [row for row in read_records(parent / name) if row["step"] <= start]
+                if rows:
+                    write_records(self.path.with_name(name), rows)
+                else:
+                    self.path.with_name(name).unlink(missing_ok=True)
         rows = [row for row in read_records(self.path) if row["step"] <= start]
         write_records(self.path, rows)
         self.row_at = self.path.stat().st_size

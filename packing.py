@@ -97,15 +97,12 @@ class PackedLoader:
         n, steps = len(self.rows), self.steps_per_epoch
         return self.rows_of(epoch)[i * n // steps : (i + 1) * n // steps]
 
-    def count_targets(self, rows: Sequence[list[int]]) -> int:
-        """How many tokens of some rows are trained on, those of other ranks too. A first one is none."""
-        offsets, trained = self.dataset.offsets, self.dataset.trained
-        return sum(int(trained[offsets[c] + 1 : offsets[c + 1]].sum()) for row in rows for c in row)
-
-    def count_tokens(self, rows: Sequence[list[int]]) -> int:
-        """How many tokens some rows have, without their padding."""
-        offsets = self.dataset.offsets
-        return sum(int(offsets[c + 1] - offsets[c]) for row in rows for c in row)
+    def count(self, rows: Sequence[list]) -> tuple[int, int]:
+        """How many tokens some rows have, without their padding, and how many of them are trained on; those
+        of other ranks, too. A conversation's first token is never trained on."""
+        found = [self.dataset[c] for row in rows for c in row]
+        trained = sum(int((labels[1:] != IGNORE).sum()) for _, labels in found)
+        return sum(len(ids) for ids, _ in found), trained
 
     def fill(self) -> float:
         """Share of the rows' positions that hold a token."""
@@ -202,19 +199,6 @@ class MixedLoader(PackedLoader):
             epoch, i = divmod(nth, self.sizes[source])
             rows.append([(source, number) for number in self.loaders[source].rows_of(epoch)[i]])
         return rows
-
-    def count_targets(self, rows: Sequence[list[tuple[int, int]]]) -> int:
-        """How many tokens of some rows are trained on, those of other ranks too."""
-        return sum(loader.count_targets([row]) for loader, row in self.by_source(rows))
-
-    def count_tokens(self, rows: Sequence[list[tuple[int, int]]]) -> int:
-        """How many tokens some rows have, without their padding."""
-        return sum(loader.count_tokens([row]) for loader, row in self.by_source(rows))
-
-    def by_source(self, rows: Sequence[list[tuple[int, int]]]) -> Iterator[tuple[PackedLoader, list[int]]]:
-        """The loader of each row's source, and the row as that loader knows it."""
-        for row in rows:
-            yield self.loaders[row[0][0]], [number for _, number in row]
 
     def fill(self) -> float:
         """Share of the rows' positions that hold a token."""

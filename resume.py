@@ -238,19 +238,15 @@ def data_hash(data: str) -> str | None:
 
 
 def weights_of(model: str) -> str | None:
-    """A hash of the weights in a model's directory; None if there is none, as of a hub id."""
-    hashes = weight_hashes(Path(model)) if Path(model).is_dir() else []
-    return fingerprint(hashes) if hashes else None
-
-
-def weight_hashes(folder: Path) -> list[str]:
-    """The SHA-256 of each weight file; find_model has compared those that checkpoint.json tells."""
-    manifest = folder / "checkpoint.json"
+    """A hash of the weights in a model's directory; None if there is none, as of a hub id. Hashes that
+    checkpoint.json tells are not computed again: find_model has."""
+    manifest = Path(model) / "checkpoint.json"
     told = read_json(manifest)["files"] if manifest.exists() else {}
-    return [
+    hashes = [
         told[path.name]["sha256"] if path.name in told else file_sha256(path)
-        for path in sorted(folder.glob("*.safetensors"))
+        for path in sorted(Path(model).glob("*.safetensors"))
     ]
+    return fingerprint(hashes) if hashes else None
 
 
 def phase_start(out_dir: str, init_from: str, flags: dict) -> tuple[str | None, dict]:

@@ -19,11 +19,7 @@ MOST_ANGLES = 2**28  # positions x D of a cache; its cos and sin then take 2 GB
 
 
 def rope_cache(
-    head_dim: int,
-    length: int,
-    theta: float = 10000.0,
-    scaling: dict | None = None,
-    device: torch.device | str | None = None,
+    head_dim: int, length: int, theta: float = 10000.0, scaling: dict | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines and sines for positions 0 … length-1, each (length, D) in fp32.
 
@@ -38,7 +34,7 @@ def rope_cache(
             f"a context of {length} positions is too long; with heads of {head_dim} dimensions at most "
             f"{MOST_ANGLES // head_dim}: lower max_position_embeddings (--context_length)"
         )
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
     inv_freq = 1.0 / theta**exponents  # (D/2,), rounded as Hugging Face rounds it
     if scaling is not None:
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
@@ -46,7 +42,7 @@ def rope_cache(
         turns = context * inv_freq / (2 * math.pi)  # within the original context
         keep = ((turns - low) / (high - low)).clamp(0, 1)
         inv_freq = keep * inv_freq + (1 - keep) * inv_freq / scaling["factor"]
-    angles = torch.outer(torch.arange(length, dtype=torch.float32, device=device), inv_freq)  # (length, D/2)
+    angles = torch.outer(torch.arange(length, dtype=torch.float32), inv_freq)  # (length, D/2)
     angles = torch.cat((angles, angles), dim=-1)  # (length, D)
     return angles.cos(), angles.sin()
 

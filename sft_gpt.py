@@ -316,7 +316,8 @@ def main(config: Config) -> None:
     def step_batches(step: int) -> tuple[int, int, list[dict]]:
         rows, noise = train.step_rows(step), step_noise(config, step, T, model.config.hidden_size)
         batches = list(train.micro_batches(rows, config.micro_batch_size, ranks, noise))
-        return train.count_targets(rows), train.count_tokens(rows), batches
+        tokens, targets = train.count(rows)
+        return targets, tokens, batches
 
     record = partial(
         record_answers,

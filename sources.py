@@ -16,15 +16,14 @@ TXT_PIECE = 20_000  # characters: a longer .txt is cut, at line ends, into docum
 
 
 def source_rows(
-    source: str, name: str, split: str, *, share: tuple[int, int] = (0, 1), commit: str | None = None
+    source: str, name: str, split: str, *, commit: str | None = None
 ) -> Iterator[tuple[dict, str]]:
     """Rows of files and folders (with commas between), or of a hub dataset, each with the place it was found.
 
-    A share (i, n) has every n-th of the files from the i-th on. A commit is one of the hub dataset's. A row
-    that is no object is given as it is; a damaged row as its ValueError. Raises InputError for what is
-    missing or empty, and for a file that is damaged or cut short.
+    A commit is one of the hub dataset's. A row that is no object is given as it is; a damaged row as its
+    ValueError. Raises InputError for what is missing or empty, and for a file that is damaged or cut short.
     """
-    for rows in rows_by_file(source, name, split, share=share, commit=commit):
+    for rows in rows_by_file(source, name, split, commit=commit):
         yield from rows
 
 
@@ -37,7 +36,8 @@ def rows_by_file(
     start: int = 0,
     commit: str | None = None,
 ) -> Iterator[Iterator[tuple[dict, str]]]:
-    """The rows of source_rows, file by file. The first `start` files of the share are not opened."""
+    """The rows of source_rows, file by file. A share (i, n) has every n-th of the files from the i-th on. The
+    first `start` files of the share are not opened."""
     files, (first, every) = source_files(source), share
     if files is not None:
         if not (split or "train").startswith("train"):

@@ -173,7 +173,7 @@ def batches_of(script: str, folder: Path, ranks):
 
         def step(i):
             chosen = packed.step_rows(i)
-            return packed.count_targets(chosen), list(packed.micro_batches(chosen, MICRO, ranks))
+            return packed.count(chosen)[1], list(packed.micro_batches(chosen, MICRO, ranks))
 
         return fake_model(num_key_value_heads=2), step
     from dpo import PreferenceModel, micro_batches

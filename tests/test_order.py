@@ -534,7 +534,7 @@ def test_a_source_that_is_all_held_out_is_taken_with_weight_zero_only(
     places = {"source": str(source), "tokenizer": str(tokenizer_dir), "out_dir": str(tmp_path / "held")}
     prepare_data.main(prepare_data.Config(**places, val_fraction=1.0))
     first, held = folders[0], tmp_path / "held"
-    assert f"with weight 0: --data_dir=data/mine:1,{held}:0" in capsys.readouterr().out
+    assert f"can validate on it: --data_dir=data/mine:1,{held}:0" in capsys.readouterr().out
     for data_dir in (held, f"{first}:1,{held}:1", f"{first},{held}"):
         refused("the train split in .*held has no shard", TokenLoader, data_dir, "train", 32, 320)
     pretrain_gpt.main(pretrain_config(f"{first}:1,{held}:0", tmp_path / "run", max_steps=2))

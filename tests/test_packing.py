@@ -110,8 +110,9 @@ def test_the_ranks_together_read_a_mix_s_rows_each_once_with_all_its_targets(dat
                 targets += int((batch["targets"] != sft.IGNORE).sum())
         expected = Counter(int(i) for row in rows for s, c in row for i in datasets[s][c][0])
         del tokens[0], expected[0]  # padding
-        assert tokens == expected and targets == loader.count_targets(rows)
-        assert loader.count_tokens(rows) == sum(len(datasets[s][c][0]) for row in rows for s, c in row)
+        assert tokens == expected
+        length = sum(len(datasets[s][c][0]) for row in rows for s, c in row)
+        assert loader.count(rows) == (length, targets)
 
 
 def test_a_mix_is_as_full_as_the_rows_that_it_reads(datasets):
@@ -399,7 +400,7 @@ def gradients(folder, size: int, ranks: Ranks) -> tuple[dict, int]:
     loader = PackedLoader(SFTDataset(folder), row_length=64, rows_per_step=8, seed=4)
     model = small_model()
     rows = loader.step_rows(0)
-    batches, targets = list(loader.micro_batches(rows, size, ranks)), loader.count_targets(rows)
+    batches, targets = list(loader.micro_batches(rows, size, ranks)), loader.count(rows)[1]
     forward_backward(wrap(model, ranks, "false"), batches, targets=targets, max_grad_norm=0.0, ranks=ranks)
     assert targets == ranks.sum(sum(targets_in(batch) for batch in batches))[0]
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
