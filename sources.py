@@ -5,7 +5,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from common import InputError, fingerprint, half_surrogate, one_line, patiently, read_json, write_json
@@ -332,7 +332,7 @@ def text_of(row: object, column: str) -> str:
 class BadRows:
     """Counts the rows of a source that cannot be used, and refuses a source that has too many."""
 
-    def __init__(self, max_share: float, counts: tuple[int, int, str] = (0, 0, "")):
+    def __init__(self, max_share: float, counts: Sequence = (0, 0, "")):
         self.max_share = max_share
         self.rows, self.bad, self.first = counts
 
