@@ -380,8 +380,8 @@ def too_many_bad_steps(out_dir: str | Path, count: int, why: str) -> InputError:
 
 def told_newest(out_dir: str | Path) -> str:
     """Which checkpoint a run that fails has saved last. It is not read, as each rank may ask."""
-    saved = list_checkpoints(out_dir)
-    return f"the last good checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
+    saved = [path for path in list_checkpoints(out_dir) if (path / "checkpoint.json").exists()]
+    return f"the newest checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
 
 
 def told_stop(out_dir: str | Path) -> str:

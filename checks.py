@@ -81,7 +81,8 @@ def pretraining(config: pretrain_gpt.Config, ranks: int) -> Run | None:
     if shape is None:
         return None
     if config.init_from:
-        check_shape(config.init_from, shape, flags)
+        if not saved_in(Path(config.out_dir)):
+            check_shape(config.init_from, shape, flags)
         shape.max_position_embeddings = max(T, shape.max_position_embeddings)
     return Run(shape=shape, T=T, unit="windows", step=windows, max_steps=config.max_steps)
 

@@ -35,6 +35,7 @@ flag() { # the last value of --$1= among the flags after $2, which is the defaul
     local name=$1 value=$2 word
     shift 2
     for word in "$@"; do case $word in --"$name"=*) value=${word#*=} ;; esac; done
+    case $value in \~ | \~/*) value=$HOME${value#\~} ;; esac # as the scripts read it
     echo "$value"
 }
 

@@ -134,7 +134,7 @@ def mend(config: Config, settings: dict) -> None:
 
 def check_settings(config: Config) -> None:
     """Raise InputError for an invalid setting, before anything is read."""
-    check_numbers(asdict(config), positive=("vocab_size", "shard_tokens", "val_fraction"))
+    check_numbers(asdict(config), positive=("vocab_size", "shard_tokens"))
     for name in ("split", "column", "tokenizer", "out_dir"):
         if not getattr(config, name).strip():
             raise InputError(f"--{name}= is empty; give a value, or leave the flag out")
@@ -410,11 +410,16 @@ def mend_parts(config: Config, manifest: dict, damaged: Mapping[str, str]) -> No
 
 
 def main(config: Config) -> None:
-    if not config.part and (part := started_part(os.environ)):
+    if not config.part and config.source != "embedded" and (part := started_part(os.environ)):
         config = replace(config, part=part)
         print(f"part {part} of {config.out_dir}, as one of several processes; --part=1/1 prepares all of it")
     check_settings(config)
     share_of(config.part)
+    begun = any((Path(config.out_dir) / name).exists() for name in ("manifest.json", "progress.json", PARTS))
+    if config.val_fraction == 0 and not begun:
+        raise InputError(
+            "--val_fraction=0 holds nothing out, and pretraining validates; give a share above 0"
+        )
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
     here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes of torchrun on this machine
     if config.workers or here > 1:

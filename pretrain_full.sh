@@ -46,8 +46,10 @@ prepared() { # or the user's own: a list of folders, or shards with other names 
 }
 
 DATA_GIVEN=${DATA:-} DEFAULT=data/fineweb-edu SAMPLE=sample-10BT
-RECIPE=(--num_hidden_layers=12 --hidden_size=512 --num_attention_heads=8 --context_length=1024
-    --max_steps=2000 --batch_tokens=524_288 --micro_batch_size=32)
+RECIPE=(--context_length=1024 --max_steps=2000 --batch_tokens=524_288 --micro_batch_size=32)
+if [ -z "$(flag init_from "" "$@")" ]; then # a new phase has its model's shape
+    RECIPE=(--num_hidden_layers=12 --hidden_size=512 --num_attention_heads=8 "${RECIPE[@]}")
+fi
 
 if [ -n "${PRESET:-}" ]; then # it sets prepare, prepared, RECIPE, DATA and OUT for another run
     [ -f "presets/$PRESET.sh" ] || fail "PRESET=$PRESET: expected a file of presets/ without its .sh"

@@ -251,11 +251,12 @@ def weights_of(model: str) -> str | None:
 
 def phase_start(out_dir: str, init_from: str, flags: dict) -> tuple[str | None, dict]:
     """Where a new phase starts: the model's directory or hub id, verified, and its content; None without a
-    name. Raises InputError for flags that contradict a directory's config.json."""
+    name. Raises InputError for flags that contradict a directory's config.json, unless the phase has saved:
+    then its checkpoints have its shape."""
     if not init_from:
         return None, {"init_from": None, "weights": None}
     path = found_start(init_from, out_dir)
-    if (Path(path) / "config.json").exists():
+    if (Path(path) / "config.json").exists() and not list_checkpoints(out_dir):
         check_shape(path, GPTConfig.from_hf(read_json(Path(path) / "config.json")), flags)
     return path, {"init_from": os.path.normpath(init_from), "weights": weights_of(path)}
 

@@ -63,8 +63,6 @@ def why_unusable(messages) -> str | None:
             return f"the content is {type(message.get('content')).__name__}, not a string"
         if half_surrogate(message["content"]):
             return "the content is no Unicode text"
-        if message.get("cut"):
-            return "an answer is marked as cut; complete it and delete the mark"
     if not any(m["role"] == "assistant" for m in messages):
         return "there is no assistant turn"
     return None
@@ -110,16 +108,15 @@ def render_batch(conversations: Sequence[list[dict]], tokenizer) -> list[tuple[l
     shown = [list(as_the_template_has_it(messages, tokenizer)) for messages in conversations]
     contents = iter(encode_after_newline(tokenizer, [content for turns in shown for _, content, _ in turns]))
     rendered = []
-    for turns in shown:
+    for messages, turns in zip(conversations, shown):
         ids, labels = [], []
-        for role, _, trained in turns:
+        for message, (role, _, trained) in zip(messages, turns):
             header, content = [start, *headers[role]], [*next(contents), end]
             ids += header + content + newline
-            labels += (
-                [IGNORE] * len(header)
-                + (content if trained else [IGNORE] * len(content))
-                + [IGNORE] * len(newline)
-            )
+            learned = content if trained else [IGNORE] * len(content)
+            if message.get("cut"):  # by /save in chat.py: nothing teaches the model to stop there
+                learned = [*learned[:-1], IGNORE]
+            labels += [IGNORE] * len(header) + learned + [IGNORE] * len(newline)
         rendered.append((ids, labels))
     return rendered
 
@@ -201,7 +198,7 @@ def turns_before_answer(
 
 # Raise one when its rendering changes; cached rows are then rendered again. A run that began with another of
 # the last two resumes only with --force.
-RENDERING = 3  # of all rows; 3: those with an answer that is marked as cut are skipped
+RENDERING = 3  # of all rows; 3: where an answer is marked as cut, its <|im_end|> is not trained on
 SPLIT_RENDERING = 2  # 2: an answer is whole if it fits without earlier turns
 PAIR_RENDERING = 3  # 3: two prompts are the same if they say the same, whatever else is noted of them
 

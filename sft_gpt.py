@@ -284,7 +284,8 @@ def main(config: Config) -> None:
     module = wrap(model, ranks, config.compile)
     ranks.print(
         f"{model.num_parameters():,} parameters; {sum(reports[i]['train'] for i in trained):,} "
-        f"examples, {sum(train.sizes) * T * train.fill():,.0f} tokens in {sum(train.sizes):,} rows of {T}; "
+        f"examples, {sum(part.dataset.offsets[-1] for part in loaders):,} tokens in "
+        f"{sum(train.sizes):,} rows of {T}; "
         f"{max_steps} steps of {step_tokens:,} tokens, "
         f"{max_steps / train.steps_per_epoch:.2f} epochs; {ranks.world} x {ranks.device}, {ranks.precision}"
     )

@@ -2,10 +2,9 @@
 
 import os
 import shutil
-import sysconfig
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -47,24 +46,23 @@ def shard_model(model: nn.Module, ranks: Ranks) -> nn.Module:
     return model
 
 
-def lacking_for_compiling(kind: str) -> str | None:
-    """What torch.compile will not find for a kind of device: Triton builds its driver in C when it is first
-    used, and a CPU's kernels are C++."""
-    variable, names = ("CC", ("gcc", "clang")) if kind == "cuda" else ("CXX", ("g++", "clang++"))
+def require_compiler(kind: str) -> None:
+    """Raise InputError if torch.compile will find no compiler for a kind of device: Triton builds its driver
+    in C when it is first used, and a CPU's kernels are C++."""
+    variable, names = ("CC", ("gcc", "clang")) if kind == "cuda" else ("CXX", ("g++",))
     if variable not in os.environ and not any(map(shutil.which, names)):
-        return f"a compiler ({' or '.join(names)})"
-    header = Path(sysconfig.get_path("include")) / "Python.h"
-    return None if header.exists() else f"{header}"
+        raise InputError(
+            f"torch.compile needs a compiler on each machine, and {socket.gethostname()} has no "
+            f"{' and no '.join(names)}; install one, with Python's headers (python3-dev), or use "
+            f"--compile=false, which is slower"
+        )
 
 
 def wrap(model: nn.Module, ranks: Ranks, compile: str) -> nn.Module:
     """The model as a step calls it: compiled ("auto": only on CUDA), gradients averaged over ranks."""
     wanted = compile == "true" or (compile == "auto" and ranks.device.type == "cuda")
-    if wanted and (lacking := lacking_for_compiling(ranks.device.type)):
-        raise InputError(
-            f"torch.compile needs {lacking} on each machine, and there is none; install a compiler and "
-            f"Python's headers (gcc, g++, python3-dev), or use --compile=false, which is slower"
-        )
+    if wanted:
+        require_compiler(ranks.device.type)
     torch._dynamo.config.recompile_limit = 32  # for rows of several lengths, in training and evaluation
     # Gradients are sent block by block as it is. DDP would have each block cut in two before down_proj, and
     # what passes the cut is kept for the backward pass.

@@ -186,16 +186,28 @@ def documents(
 
 
 def read_ahead(texts: Iterator) -> Iterator[list]:
-    """Batches of texts, the next one read while the last is being worked on."""
+    """Batches of texts, the next one read while the last is being worked on. An error in reading comes after
+    the texts that were read before it: perhaps no more are wanted."""
+
+    def fetch() -> tuple[list, Exception | None]:
+        batch = []
+        try:
+            for text in itertools.islice(texts, BATCH_DOCUMENTS):
+                batch.append(text)
+        except Exception as error:
+            return batch, error
+        return batch, None
+
     with ThreadPoolExecutor(1) as thread:
-
-        def fetch():
-            return thread.submit(lambda: list(itertools.islice(texts, BATCH_DOCUMENTS)))
-
-        pending = fetch()
-        while batch := pending.result():
-            pending = fetch()
+        batch, error = fetch()
+        while batch and error is None:
+            pending = thread.submit(fetch)
             yield batch
+            batch, error = pending.result()
+    if batch:
+        yield batch
+    if error:
+        raise error
 
 
 def known_commit(config) -> str | None:

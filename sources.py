@@ -106,11 +106,8 @@ def source_files(source: str) -> list[Path] | None:
             )
         for file in readable:
             status = file.stat()
-            if (first := names.setdefault((status.st_dev, status.st_ino), file)) is not file:
-                raise InputError(
-                    f"{file} is in the source twice, it is the same file as {first}; name it once, or take "
-                    f"the link away"
-                )
+            if (first := names.setdefault((status.st_dev, status.st_ino), path)) is not path:
+                raise InputError(f"{file} is in the source twice, by {first} and by {path}; name it once")
         files += readable
     return files
 
@@ -133,6 +130,11 @@ def folder_notes(source: str) -> list[str]:
             f"{source}: {len(left)} files are not read ({told}); names must end in {', '.join(SUFFIXES)}"
         ]
     read = [file for file in files if file.name.endswith(SUFFIXES)]
+    first = {}
+    for file in read:
+        status = file.stat()
+        if (same := first.setdefault((status.st_dev, status.st_ino), file)) is not file:
+            notes.append(f"{source}: {file.name} is the same file as {same.name}; both are read")
     tests = [file for file in read if HELD_BACK & set(re.split("[^a-z]+", file.name.lower()))]
     if tests:
         notes.append(

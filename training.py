@@ -165,7 +165,7 @@ def forward_backward(
     assert targets > 0, "a global batch without targets; the loaders never give one"
     loss_sum = torch.zeros((), device=ranks.device)
     for i, batch in enumerate(micro_batches):
-        last = i == len(micro_batches) - 1  # ranks exchange their gradients once, in the last backward
+        last = i == len(micro_batches) - 1  # DDP's ranks exchange their gradients once, in the last backward
         with gradients_exchanged(module, last, ranks):
             with ranks.autocast():
                 loss = module(**ranks.to_device(batch))

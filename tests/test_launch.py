@@ -308,6 +308,14 @@ def test_a_preset_is_a_run_that_others_have_made(preset, tmp_path):
     )
 
 
+def test_a_new_phase_has_its_model_s_shape_and_a_home_is_found_as_the_scripts_find_it(data_dir):
+    flags = ["--init_from=out/base", f"--data_dir={data_dir}", "--out_dir=~/run"]
+    command = dry("pretrain_full.sh", *flags, VENV=sys.prefix, NPROC="1", HOME="/home/me")[-1]
+    assert "--context_length=1024" in command and "--num_hidden_layers" not in command
+    assert "--out_dir=/home/me/run" in command
+    assert "--num_hidden_layers=12" in dry("pretrain_full.sh", flags[1], VENV=sys.prefix, NPROC="1")[-1]
+
+
 def test_a_depth_replaces_the_recipe_and_does_not_go_with_a_preset(data_dir):
     *_, run = dry("pretrain_full.sh", "--depth=16", VENV=sys.prefix, NPROC="8", DATA=str(data_dir))
     assert "--depth=16" in run and "--micro_batch_size=32" in run

@@ -50,7 +50,7 @@ def test_bad_steps_in_a_row_end_the_run_and_name_the_last_good_checkpoint(prepar
     codes, log, _ = fresh.submit(planted.forked, "pretrain_gpt", config, 2, faults, prepare, 30).result(90)
     assert codes == [1, 1] and log.count("skipped: its loss is nan") == 2, log
     assert "3 steps in a row were skipped, the last because its loss is nan" in log
-    assert f"the last good checkpoint is {tmp_path}/step_0000006" in log
+    assert f"the newest checkpoint is {tmp_path}/step_0000006" in log
     assert weights(tmp_path, 6) == weights(tmp_path, 4)  # steps 5 and 6 changed nothing
 
 
