@@ -66,9 +66,9 @@ class Checkpoints:
         """Begin to write a checkpoint; returns the seconds that training stood still.
 
         Waits for the one before, copies weights and optimizer state to host memory, and leaves the rest to a
-        thread. The copy takes 12 bytes a parameter with AdamW; a GPU's is pinned, for which torch rounds each
-        tensor up to a power of two. Raises InputError, having written nothing, if the disk has
-        too little room, if weights are not finite, or if the one before could not be written.
+        thread. The copy takes 12 bytes a parameter with AdamW. A GPU's is pinned, and torch then rounds each
+        tensor up to a power of two. Raises InputError, having written nothing, if the disk has too little
+        room, if weights are not finite, or if the one before could not be written.
         """
         began = time.monotonic()
         needed = checkpoint_bytes(optimizer) + SPARE
@@ -152,7 +152,7 @@ class Checkpoints:
             shutil.rmtree(partial, ignore_errors=True)
             told, number = f"step {step} could not be saved ({one_line(error)})", error_number(error)
             if number not in (errno.ENOSPC, errno.EDQUOT, None):
-                raise OSError(number, told) from error  # torchrun tries again: a file server's may pass
+                raise OSError(number, told) from error  # torchrun tries again: it may pass
             raise InputError(f"{told}; {lacking_space(self.out_dir, needed)}") from error
         if final in self.damaged:
             self.damaged.remove(final)
@@ -420,7 +420,7 @@ def open_model(path: str | Path, ranks: Ranks) -> tuple[GPTModel, object]:
     path = model_directory(path)
     tokenizer = load_tokenizer(path)
     if tokenizer.lost_template:
-        ranks.print(f"{path} has a chat template of its own; here and in what is saved it is ChatML")
+        ranks.print(f"{path} has a chat template of its own; ChatML takes its place, also in what is saved")
     size = read_json(path / "config.json").get("vocab_size", 0)
     if not tokenizer.new_ids and vocabulary_size(tokenizer) <= size:
         return open_weights(path, ranks), tokenizer

@@ -69,7 +69,7 @@ class Pretraining(Machines, pretrain_gpt.Config):
 
 @dataclass
 class FineTuning(Machines, sft_gpt.Config):
-    data_tokens: int = 0  # of the rendered examples, as a run prints them; with the epochs the steps
+    data_tokens: int = 0  # of the rendered examples, as a run prints; they and the epochs make the steps
 
 
 @dataclass
